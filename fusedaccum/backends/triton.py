@@ -1,0 +1,139 @@
+"""The Triton backend: the only caller of the kernels. Nothing here waits for the device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from ..kernels import rules as kernel_rules
+from ..kernels.accumulate import accumulate_kernel
+from ..kernels.norm import finalize_kernel, sum_of_squares_kernel
+from ..kernels.step import step_kernel
+from ..tables import CHUNK, LaunchTable
+from .base import StepBatch, TableBackend, UpdateRequest, UpdateScalars
+
+# Elements a program has in flight. 2048 over 4 warps is two 128-bit loads of bf16 and four of fp32
+# per thread; the step keeps more values alive, so half of that keeps it without spills.
+ACCUMULATE_BLOCK = 2048
+STEP_BLOCK = 1024
+FINALIZE_BLOCK = 1024
+NUM_WARPS = 4
+
+_TRITON_DTYPES = {
+    torch.float32: tl.float32,
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+}
+
+
+class TritonBackend(TableBackend):
+    """One launch per operation, on a GPU or (slowly, for tests) in Triton's interpreter."""
+
+    name = "triton"
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(device)
+        self._nothing = torch.zeros(1, dtype=torch.float32, device=device)
+
+    def _launch_accumulate(
+        self,
+        table: LaunchTable,
+        dtype: torch.dtype,
+        scale: float,
+        first: bool,
+        partials: Tensor | None,
+    ) -> None:
+        accumulate_kernel[(table.n_chunks,)](
+            table.rows,
+            table.chunks,
+            self._nothing if partials is None else partials,
+            float(scale),
+            GRAD_DTYPE=_TRITON_DTYPES[dtype],
+            IS_FIRST=first,
+            HAS_NORM=partials is not None,
+            IS_ALIGNED=table.is_aligned,
+            CHUNK=CHUNK,
+            BLOCK=ACCUMULATE_BLOCK,
+            num_warps=NUM_WARPS,
+        )
+
+    def _launch_sum_of_squares(
+        self, table: LaunchTable, dtype: torch.dtype, partials: Tensor
+    ) -> None:
+        sum_of_squares_kernel[(table.n_chunks,)](
+            table.rows,
+            table.chunks,
+            partials,
+            DTYPE=_TRITON_DTYPES[dtype],
+            IS_ALIGNED=table.is_aligned,
+            CHUNK=CHUNK,
+            BLOCK=ACCUMULATE_BLOCK,
+            num_warps=NUM_WARPS,
+        )
+
+    def finalize(
+        self, request: UpdateRequest, batches: Sequence[StepBatch], scalars: UpdateScalars
+    ) -> None:
+        """See `Backend.finalize`."""
+        pairs = [pair for b in batches for pair in zip(b.rows, b.groups, strict=True)]
+        tensors = scalars.tensors.set(np.array(pairs, np.int32))
+        family, partials = request.family, request.partials
+        finalize_kernel[(1,)](
+            self._nothing if partials is None else partials,
+            tensors,
+            self._hyper_table(request, scalars),
+            scalars.steps,
+            scalars.scalars,
+            scalars.norm,
+            scalars.skip,
+            scalars.skipped,
+            0 if partials is None else partials.numel(),
+            tensors.shape[0],
+            SCALARS=getattr(kernel_rules, f"{family.name}_scalars"),
+            N_HYPER=family.n_hyper,
+            N_SCALARS=family.n_scalars,
+            HAS_NORM=partials is not None,
+            HAS_CLIP=partials is not None and request.max_norm is not None,
+            SKIP_NONFINITE=request.skip_nonfinite,
+            BLOCK=FINALIZE_BLOCK,
+            num_warps=NUM_WARPS,
+        )
+
+    def _hyper_table(self, request: UpdateRequest, scalars: UpdateScalars) -> Tensor:
+        """fp64 [1 + n_groups, 1 + n_hyper], uploaded where a number changed.
+
+        A hyper-parameter that is a tensor (lr under a CUDA graph) is copied on the device.
+        """
+        host = np.zeros((1 + len(request.hyper), 1 + request.family.n_hyper))
+        host[0, :2] = request.correction, request.max_norm or 0.0
+        for i, row in enumerate(request.hyper, start=1):
+            host[i] = [0.0 if isinstance(x, Tensor) else x for x in row]
+        table = scalars.hyper.set(host)
+        for i, row in enumerate(request.hyper, start=1):
+            for j, value in enumerate(row):
+                if isinstance(value, Tensor):
+                    table[i, j].copy_(value, non_blocking=True)
+        return table
+
+    def _launch_step(
+        self, table: LaunchTable, batch: StepBatch, dtype: torch.dtype, scalars: UpdateScalars
+    ) -> None:
+        step_kernel[(table.n_chunks,)](
+            table.rows,
+            table.chunks,
+            scalars.scalars,
+            scalars.skip,
+            RULE=getattr(kernel_rules, batch.rule.name),
+            N_STATES=len(batch.rule.states),
+            N_SCALARS=batch.rule.family.n_scalars,
+            PARAM_DTYPE=_TRITON_DTYPES[dtype],
+            MASTER=batch.master,
+            IS_ALIGNED=table.is_aligned,
+            CHUNK=CHUNK,
+            BLOCK=STEP_BLOCK,
+            num_warps=NUM_WARPS,
+        )

@@ -1,0 +1,74 @@
+"""Flat buffers: accumulators, states and masters of many parameters in a few allocations.
+
+A `Block` lays its parameters out one after the other, each at a multiple of `ALIGNMENT` elements,
+and allocates one flat tensor per name and dtype with that layout. What people see (`p.grad`,
+`state[p]["exp_avg"]`) are views with the parameter's own shape and strides. Parameters themselves
+stay where they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+# Elements. The start of every view is then a multiple of 32 bytes even for 2-byte types.
+ALIGNMENT = 16
+
+
+class Block:
+    """One layout and the flat tensors that follow it."""
+
+    def __init__(self, params: Sequence[Tensor]) -> None:
+        self.device = params[0].device
+        self._sizes = [(p.shape, p.stride()) for p in params]
+        self._offsets: list[int] = []
+        end = 0
+        for param in params:
+            self._offsets.append(end)
+            end += -(-param.numel() // ALIGNMENT) * ALIGNMENT
+        self._numel = end
+        self._flats: dict[str, Tensor] = {}
+
+    def view(self, name: str, index: int, dtype: torch.dtype, *, zeroed: bool) -> Tensor:
+        """Parameter `index`'s part of the flat tensor `name`, which is made on first use.
+
+        With `zeroed` the flat tensor starts as zeros, else as whatever the memory held.
+        """
+        flat = self._flats.get(name)
+        if flat is None:
+            make = torch.zeros if zeroed else torch.empty
+            flat = self._flats[name] = make(self._numel, dtype=dtype, device=self.device)
+        shape, stride = self._sizes[index]
+        return flat.as_strided(shape, stride, self._offsets[index])
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Whether the elements fill one stretch of memory, in whatever order, each exactly once."""
+    if tensor.is_contiguous():
+        return True
+    expected = 1
+    for size, stride in sorted(
+        ((n, s) for n, s in zip(tensor.shape, tensor.stride(), strict=True) if n != 1),
+        key=lambda pair: pair[1],
+    ):
+        if stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+def laid_out_like(tensor: Tensor, like: Tensor) -> Tensor:
+    """`tensor` itself where element `i` of its memory is element `i` of `like`'s, else such a copy.
+
+    A gradient may be expanded, transposed, or sparse; the kernels walk memory.
+    """
+    if tensor.layout is torch.strided:
+        if tensor.is_contiguous() and like.is_contiguous():
+            return tensor
+        if tensor.stride() == like.stride():
+            return tensor
+    else:
+        tensor = tensor.to_dense()
+    return torch.empty_like(like, dtype=tensor.dtype).copy_(tensor)

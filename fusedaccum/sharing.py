@@ -1,0 +1,77 @@
+"""An optimizer that shares everything with another one."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim import optimizer as torch_optimizer
+
+
+class SharingOptimizer(Optimizer):
+    """Shows the wrapped optimizer's `param_groups`, `state`, `defaults` and hooks as its own.
+
+    They are looked up each time: torch's `load_state_dict` replaces them on the wrapped one.
+    `Optimizer.__init__` is not called, since everything it makes is the wrapped optimizer's.
+    """
+
+    optimizer: Optimizer
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The wrapped optimizer's own list."""
+        return self.optimizer.param_groups
+
+    @param_groups.setter
+    def param_groups(self, value: list[dict[str, Any]]) -> None:
+        self.optimizer.param_groups = value
+
+    @property
+    def state(self) -> defaultdict[Tensor, Any]:
+        """The wrapped optimizer's own dict. States are fp32 views of flat buffers."""
+        return self.optimizer.state
+
+    @state.setter
+    def state(self, value: defaultdict[Tensor, Any]) -> None:
+        self.optimizer.state = value
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """The wrapped optimizer's own dict."""
+        return self.optimizer.defaults
+
+    @defaults.setter
+    def defaults(self, value: dict[str, Any]) -> None:
+        self.optimizer.defaults = value
+
+    def __getattr__(self, name: str) -> Any:
+        # Hook dicts, and whatever a subclass has; asked only for what is not ours.
+        if name == "optimizer":
+            raise AttributeError(name)
+        return getattr(self.optimizer, name)
+
+    @contextmanager
+    def _step_hooks(self) -> Iterator[None]:
+        """What torch does around a step(): a profiler record, and the hooks of both kinds."""
+        with torch.autograd.profiler.record_function(f"Optimizer.step#{type(self).__name__}.step"):
+            before = (
+                torch_optimizer._global_optimizer_pre_hooks,
+                self.optimizer._optimizer_step_pre_hooks,
+            )
+            for hook in chain.from_iterable(hooks.values() for hooks in before):
+                hook(self, (self,), {})
+            yield
+            after = (
+                self.optimizer._optimizer_step_post_hooks,
+                torch_optimizer._global_optimizer_post_hooks,
+            )
+            for hook in chain.from_iterable(hooks.values() for hooks in after):
+                hook(self, (self,), {})
+        # A scheduler made on the wrapped optimizer looks here for whether step() was called.
+        self.optimizer._opt_called = True  # type: ignore[attr-defined]

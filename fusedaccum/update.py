@@ -1,0 +1,223 @@
+"""From full accumulators to new weights: the fused step, or the wrapped optimizer's own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from . import rules
+from .backends import StepBatch, UpdateRequest, UpdateScalars
+from .collect import Collector
+from .segments import Segment
+
+Group = dict[str, Any]
+
+
+class Updater:
+    """Applies updates of one optimizer.
+
+    Args:
+        optimizer: the wrapped one; its `state` and `param_groups` are read and written.
+        collector: where the accumulators are.
+        skip_nonfinite: leave everything as it was where the norm is not finite.
+    """
+
+    def __init__(self, optimizer: Optimizer, collector: Collector, skip_nonfinite: bool) -> None:
+        self.optimizer = optimizer
+        self.collector = collector
+        self.skip_nonfinite = skip_nonfinite
+        self.scalars: UpdateScalars | None = None
+        self.grad_norm: Tensor | None = None
+        self._native_masters: dict[Segment, torch.nn.Parameter] = {}
+
+    @property
+    def is_fused(self) -> bool:
+        """Whether every param group has a fused rule; one without takes all to the native step."""
+        groups = self.optimizer.param_groups
+        return all(rules.select(self.optimizer, group) is not None for group in groups)
+
+    def prepared_scalars(self) -> UpdateScalars:
+        """The device tables, grown when parameters were added."""
+        n = len(self.collector.segments)
+        old = self.scalars
+        if old is None or len(old.steps) < n:
+            rule = rules.select(self.optimizer, self.optimizer.param_groups[0])
+            n_scalars = rule.family.n_scalars if rule else 0
+            device = next(iter(self.collector.segments.values())).device
+            self.scalars = UpdateScalars(n, n_scalars, device)
+            if old is not None:
+                self.scalars.steps[: len(old.steps)] = old.steps
+                self.scalars.norm, self.scalars.skipped = old.norm, old.skipped
+        assert self.scalars is not None
+        return self.scalars
+
+    @torch.no_grad()
+    def run(self, correction: float, max_norm: float | None) -> None:
+        """One update with what the window holds.
+
+        Args:
+            correction: makes the accumulated sum the mean.
+            max_norm: clip to it, or None.
+        """
+        if not self.collector.segments:
+            return
+        needs_norm = max_norm is not None or self.skip_nonfinite
+        partials = self.collector.sums_of_squares() if needs_norm else None
+        if self.is_fused:
+            self._fused(correction, max_norm, partials)
+        else:
+            self._native(correction, max_norm, partials)
+
+    # --- the fused step ---
+
+    def _fused(self, correction: float, max_norm: float | None, partials: Tensor | None) -> None:
+        scalars = self.prepared_scalars()
+        groups = self.optimizer.param_groups
+        batches: dict[tuple[str, torch.dtype, str], StepBatch] = {}
+        updated: list[Segment] = []
+        for group_index, group in enumerate(groups):
+            rule = rules.select(self.optimizer, group)
+            assert rule is not None
+            for param in group["params"]:
+                segment = self.collector.segments.get(param)
+                if segment is None or not segment.filled:
+                    continue
+                self.bind(segment, rule)
+                key = (rule.name, segment.dtype, segment.kind)
+                batch = batches.setdefault(key, StepBatch(rule, segment.kind))
+                batch.params.append(param)
+                batch.accs.append(segment.acc)
+                batch.states.append(segment.states)
+                batch.rows.append(segment.row)
+                batch.groups.append(group_index)
+                if segment.master is not None:
+                    batch.masters.append(segment.master)
+                updated.append(segment)
+        if not updated:
+            return  # torch's step() without a gradient does nothing either
+        first = next(iter(batches.values())).rule.family
+        hyper = [(rules.sign(group), *first.hyper(group)) for group in groups]
+        request = UpdateRequest(first, hyper, partials, correction, max_norm, self.skip_nonfinite)
+        backend = self.collector.backend
+        backend.finalize(request, list(batches.values()), scalars)
+        for batch in batches.values():
+            backend.step(batch, scalars)
+        if partials is not None:
+            self.grad_norm = scalars.norm
+        # The kernels write behind autograd's back: a backward through the old weights must notice.
+        torch.autograd.graph.increment_version([s.param for s in updated])
+        for segment in updated:
+            segment.param_version = segment.param._version
+
+    def bind(self, segment: Segment, rule: rules.Rule) -> None:
+        """Make `state[param]` show the flat buffers, taking over what somebody put there."""
+        scalars = self.prepared_scalars()
+        state = self.optimizer.state[segment.param]
+        segment.refresh_master()
+        step_key = rule.family.step_key
+        if len(segment.states) == len(rule.states) and all(
+            state.get(name) is own for name, own in zip(rule.states, segment.states, strict=True)
+        ):
+            bound = step_key is None or state.get(step_key) is segment.step
+            if bound and segment.step is not None:
+                return
+        had_states = False
+        views = []
+        for name in rule.states:
+            view, existing = segment.view(name), state.get(name)
+            if isinstance(existing, Tensor):
+                had_states = True
+                if existing.data_ptr() != view.data_ptr():
+                    view.copy_(existing)
+            elif existing is None:
+                view.zero_()
+            state[name] = view
+            views.append(view)
+        segment.states = tuple(views)
+        step = scalars.steps[segment.row]
+        if step_key is not None:
+            existing = state.get(step_key, 0.0)
+            if not (isinstance(existing, Tensor) and existing.data_ptr() == step.data_ptr()):
+                step.fill_(existing) if not isinstance(existing, Tensor) else step.copy_(existing)
+            state[step_key] = step
+        elif segment.step is None and had_states:
+            step.clamp_(min=1.0)  # a momentum buffer from before: this is not the first update
+        segment.step = step
+
+    # --- the wrapped optimizer's own step ---
+
+    def _native(self, correction: float, max_norm: float | None, partials: Tensor | None) -> None:
+        filled = self.collector.filled()
+        scalars = self.prepared_scalars()
+        if partials is not None:
+            norm = partials.double().sum().sqrt() * correction
+            self.grad_norm = scalars.norm.copy_(norm)
+            # The one wait of this library, and only here: a foreign step() cannot be skipped on
+            # the device.
+            if self.skip_nonfinite and not bool(norm.isfinite()):
+                scalars.skipped += 1
+                return
+            coef = torch.full_like(norm, correction)
+            if max_norm is not None:
+                coef *= (max_norm / (norm + 1e-6)).clamp(max=1.0)
+            if filled and (max_norm is not None or correction != 1.0):
+                torch._foreach_mul_([s.acc for s in filled], coef.float())
+        elif filled and correction != 1.0:
+            torch._foreach_mul_([s.acc for s in filled], correction)
+        for segment in filled:
+            # The sums and the norm are of the gradient before this.
+            segment.sums_version = None
+        with self.substituted_masters(filled):
+            self.optimizer.step()
+
+    @contextmanager
+    def substituted_masters(self, filled: list[Segment]) -> Iterator[None]:
+        """Let the wrapped optimizer step fp32 masters instead of bf16 and fp16 parameters.
+
+        Its states are then fp32 too. For the time of the step the masters stand in `param_groups`
+        and `state`; afterwards the parameters do again, rounded from them.
+        """
+        masters = {s.param: self._native_master(s) for s in filled if s.kind != "none"}
+        plain = [s for s in filled if s.kind == "none"]
+        for segment in plain:
+            low = segment.dtype != torch.float32
+            segment.param.grad = segment.acc.to(segment.dtype) if low else segment.grad
+        state, groups = self.optimizer.state, self.optimizer.param_groups
+        originals = [group["params"] for group in groups]
+        for param, master in masters.items():
+            if param in state:
+                state[master] = state.pop(param)
+        for group in groups:
+            group["params"] = [masters.get(p, p) for p in group["params"]]
+        try:
+            yield
+        finally:
+            for group, params in zip(groups, originals, strict=True):
+                group["params"] = params
+            for param, master in masters.items():
+                if master in state:
+                    state[param] = state.pop(master)
+                master.grad = None
+            for segment in plain:
+                segment.param.grad = segment.grad
+        for param, master in masters.items():
+            param.copy_(master)
+
+    def _native_master(self, segment: Segment) -> torch.nn.Parameter:
+        segment.kind = "fp32"  # a foreign optimizer knows nothing of remainders
+        if segment.master is not None and segment.master.dtype != torch.float32:
+            segment.master = None
+        segment.refresh_master()
+        assert segment.master is not None
+        master = self._native_masters.get(segment)
+        if master is None or master.data_ptr() != segment.master.data_ptr():
+            master = self._native_masters[segment] = torch.nn.Parameter(segment.master)
+        stored = segment.param
+        master.copy_(torch.where(master.to(stored.dtype) == stored, master, stored.float()))
+        master.grad = segment.grad
+        return master

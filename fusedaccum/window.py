@@ -1,0 +1,92 @@
+"""One window's arithmetic: weights in, scale and correction out.
+
+    acc    += (w_i / W_ref) * g_i                         for every micro-batch i, as it arrives
+    update  = acc * (W_ref / sum w_i) = sum w_i g_i / sum w_i
+
+W_ref is known before the window ends: N times the first weight where the wrapper counts to N, so
+that the correction of a full, evenly weighted window is exactly 1; the first weight where the loop
+owns a weighted window. A loop that divides its own loss gets scale 1 and correction 1: the sum.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass
+class Window:
+    """The open window.
+
+    Args:
+        steps: micro-batches per window, or None where the loop owns it.
+    """
+
+    steps: int | None
+    micro_batches: int = 0  # closed so far
+    total: float = 0.0  # sum of the closed micro-batches' weights
+    reference: float | None = None  # W_ref, fixed by the first micro-batch
+    weight: float | None = None  # of the open micro-batch, where micro_batch() gave one
+    is_explicit: bool | None = None  # whether this window's micro-batches come with weights
+
+    @property
+    def is_weighted(self) -> bool:
+        """Whether the update is a weighted mean (rather than the loop's plain sum)."""
+        return self.steps is not None or self.reference is not None or self.weight is not None
+
+    @property
+    def is_last(self) -> bool:
+        """Whether the open micro-batch is the one that fills the window."""
+        return self.steps is not None and self.micro_batches == self.steps - 1
+
+    def check_arrival(self) -> None:
+        """A backward begins: all micro-batches of a window have a weight, or none has.
+
+        Raises:
+            RuntimeError: for a mixture.
+        """
+        explicit = self.weight is not None
+        if self.is_explicit is None:
+            self.is_explicit = explicit
+        elif self.is_explicit is not explicit:
+            here = "inside" if explicit else "outside"
+            raise RuntimeError(
+                f"backward() {here} micro_batch(weight=...) in a window whose other micro-batches "
+                f"ran {'outside' if explicit else 'inside'} it: their gradients cannot be weighed "
+                "against each other. Use micro_batch() for every micro-batch of a window, or none"
+            )
+
+    def scale(self) -> float:
+        """What the open micro-batch's gradients are multiplied with as they are added."""
+        if not self.is_weighted:
+            return 1.0
+        weight = 1.0 if self.weight is None else self.weight
+        if self.reference is None:
+            self.reference = weight * (self.steps or 1)
+        return weight / self.reference
+
+    def close_micro_batch(self) -> None:
+        """Count the open micro-batch."""
+        self.scale()  # fixes W_ref even if no gradient arrived
+        self.total += 1.0 if self.weight is None else self.weight
+        self.micro_batches += 1
+        self.weight = None
+
+    def correction(self) -> float:
+        """What the accumulated sum is multiplied with to make it the mean."""
+        if self.reference is None or self.total == 0.0:
+            return 1.0
+        return self.reference / self.total
+
+    def correction_so_far(self) -> float:
+        """`correction`, with the open micro-batch counted."""
+        if not self.is_weighted:
+            return 1.0
+        self.scale()
+        weight = 1.0 if self.weight is None else self.weight
+        assert self.reference is not None
+        return self.reference / (self.total + weight)
+
+    def reset(self) -> None:
+        """Start the next window."""
+        self.micro_batches, self.total = 0, 0.0
+        self.reference = self.weight = self.is_explicit = None

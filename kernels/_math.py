@@ -1,0 +1,48 @@
+"""Small pieces that several kernels share: split master weights, vector hints.
+
+A split master keeps one fp32 number in two places. The visible bf16 parameter is the high half,
+rounded to nearest (ties away from zero); an int16 remainder is the signed distance from it:
+
+    bits(master) = (bits(high) << 16) + remainder          exactly, for every finite master and inf
+
+so that high is a parameter that a model can use and nothing of the fp32 value is lost.
+"""
+
+import triton
+import triton.language as tl
+
+# Every address that takes the aligned path is a multiple of this many bytes: one 128-bit access.
+VECTOR_BYTES = tl.constexpr(16)
+# Half of the last place of the high half: adding it rounds to nearest.
+ROUND_HALF = tl.constexpr(0x8000)
+# The NaN that both formats share. A NaN whose low half is set (0x7FFFFFFF is what NVIDIA GPUs
+# produce) would otherwise round up into the sign bit and show as -0.0 in the parameter.
+QUIET_NAN_HIGH = tl.constexpr(0x7FC0)
+
+
+@triton.jit
+def join_master(high, remainder):
+    """fp32 master from a bf16 high half and its int16 remainder."""
+    bits = (high.to(tl.int16, bitcast=True).to(tl.int32) << 16) + remainder.to(tl.int32)
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def split_master(master):
+    """bf16 high half and int16 remainder of an fp32 master."""
+    bits = master.to(tl.int32, bitcast=True)
+    high = (bits + ROUND_HALF) >> 16
+    remainder = bits - (high << 16)
+    is_nan = master != master
+    high = tl.where(is_nan, QUIET_NAN_HIGH, high)
+    remainder = tl.where(is_nan, 0, remainder)
+    return high.to(tl.int16).to(tl.bfloat16, bitcast=True), remainder.to(tl.int16)
+
+
+@triton.jit
+def typed_pointer(address, DTYPE: tl.constexpr, IS_ALIGNED: tl.constexpr):
+    """Pointer to DTYPE from an int64 address, with the hint that 128-bit accesses need."""
+    ptr = address.to(tl.pointer_type(DTYPE))
+    if IS_ALIGNED:
+        ptr = tl.multiple_of(ptr, VECTOR_BYTES)
+    return ptr

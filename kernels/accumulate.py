@@ -1,0 +1,84 @@
+"""Accumulate micro-batch gradients: one launch for any number of tensors.
+
+    acc = (0 if IS_FIRST else acc) + scale * float32(grad)
+
+Gradients are loaded as bf16, fp16 or fp32 and computed in fp32; accumulators are fp32. The first
+micro-batch of a window stores, so nobody ever zeroes an accumulator. With HAS_NORM each program
+also leaves the sum of squares of what it wrote in its own cell of `partials` (a cell has one
+writer: no atomics, the same bits every run), which is where the norm and the finite check come
+from without another pass.
+
+Accumulators and gradients never alias. Nothing else is written.
+"""
+
+import triton
+import triton.language as tl
+
+from ._math import typed_pointer
+
+# Columns of a row of the address table, one row a tensor.
+GRAD = tl.constexpr(0)
+ACC = tl.constexpr(1)
+NUMEL = tl.constexpr(2)
+PARTIAL = tl.constexpr(3)
+COLUMNS = tl.constexpr(4)
+
+
+@triton.jit
+def _accumulate_block(grad_ptr, acc_ptr, scale, offsets, mask, IS_FIRST: tl.constexpr):
+    """Add one block and return what it wrote; a mask of None means a full block."""
+    # `other` is an error without a mask, so the two forms are spelled out.
+    if mask is None:
+        grad = tl.load(grad_ptr + offsets)
+    else:
+        grad = tl.load(grad_ptr + offsets, mask=mask, other=0.0)
+    acc = grad.to(tl.float32) * scale
+    if not IS_FIRST:
+        if mask is None:
+            acc += tl.load(acc_ptr + offsets)
+        else:
+            acc += tl.load(acc_ptr + offsets, mask=mask, other=0.0)
+    tl.store(acc_ptr + offsets, acc, mask=mask)
+    return acc
+
+
+@triton.jit
+def accumulate_kernel(
+    table_ptr,  # int64 [n_tensors, COLUMNS]
+    chunks_ptr,  # int32 [n_chunks, 2]: row of the table, chunk within the tensor
+    partials_ptr,  # fp32, read only with HAS_NORM
+    scale,
+    GRAD_DTYPE: tl.constexpr,
+    IS_FIRST: tl.constexpr,
+    HAS_NORM: tl.constexpr,
+    IS_ALIGNED: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One program adds one chunk of one tensor."""
+    pid = tl.program_id(0).to(tl.int64)
+    row = tl.load(chunks_ptr + 2 * pid).to(tl.int64)
+    chunk = tl.load(chunks_ptr + 2 * pid + 1).to(tl.int64)
+    table_ptr += row * COLUMNS
+    n_elements = tl.load(table_ptr + NUMEL)
+    grad_ptr = typed_pointer(tl.load(table_ptr + GRAD), GRAD_DTYPE, IS_ALIGNED)
+    acc_ptr = typed_pointer(tl.load(table_ptr + ACC), tl.float32, IS_ALIGNED)
+    start = tl.multiple_of(chunk * CHUNK, CHUNK)
+
+    total = tl.zeros([BLOCK], tl.float32)
+    if start + CHUNK <= n_elements:
+        # A full chunk is its own branch: a mask, even an all-true one, costs the vector access.
+        for block in range(0, CHUNK, BLOCK):
+            offsets = start + block + tl.arange(0, BLOCK)
+            acc = _accumulate_block(grad_ptr, acc_ptr, scale, offsets, None, IS_FIRST)
+            if HAS_NORM:
+                total += acc * acc
+    else:
+        for block in range(0, CHUNK, BLOCK):
+            offsets = start + block + tl.arange(0, BLOCK)
+            mask = offsets < n_elements
+            acc = _accumulate_block(grad_ptr, acc_ptr, scale, offsets, mask, IS_FIRST)
+            if HAS_NORM:
+                total += tl.where(mask, acc * acc, 0.0)
+    if HAS_NORM:
+        tl.store(partials_ptr + tl.load(table_ptr + PARTIAL) + chunk, tl.sum(total, 0))
