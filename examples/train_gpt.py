@@ -413,9 +413,9 @@ def plot(losses: Series, path: Path) -> None:
 
 
 PRESETS = {
-    "cpu": {"steps": 250, "micro_batch": 2, "block": 128, "layers": 3, "dim": 192, "lr": 2e-3},
+    "cpu": {"steps": 250, "micro_batch": 2, "block": 128, "layers": 3, "dim": 192, "lr": 1e-3},
     "cuda": {"steps": 100, "micro_batch": 8, "block": 512, "layers": 12, "dim": 768, "lr": 6e-4},
-    "quick": {"steps": 6, "micro_batch": 2, "block": 64, "layers": 2, "dim": 64, "lr": 2e-3},
+    "quick": {"steps": 6, "micro_batch": 2, "block": 64, "layers": 2, "dim": 64, "lr": 1e-3},
 }
 
 

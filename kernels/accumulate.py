@@ -74,7 +74,7 @@ def accumulate_kernel(
             if HAS_NORM:
                 total += acc * acc
     else:
-        for block in range(0, CHUNK, BLOCK):
+        for block in range(0, n_elements - start, BLOCK):
             offsets = start + block + tl.arange(0, BLOCK)
             mask = offsets < n_elements
             acc = _accumulate_block(grad_ptr, acc_ptr, scale, offsets, mask, IS_FIRST)

@@ -55,7 +55,7 @@ def sum_of_squares_kernel(
             data = tl.load(data_ptr + start + block + tl.arange(0, BLOCK)).to(tl.float32)
             total += data * data
     else:
-        for block in range(0, CHUNK, BLOCK):
+        for block in range(0, n_elements - start, BLOCK):
             offsets = start + block + tl.arange(0, BLOCK)
             data = tl.load(data_ptr + offsets, mask=offsets < n_elements, other=0.0).to(tl.float32)
             total += data * data
@@ -117,7 +117,8 @@ def finalize_kernel(
         hyper_row = hyper_ptr + (1 + group) * (N_HYPER + 1)
         hyper = ()
         for i in tl.static_range(N_HYPER):
-            hyper = hyper + (tl.load(hyper_row + 1 + i, mask=mask, other=0.0),)
+            # Any `other` that has a logarithm: lanes beyond the end are computed and dropped.
+            hyper = hyper + (tl.load(hyper_row + 1 + i, mask=mask, other=0.5),)
         # A skipped first window leaves step 0, where a bias correction would divide by zero.
         scalars = SCALARS(hyper, tl.maximum(step, 1.0).to(tl.float64))
         scalar_row = scalars_ptr + tensor * (N_SCALARS + 1)

@@ -128,7 +128,7 @@ def step_kernel(
                 RULE, MASTER, N_STATES,
             )  # fmt: skip
     else:
-        for block in range(0, CHUNK, BLOCK):
+        for block in range(0, n_elements - start, BLOCK):
             offsets = start + block + tl.arange(0, BLOCK)
             _step_block(
                 param_ptr, master_ptr, acc_ptr, state_ptrs, coef, scalars, offsets,

@@ -6,14 +6,15 @@ reference in blocks, or, on a CPU with a C compiler, loops compiled from the ker
 
 from __future__ import annotations
 
-import torch
+# Not `import torch`: the name is that of a module of this package.
+from torch import device as Device
 
 from .base import Backend, StepBatch, UpdateRequest, UpdateScalars
 
 __all__ = ["Backend", "StepBatch", "UpdateRequest", "UpdateScalars", "get", "why"]
 
 
-def _triton_missing(device: torch.device) -> str | None:
+def _triton_missing(device: Device) -> str | None:
     """Why Triton cannot serve `device`, or None if it can."""
     try:
         import triton
@@ -26,7 +27,7 @@ def _triton_missing(device: torch.device) -> str | None:
     return f"Triton has no kernels for {device.type} tensors"
 
 
-def why(name: str | None, device: torch.device) -> tuple[str, str]:
+def why(name: str | None, device: Device) -> tuple[str, str]:
     """The backend that `get` would return and the reason, in words for people."""
     if name not in (None, "triton", "torch"):
         raise ValueError(f'backend must be None, "triton" or "torch", got {name!r}')
@@ -45,7 +46,7 @@ def why(name: str | None, device: torch.device) -> tuple[str, str]:
     return ("torch", missing) if missing else ("triton", f"parameters are on {device}")
 
 
-def get(name: str | None, device: torch.device) -> Backend:
+def get(name: str | None, device: Device) -> Backend:
     """A backend for tensors on `device`: `name`, or the fastest one where it is None."""
     chosen, _ = why(name, device)
     if chosen == "triton":
