@@ -65,20 +65,26 @@ STEP_ROUNDINGS = 16
 ATEN_SQRT_RTOL = 4 * U
 
 
-def step_bound(param: Tensor, step: Tensor, steps: int) -> Tensor:
-    """Largest error of fp32 parameters after `steps` updates, given float64 values.
-
-    Args:
-        param: the parameter, float64.
-        step: sum of the magnitudes of the updates so far, float64.
-        steps: updates.
-    """
-    return STEP_ROUNDINGS * steps * U * (param.abs() + step) + TINY
-
-
 def equal_bits(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors are the same to the bit; NaN equals NaN, -0 does not equal 0."""
     if a.dtype != b.dtype or a.shape != b.shape:
         return False
     integers = {8: torch.int64, 4: torch.int32, 2: torch.int16}[a.element_size()]
     return torch.equal(a.contiguous().view(integers), b.contiguous().view(integers))
+
+
+def update_bound(param: Tensor, moved: Tensor, n: int, updates: int) -> Tensor:
+    """Largest error of fp32 (master) parameters after windows of micro-batches.
+
+    For gradients and decay terms that do not cancel, the mean has a relative error of at most
+    gamma(n + 4); rules then divide a first moment by the root of a second, which at most doubles
+    it, and Adam's moments carry it on to every later update. Each update adds its own roundings.
+
+    Args:
+        param: the parameter, float64.
+        moved: sum of the magnitudes of its updates, float64.
+        n: micro-batches per window.
+        updates: windows.
+    """
+    gradient = 2 * gamma(n + 4) * moved
+    return gradient + STEP_ROUNDINGS * updates * U * (param.abs() + moved) + TINY
