@@ -32,7 +32,8 @@ class Collector:
     Args:
         backend: runs the launches.
         window: gives each micro-batch its scale.
-        bucket_bytes: the queue is added when it would hold more bytes of gradients than this.
+        bucket_bytes: fresh gradients take no more than this, with the one that autograd is making
+            (or half of it and one gradient, where that is more).
         wants_norm: whether updates need the norm, so that the last accumulation leaves its sums.
         master_weights: see `FusedAccumOptimizer`.
     """
@@ -53,7 +54,8 @@ class Collector:
         self.partials: Tensor | None = None
         self.failed: str | None = None  # why the open window cannot be used
         self.n_cells = 0
-        self.bucket_bytes = bucket_bytes
+        self._bucket_bytes = bucket_bytes
+        self._queue_bytes = bucket_bytes
         self._master_weights = master_weights
         self._open: set[int] = set()  # graph tasks of backwards that have not ended
         self._queue: list[Segment] = []
@@ -83,6 +85,8 @@ class Collector:
             self.segments[param] = segment
             self._hook(segment)
         self.partials = None  # made again, larger, when first needed
+        largest = max(s.nbytes for s in self.segments.values())
+        self._queue_bytes = self._bucket_bytes - min(largest, self._bucket_bytes // 2)
 
     def _hook(self, segment: Segment) -> None:
         param = segment.param
@@ -127,7 +131,7 @@ class Collector:
         elif grad is None and self.window.steps is None:
             segment.filled = False  # zero_grad(), the optimizer's or the model's
         param.grad = None
-        if self._queue and self._queued_bytes + segment.nbytes > self.bucket_bytes:
+        if self._queue and self._queued_bytes + segment.nbytes > self._queue_bytes:
             self.flush()
         segment.pending = True
         self._queue.append(segment)
@@ -151,8 +155,14 @@ class Collector:
         for segment in queue:
             segment.pending = False
             grad = segment.param.grad
-            if grad is not None:
-                fresh.append((segment, grad))
+            if grad is None:
+                continue  # its gradient was undefined: nothing to add
+            if grad.shape != segment.shape:
+                raise RuntimeError(
+                    f"a parameter changed after it was wrapped ({segment.difference()}): call "
+                    "zero_grad() after changing the model, or wrap after it"
+                )
+            fresh.append((segment, grad))
         self._add(fresh, self.window.scale())
 
     def adopt(self, segment: Segment, grad: Tensor) -> None:

@@ -275,9 +275,9 @@ class FusedAccumOptimizer(SharingOptimizer):
         Returns:
             The L2 norm of the mean gradient so far, 0-d fp32 on the device.
         """
-        self._next_max_norm = arguments.check_positive("max_norm", max_norm)
-        self._collector.check()
-        self._collector.adopt_assigned()
+        max_norm = arguments.check_positive("max_norm", max_norm)
+        self._collect()
+        self._next_max_norm = max_norm
         if not self._collector.segments:
             return torch.zeros(())
         total = self._collector.sums_of_squares().double().sum()

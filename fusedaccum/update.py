@@ -192,6 +192,10 @@ class Updater:
         for param, master in masters.items():
             if param in state:
                 state[master] = state.pop(param)
+                # Made in the parameter's dtype, by a constructor (Adagrad) or by a plain run.
+                for name, value in state[master].items():
+                    if isinstance(value, Tensor) and value.dim() and value.dtype == param.dtype:
+                        state[master][name] = value.float()
         for group in groups:
             group["params"] = [masters.get(p, p) for p in group["params"]]
         try:

@@ -1,0 +1,329 @@
+"""Every misuse gets an error that names it, and nothing is lost: no half-applied update."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fusedaccum import FusedAccumOptimizer
+from tests.cases import Gradients, small_model
+from tests.tolerances import equal_bits
+
+
+def sgd(model: torch.nn.Module, lr: float = 1.0) -> torch.optim.SGD:
+    return torch.optim.SGD(model.parameters(), lr=lr)
+
+
+@pytest.mark.parametrize(
+    ("steps", "error", "words"),
+    [
+        (0, ValueError, "got 0"),
+        (-3, ValueError, "got -3"),
+        (2.0, TypeError, "float"),
+        ("4", TypeError, "'4'"),
+        (True, TypeError, "True"),
+    ],
+)
+def test_accumulation_steps(steps: Any, error: type[Exception], words: str) -> None:
+    model = small_model()
+    with pytest.raises(error, match=words):
+        FusedAccumOptimizer(sgd(model), steps)
+    assert all(p.grad_dtype == torch.float32 for p in model.parameters())
+
+
+@pytest.mark.parametrize("value", [0, -1.0, float("nan"), "1", True])
+def test_max_grad_norm(value: Any) -> None:
+    if value == "1":
+        value = "one"
+    with pytest.raises(ValueError, match="max_grad_norm must be a positive number"):
+        FusedAccumOptimizer(sgd(small_model()), 2, max_grad_norm=value)
+
+
+def test_what_is_wrapped() -> None:
+    opt = FusedAccumOptimizer(sgd(small_model()))
+    with pytest.raises(TypeError, match="already"):
+        FusedAccumOptimizer(opt)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="generator"):
+        FusedAccumOptimizer(small_model().parameters())  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="differentiable"):
+        params = small_model().parameters()
+        FusedAccumOptimizer(torch.optim.AdamW(params, differentiable=True))
+
+
+def test_bitsandbytes_is_refused_with_the_reason() -> None:
+    kind = type("AdamW8bit", (torch.optim.AdamW,), {"__module__": "bitsandbytes.optim.adamw"})
+    with pytest.raises(ValueError, match="gradient's dtype alone"):
+        FusedAccumOptimizer(kind(small_model(torch.bfloat16).parameters()))
+
+
+def test_options() -> None:
+    with pytest.raises(ValueError, match="'half'"):
+        FusedAccumOptimizer(sgd(small_model()), master_weights="half")
+    with pytest.raises(ValueError, match="float16"):
+        FusedAccumOptimizer(sgd(small_model(torch.float16)), master_weights="split")
+    with pytest.raises(ValueError, match="'cuda'"):
+        FusedAccumOptimizer(sgd(small_model()), backend="cuda")
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.float64])
+def test_dtypes_that_cannot_be_accumulated(dtype: torch.dtype) -> None:
+    """All parameters are checked before any is touched."""
+    good = torch.nn.Parameter(torch.zeros(3, dtype=torch.bfloat16))
+    bad = torch.nn.Parameter(torch.zeros(4, dtype=dtype))
+    with pytest.raises(TypeError, match=rf"\['params'\]\[1\] of shape \(4,\) has dtype {dtype}"):
+        FusedAccumOptimizer(torch.optim.SGD([good, bad], lr=1.0))
+    assert good.grad_dtype == torch.bfloat16
+    (good * 1).sum().backward()
+    assert good.grad is not None and good.grad.dtype == torch.bfloat16
+
+
+def test_integer_parameters_have_no_gradient() -> None:
+    """They cannot require one, so they are left alone, as torch leaves them."""
+    count = torch.nn.Parameter(torch.zeros(4, dtype=torch.int64), requires_grad=False)
+    weight = torch.nn.Parameter(torch.zeros(3))
+    opt = FusedAccumOptimizer(torch.optim.SGD([count, weight], lr=1.0), 1)
+    weight.sum().backward()
+    opt.step()
+    assert weight.tolist() == [-1.0] * 3 and count.tolist() == [0] * 4
+
+
+def test_two_devices_and_no_device() -> None:
+    a = torch.nn.Parameter(torch.zeros(3))
+    meta = torch.nn.Parameter(torch.zeros(3, device="meta"))
+    for params in ([a, meta], [meta, a], [meta]):
+        with pytest.raises(ValueError, match="meta"):
+            FusedAccumOptimizer(torch.optim.SGD(params, lr=1.0))
+
+
+@pytest.mark.gpu
+def test_cpu_and_gpu_parameters() -> None:
+    a = torch.nn.Parameter(torch.zeros(3))
+    b = torch.nn.Parameter(torch.zeros(3, device="cuda"))
+    with pytest.raises(ValueError, match=r"on cuda:0 but others are on cpu"):
+        FusedAccumOptimizer(torch.optim.SGD([a, b], lr=1.0))
+
+
+def test_parameters_with_gaps() -> None:
+    sparse = torch.nn.Parameter(torch.zeros(4, 6)[:, ::2])
+    with pytest.raises(ValueError, match="dense"):
+        FusedAccumOptimizer(torch.optim.SGD([sparse], lr=1.0))
+
+
+def test_a_group_that_is_refused_is_not_added() -> None:
+    opt = FusedAccumOptimizer(sgd(small_model()))
+    with pytest.raises(TypeError, match="complex64"):
+        bad = torch.nn.Parameter(torch.zeros(2, dtype=torch.complex64))
+        opt.add_param_group({"params": [bad]})
+    assert len(opt.param_groups) == 1
+
+
+@pytest.mark.parametrize("weight", [0, -1, float("nan"), float("inf"), "many", None])
+def test_weights(weight: Any) -> None:
+    model = Gradients([torch.zeros(3)])
+    opt = FusedAccumOptimizer(sgd(model), 2)
+    with (
+        pytest.raises((ValueError, TypeError), match="weight must be"),
+        opt.micro_batch(weight=weight),
+    ):
+        raise AssertionError("the block must not run")
+    with opt.micro_batch(weight=2):  # nothing is broken by the attempt
+        model.backward([torch.ones(3)])
+    opt.step()
+    assert opt.micro_batches == 1
+
+
+def test_a_micro_batch_inside_an_open_one() -> None:
+    model = Gradients([torch.zeros(3)])
+    opt = FusedAccumOptimizer(sgd(model), 2)
+    with opt.micro_batch(weight=3):
+        model.backward([torch.ones(3)])
+    with pytest.raises(RuntimeError, match=r"call step\(\) after"), opt.micro_batch(weight=1):
+        pass
+    opt.step()
+    with opt.micro_batch(weight=1):
+        model.backward([torch.full((3,), 5.0)])
+    opt.step()
+    assert model.params[0].tolist() == [-2.0] * 3
+
+
+@pytest.mark.parametrize("owner", [3, None])
+@pytest.mark.parametrize("weighted_first", [True, False])
+def test_weights_for_some_micro_batches_only(owner: int | None, weighted_first: bool) -> None:
+    model = Gradients([torch.zeros(3)])
+    opt = FusedAccumOptimizer(sgd(model), owner)
+    for weighted in (weighted_first, not weighted_first):
+        bad = weighted is not weighted_first
+        try:
+            if weighted:
+                with opt.micro_batch(weight=2):
+                    model.backward([torch.ones(3)])
+            else:
+                model.backward([torch.ones(3)])
+            assert not bad
+        except RuntimeError as error:
+            assert bad and "micro_batch" in str(error)
+            break
+        if owner:
+            opt.step()
+    else:
+        raise AssertionError("the mixture went unnoticed")
+    assert model.params[0].tolist() == [0.0] * 3
+
+
+class Explodes(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        raise MemoryError("out of memory")
+
+
+@pytest.mark.parametrize("owner", [2, None])
+@pytest.mark.parametrize("bucket", [1e-6, 128])
+def test_a_backward_that_raised_half_way(owner: int | None, bucket: float) -> None:
+    model = small_model(torch.bfloat16)
+    before = [p.detach().clone() for p in model.parameters()]
+    opt = FusedAccumOptimizer(sgd(model), owner, bucket_cap_mb=bucket)
+    x = torch.randn(3, 7, dtype=torch.bfloat16)
+    if owner:
+        model(x).sum().backward()
+        opt.step()
+    hidden = model[:3](x)
+    with pytest.raises(MemoryError):
+        model[3:](Explodes.apply(hidden)).sum().backward()
+    for action in (opt.step, opt.step, opt.state_dict, lambda: opt.clip_grad_norm_(1.0)):
+        with pytest.raises(RuntimeError, match=r"raised before .*zero_grad\(\)"):
+            action()
+    for a, b in zip(before, model.parameters(), strict=True):
+        assert equal_bits(a, b.detach())
+    if owner:
+        with pytest.warns(RuntimeWarning, match="1 closed micro-batches"):
+            opt.zero_grad()
+    else:
+        opt.zero_grad()
+    assert opt.micro_batches == 0 and all(p.grad is None for p in model.parameters())
+    clean = small_model(torch.bfloat16)
+    other = FusedAccumOptimizer(sgd(clean), owner)
+    for _ in range(owner or 1):
+        for net, optimizer in ((model, opt), (clean, other)):
+            net(x).sum().backward()
+            optimizer.step()
+    for a, b in zip(model.parameters(), clean.parameters(), strict=True):
+        assert equal_bits(a.detach(), b.detach())
+
+
+def test_a_block_that_raised_after_its_backward() -> None:
+    model = Gradients([torch.zeros(3)])
+    opt = FusedAccumOptimizer(sgd(model), 2)
+    with pytest.raises(KeyError), opt.micro_batch(weight=2):
+        model.backward([torch.ones(3)])
+        raise KeyError("logging")
+    with pytest.raises(RuntimeError, match="raised after its backward"):
+        opt.step()
+    opt.zero_grad()
+    with pytest.raises(KeyError), opt.micro_batch(weight=2):
+        raise KeyError("in the forward: nothing arrived, nothing is lost")
+    for _ in range(2):
+        with opt.micro_batch(weight=2):
+            model.backward([torch.ones(3)])
+        opt.step()
+    assert model.params[0].tolist() == [-1.0] * 3
+
+
+def test_zero_grad_between_backward_and_step() -> None:
+    """One micro-batch cannot be taken out of the sum again: the window goes, and says so."""
+    model = Gradients([torch.zeros(3)])
+    opt = FusedAccumOptimizer(sgd(model), 3)
+    model.backward([torch.ones(3)])
+    opt.zero_grad()  # the first of its window: nothing else is lost, so no warning
+    model.backward([torch.ones(3)])
+    opt.step()
+    model.backward([torch.full((3,), float("nan"))])
+    with pytest.warns(RuntimeWarning, match="1 closed micro-batches"):
+        opt.zero_grad()
+    for _ in range(3):
+        model.backward([torch.full((3,), 2.0)])
+        opt.step()
+    assert model.params[0].tolist() == [-2.0] * 3
+
+
+@pytest.mark.parametrize("change", ["dtype", "shape"])
+def test_a_parameter_that_changed_is_not_ignored(change: str) -> None:
+    model = small_model()
+    opt = FusedAccumOptimizer(sgd(model), 2)
+    x = torch.randn(3, 7)
+    model(x).sum().backward()
+    opt.step()
+    if change == "dtype":
+        model.to(torch.bfloat16)
+        model(x.bfloat16()).sum().backward()
+        expected = "dtype changed from .* lost their hooks"
+    else:
+        model[5].bias.data = torch.zeros(1, 5)
+        with pytest.raises(RuntimeError, match=r"shape changed from \(5,\) to \(1, 5\)"):
+            model(x).sum().backward()
+        expected = r"zero_grad\(\)"
+    before = [p.detach().clone() for p in model.parameters()]
+    with pytest.raises(RuntimeError, match=expected):
+        opt.step()
+    for a, b in zip(before, model.parameters(), strict=True):
+        assert equal_bits(a, b.detach())
+
+
+@pytest.mark.parametrize("owner", [2, None])
+def test_a_converted_model_is_taken_up_again_by_zero_grad(owner: int | None) -> None:
+    """`model.to()` after wrapping, then a loop that begins with zero_grad(): nothing is lost."""
+    moved, direct = small_model(), small_model()
+    x = torch.randn(4, 7)
+    opt = FusedAccumOptimizer(torch.optim.AdamW(moved.parameters(), lr=0.1), owner)
+    other = FusedAccumOptimizer(torch.optim.AdamW(direct.parameters(), lr=0.1), owner)
+
+    def window(model: torch.nn.Module, optimizer: Any, x: Tensor) -> None:
+        for _ in range(owner or 1):
+            model(x).float().sum().backward()
+            optimizer.step()
+
+    window(moved, opt, x)
+    window(direct, other, x)
+    moved.to(torch.bfloat16)
+    direct.to(torch.bfloat16)
+    state = other.state_dict()
+    fresh = FusedAccumOptimizer(torch.optim.AdamW(direct.parameters(), lr=0.1), owner)
+    fresh.load_state_dict(state)
+    for _ in range(2):
+        for model, optimizer in ((moved, opt), (direct, fresh)):
+            optimizer.zero_grad()
+            window(model, optimizer, x.bfloat16())
+    for a, b in zip(moved.parameters(), direct.parameters(), strict=True):
+        assert a.dtype == torch.bfloat16
+        assert equal_bits(a.detach(), b.detach())
+    assert "split master" in repr(opt)
+
+
+def test_detach_and_flush_refuse_what_would_lose_gradients() -> None:
+    model = Gradients([torch.zeros(3)])
+    opt = FusedAccumOptimizer(sgd(model), 2)
+    model.backward([torch.ones(3)])
+    opt.step()
+    with pytest.raises(RuntimeError, match="1 micro-batches"):
+        opt.detach()
+    loop = FusedAccumOptimizer(sgd(Gradients([torch.zeros(3)])))
+    with pytest.raises(RuntimeError, match="the loop owns the window"):
+        loop.flush()
+
+
+def test_lbfgs() -> None:
+    model = small_model()
+    with pytest.raises(ValueError, match="gradient_accumulation_steps=2"):
+        FusedAccumOptimizer(torch.optim.LBFGS(model.parameters()), 2)
+    with pytest.raises(ValueError, match="float32"):
+        FusedAccumOptimizer(torch.optim.LBFGS(small_model(torch.bfloat16).parameters()))
+    with pytest.raises(ValueError, match="max_grad_norm"):
+        FusedAccumOptimizer(torch.optim.LBFGS(model.parameters()), max_grad_norm=1.0)
+    with pytest.raises(TypeError, match="closure"):
+        FusedAccumOptimizer(torch.optim.LBFGS(model.parameters())).step()
