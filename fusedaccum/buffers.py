@@ -29,17 +29,17 @@ class Block:
             self._offsets.append(end)
             end += -(-param.numel() // ALIGNMENT) * ALIGNMENT
         self._numel = end
-        self._flats: dict[str, Tensor] = {}
+        self._flats: dict[tuple[str, torch.dtype], Tensor] = {}
 
     def view(self, name: str, index: int, dtype: torch.dtype, *, zeroed: bool) -> Tensor:
         """Parameter `index`'s part of the flat tensor `name`, which is made on first use.
 
         With `zeroed` the flat tensor starts as zeros, else as whatever the memory held.
         """
-        flat = self._flats.get(name)
+        flat = self._flats.get((name, dtype))
         if flat is None:
             make = torch.zeros if zeroed else torch.empty
-            flat = self._flats[name] = make(self._numel, dtype=dtype, device=self.device)
+            flat = self._flats[name, dtype] = make(self._numel, dtype=dtype, device=self.device)
         shape, stride = self._sizes[index]
         return flat.as_strided(shape, stride, self._offsets[index])
 

@@ -77,13 +77,15 @@ class Collector:
                     f"{name} is on {param.device} but others are on {device}; one wrapper serves "
                     "one device: make an optimizer, and wrap it, for each device"
                 )
-        block = Block([param for _, param in named])
-        for position, (_, param) in enumerate(named):
-            kind = master_kind(self._master_weights, param.dtype)
-            segment = Segment(param, block, position, len(self.segments), self.n_cells, kind)
-            self.n_cells += segment.n_cells
-            self.segments[param] = segment
-            self._hook(segment)
+        for dtype in dict.fromkeys(param.dtype for _, param in named):
+            kind = master_kind(self._master_weights, dtype)
+            params = [param for _, param in named if param.dtype is dtype]
+            block = Block(params)
+            for position, param in enumerate(params):
+                segment = Segment(param, block, position, len(self.segments), self.n_cells, kind)
+                self.n_cells += segment.n_cells
+                self.segments[param] = segment
+                self._hook(segment)
         self.partials = None  # made again, larger, when first needed
         largest = max(s.nbytes for s in self.segments.values())
         self._queue_bytes = self._bucket_bytes - min(largest, self._bucket_bytes // 2)
