@@ -74,10 +74,17 @@ def case_id(value: object) -> str | None:
     return None
 
 
-def tensor(n: int, dtype: torch.dtype = torch.float32, *, offset: int = 0, seed: int = 0) -> Tensor:
+def tensor(
+    n: int,
+    dtype: torch.dtype = torch.float32,
+    *,
+    offset: int = 0,
+    seed: int = 0,
+    device: str | torch.device = "cpu",
+) -> Tensor:
     """`n` normal numbers; `offset` elements from the allocation's start, so unaligned if odd."""
     generator = torch.Generator().manual_seed(1000 * seed + n)
-    memory = torch.empty(n + offset, dtype=dtype)
+    memory = torch.empty(n + offset, dtype=dtype, device=device)
     values = memory[offset:]
     values.copy_(torch.randn(n, generator=generator))
     return values
@@ -126,6 +133,4 @@ class Gradients(torch.nn.Module):
         """A backward that gives each parameter exactly its gradient; None: it is not used."""
         pairs = [(p, g) for p, g in zip(self.params, grads, strict=True) if g is not None]
         if pairs:
-            torch.autograd.backward(
-                [p.view_as(p) for p, _ in pairs], [g.to(p.dtype) for p, g in pairs]
-            )
+            torch.autograd.backward([p.view_as(p) for p, _ in pairs], [g.to(p) for p, g in pairs])

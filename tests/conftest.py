@@ -8,12 +8,10 @@ import hypothesis
 import pytest
 import torch
 
-HAS_CUDA = torch.cuda.is_available()
-
 # Triton reads this when a kernel is decorated, so it must be set before any test module imports
-# one. Without a GPU the kernels then run in Triton's interpreter.
-if not HAS_CUDA:
-    os.environ.setdefault("TRITON_INTERPRET", "1")
+# one. The kernels run in Triton's interpreter, on the CPU, unless the environment says 0: then the
+# tests marked gpu run, on the GPU (`make gpu`).
+INTERPRETED = os.environ.setdefault("TRITON_INTERPRET", "1") == "1"
 
 # pytest-xdist starts several workers: each takes its share of the cores, or they would fight.
 _WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
@@ -25,18 +23,18 @@ hypothesis.settings.register_profile("house", deadline=None, derandomize="CI" in
 hypothesis.settings.load_profile("house")
 
 
-if os.environ.get("TRITON_INTERPRET") == "1":
+if INTERPRETED:
     from tests import interpreter
 
     interpreter.install()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if HAS_CUDA:
+    if not INTERPRETED and torch.cuda.is_available():
         return
     for item in items:
         if item.get_closest_marker("gpu"):
-            item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU and TRITON_INTERPRET=0"))
 
 
 @pytest.fixture(autouse=True)

@@ -35,6 +35,7 @@ class Run:
     missing: float  # share of gradients that do not arrive
     backend: str
     seed: int
+    device: str = "cpu"
 
 
 @st.composite
@@ -76,7 +77,7 @@ def run(r: Run, *, assumed_n: int | None = None, assumed_case: Case | None = Non
         ((1 + torch.rand(s, generator=generator)) * sign * (-1 if maximize else 1)).to(r.dtype)
         for s, sign in zip(r.shapes, signs, strict=True)
     ]
-    model = Gradients(starts)
+    model = Gradients(starts).to(r.device)
     opt = FusedAccumOptimizer(
         r.case.make(model.parameters()),
         r.n,
@@ -125,8 +126,8 @@ def run(r: Run, *, assumed_n: int | None = None, assumed_case: Case | None = Non
         theirs.step()
         moved = [m + (p.detach() - b).abs() for m, p, b in zip(moved, exact, before, strict=True)]
     state = opt.state_dict()["state"]
-    visible = [p.detach() for p in model.params]
-    precise = [state.get(i, {}).get("master_param", p) for i, p in enumerate(visible)]
+    visible = [p.detach().cpu() for p in model.params]
+    precise = [state.get(i, {}).get("master_param", p).cpu() for i, p in enumerate(visible)]
     return Outcome(precise, visible, [p.detach() for p in exact], moved, r.windows)
 
 
@@ -156,6 +157,14 @@ def test_windows_equal_big_batches(r: Run) -> None:
 @settings(max_examples=25)
 @given(runs(backend="triton", max_dim=5))
 def test_windows_equal_big_batches_in_the_kernels(r: Run) -> None:
+    assert violation(r, run(r)) <= 1
+
+
+@pytest.mark.gpu
+@settings(max_examples=100)
+@given(runs(backend="triton", max_dim=40))
+def test_windows_equal_big_batches_on_a_gpu(r: Run) -> None:
+    r.device = "cuda"
     assert violation(r, run(r)) <= 1
 
 
@@ -213,18 +222,23 @@ def test_cancelling_gradients_stay_within_the_bound() -> None:
 
 @pytest.mark.parametrize("n", [1, 2, 4, 8, 16, 32])
 @pytest.mark.parametrize("dtype", DTYPES, ids=case_id)
-@pytest.mark.parametrize("backend", ["torch", "triton"])
-def test_bit_equal_to_native_fp32_accumulation(n: int, dtype: torch.dtype, backend: str) -> None:
+@pytest.mark.parametrize(
+    ("backend", "device"),
+    [("torch", "cpu"), ("triton", "cpu"), pytest.param("triton", "cuda", marks=pytest.mark.gpu)],
+)
+def test_bit_equal_to_native_fp32_accumulation(
+    n: int, dtype: torch.dtype, backend: str, device: str
+) -> None:
     """For N a power of two, scaling commutes with every rounding."""
     torch.manual_seed(n)
-    start = torch.randn(37, 11)
+    start = torch.randn(37, 11, device=device)
     ours, native = Gradients([start.to(dtype)]), Gradients([start.to(dtype)])
     opt = FusedAccumOptimizer(torch.optim.SGD(ours.parameters(), lr=0.0), n, backend=backend)
     theirs = native.params[0]
     theirs.grad_dtype = None
-    theirs.grad = torch.zeros(37, 11)
+    theirs.grad = torch.zeros_like(start)
     for _ in range(n):
-        grad = torch.randn(37, 11).to(dtype)
+        grad = torch.randn_like(start).to(dtype)
         ours.backward([grad])
         native.backward([grad])
         opt.step()

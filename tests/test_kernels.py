@@ -31,11 +31,14 @@ from tests.cases import (
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(params=["triton", "compiled", "aten"])
+@pytest.fixture(params=["triton", "compiled", "aten", pytest.param("gpu", marks=pytest.mark.gpu)])
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A backend, and which it is: it says how exactly it rounds."""
     if request.param == "aten":
         WithoutCompiler(monkeypatch)
-    yield backends.get("triton" if request.param == "triton" else "torch", CPU), request.param
+    device = torch.device("cuda", 0) if request.param == "gpu" else CPU
+    name = "triton" if request.param in ("triton", "gpu") else "torch"
+    yield backends.get(name, device), request.param
     forget_compiled()
 
 
@@ -54,20 +57,25 @@ def cells_of(tensors: list[Tensor]) -> tuple[list[int], int]:
 def test_accumulate(
     backend: Any, dtype: torch.dtype, offset: int, first: bool, with_norm: bool
 ) -> None:
-    runner, _ = backend
-    accs = [tensor(n, offset=offset, seed=1) for n in SIZES]
-    grads = [tensor(n, dtype, offset=offset, seed=2) for n in SIZES]
+    runner, kind = backend
+    device = runner.device
+    accs = [tensor(n, offset=offset, seed=1, device=device) for n in SIZES]
+    grads = [tensor(n, dtype, offset=offset, seed=2, device=device) for n in SIZES]
+    magnitudes = [a.abs() + 0.3 * g.float().abs() for a, g in zip(accs, grads, strict=True)]
     expected = [reference.accumulate(a, g, 0.3, first) for a, g in zip(accs, grads, strict=True)]
     if first:
         for acc in accs:
             acc.fill_(math.nan)  # a store must not read what was there
     cells, end = cells_of(accs)
-    partials = torch.full((end,), math.nan) if with_norm else None
+    partials = torch.full((end,), math.nan, device=device) if with_norm else None
     runner.accumulate(accs, grads, 0.3, first, partials, cells)
-    for acc, reference_acc in zip(accs, expected, strict=True):
-        assert tolerances.equal_bits(acc, reference_acc)
+    for acc, reference_acc, magnitude in zip(accs, expected, magnitudes, strict=True):
+        if kind == "gpu":  # one rounding fewer where the compiler fuses the product and the sum
+            assert ((acc - reference_acc).abs() <= 2 * tolerances.U * magnitude).all()
+        else:
+            assert tolerances.equal_bits(acc, reference_acc)
     if partials is not None:
-        norm = partials.double().sum().sqrt()
+        norm = partials.double().sum().sqrt().cpu()
         torch.testing.assert_close(
             norm, reference.global_norm(expected), rtol=tolerances.NORM_RTOL, atol=0
         )
@@ -76,8 +84,8 @@ def test_accumulate(
 @pytest.mark.parametrize("dtype", GRAD_DTYPES, ids=case_id)
 def test_mixed_dtypes_in_one_call(backend: Any, dtype: torch.dtype) -> None:
     runner, _ = backend
-    accs = [torch.zeros(5), torch.zeros(3000)]
-    grads = [tensor(5, torch.float32), tensor(3000, dtype)]
+    accs = [torch.zeros(n, device=runner.device) for n in (5, 3000)]
+    grads = [tensor(5, device=runner.device), tensor(3000, dtype, device=runner.device)]
     runner.accumulate(accs, grads, 1.0, True)
     for acc, grad in zip(accs, grads, strict=True):
         assert torch.equal(acc, grad.float())
@@ -86,9 +94,9 @@ def test_mixed_dtypes_in_one_call(backend: Any, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_nonfinite_shows_in_the_sums(backend: Any, value: float) -> None:
     runner, _ = backend
-    accs, grads = [torch.zeros(10_007)], [tensor(10_007)]
+    accs, grads = ([tensor(10_007, device=runner.device)] for _ in range(2))
     grads[0][9_999] = value
-    partials = torch.zeros(2)
+    partials = torch.zeros(2, device=runner.device)
     runner.accumulate(accs, grads, 1.0, False, partials, [0])
     assert partials[0].isfinite() and not partials[1].isfinite()
 
@@ -97,12 +105,12 @@ def test_nonfinite_shows_in_the_sums(backend: Any, value: float) -> None:
 @pytest.mark.parametrize("dtype", GRAD_DTYPES, ids=case_id)
 def test_sum_of_squares(backend: Any, dtype: torch.dtype, offset: int) -> None:
     runner, _ = backend
-    tensors = [tensor(n, dtype, offset=offset) for n in SIZES]
+    tensors = [tensor(n, dtype, offset=offset, device=runner.device) for n in SIZES]
     cells, end = cells_of(tensors)
-    partials = torch.full((end,), math.nan)
+    partials = torch.full((end,), math.nan, device=runner.device)
     runner.sum_of_squares(tensors, partials, cells)
     torch.testing.assert_close(
-        partials.double().sum().sqrt(),
+        partials.double().sum().sqrt().cpu(),
         reference.global_norm(tensors),
         rtol=tolerances.NORM_RTOL,
         atol=0,
@@ -112,25 +120,27 @@ def test_sum_of_squares(backend: Any, dtype: torch.dtype, offset: int) -> None:
 HYPER = {"adam": (1e-2, 0.9, 0.999, 1e-8, 0.1), "sgd": (1e-2, 0.9, 0.2, 0.1)}
 
 
-def make_batch(rule_name: str, dtype: torch.dtype, master: str, offset: int) -> StepBatch:
+def make_batch(
+    rule_name: str, dtype: torch.dtype, master: str, offset: int, device: torch.device = CPU
+) -> StepBatch:
     rule = RULES[rule_name]
     batch = StepBatch(rule, master)
+
+    def make(n: int, kind: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+        return tensor(n, kind, offset=offset, seed=seed, device=device)
+
     for row, n in enumerate(SIZES):
-        param = tensor(n, dtype, offset=offset, seed=3)
+        param = make(n, dtype, seed=3)
         batch.params.append(param)
-        batch.accs.append(tensor(n, offset=offset, seed=4))
-        batch.states.append(tuple(tensor(n, offset=offset).zero_() for _ in rule.states))
+        batch.accs.append(make(n, seed=4))
+        batch.states.append(tuple(make(n).zero_() for _ in rule.states))
         batch.rows.append(row)
         batch.groups.append(row % 2)
         if master == "split":
-            low = tensor(n, torch.float32, seed=5).mul(1000).clamp(-32767, 32767)
-            memory = torch.empty(n + offset, dtype=torch.int16)
-            memory[offset:] = low.to(torch.int16)
-            batch.masters.append(memory[offset:])
+            low = make(n, seed=5).mul(1000).clamp(-32767, 32767)
+            batch.masters.append(make(n, torch.int16).copy_(low))
         elif master == "fp32":
-            full = tensor(n, offset=offset)
-            full.copy_(param)
-            batch.masters.append(full)
+            batch.masters.append(make(n).copy_(param))
     return batch
 
 
@@ -169,21 +179,22 @@ def contents(batch: StepBatch) -> list[Tensor]:
 @pytest.mark.parametrize("rule", RULES)
 def test_step(backend: Any, rule: str, dtype: torch.dtype, master: str, offset: int) -> None:
     runner, kind = backend
-    ours, theirs = (make_batch(rule, dtype, master, offset) for _ in range(2))
+    ours, theirs = (make_batch(rule, dtype, master, offset, runner.device) for _ in range(2))
     family = RULES[rule].family
     hyper = [(1.0, *HYPER[family.name]), (-1.0, 3e-3, *HYPER[family.name][1:])]
-    scalars = UpdateScalars(len(SIZES), family.n_scalars, CPU)
+    scalars = UpdateScalars(len(SIZES), family.n_scalars, runner.device)
     for step in (1, 2, 3):
         request = UpdateRequest(family, hyper, None, 0.7, None, True)
         runner.finalize(request, [ours], scalars)
         runner.step(ours, scalars)
         run_reference(theirs, hyper, 0.7, step)
     assert scalars.steps.tolist() == [3.0] * len(SIZES)
+    exactly = kind in ("triton", "compiled") and RULES[rule].family.name == "sgd"
     for mine, reference_tensor in zip(contents(ours), contents(theirs), strict=True):
-        if kind == "aten" or mine.dtype != torch.float32:
-            # Remainders are compared through the masters below.
-            continue
-        assert_same(mine, reference_tensor)
+        if exactly:
+            assert tolerances.equal_bits(mine, reference_tensor)
+        elif mine.dtype != torch.int16:  # remainders are compared through the masters below
+            assert_same(mine, reference_tensor)
     for i in range(len(SIZES)):
         assert_same(precise(ours, i), precise(theirs, i))
 
@@ -195,8 +206,8 @@ def precise(batch: StepBatch, i: int) -> Tensor:
 
 
 def assert_same(a: Tensor, b: Tensor) -> None:
-    """Within ATen's sqrt; in a low dtype that may be one rounding boundary away."""
-    u = tolerances.ATEN_SQRT_RTOL
+    """Within a rule's few roundings; a low dtype may be one rounding boundary away."""
+    u = tolerances.STEP_ROUNDINGS * tolerances.U
     if a.dtype != torch.float32:
         u = 2 * torch.finfo(a.dtype).eps
     torch.testing.assert_close(a.double(), b.double(), rtol=u, atol=u)
@@ -224,13 +235,13 @@ def test_interpreter_and_compiled_loops_agree_to_the_bit(rule: str) -> None:
 
 def test_an_fp32_master_gives_way_to_a_written_parameter(backend: Any) -> None:
     runner, _ = backend
-    batch = make_batch("sgd", torch.bfloat16, "fp32", 0)
+    batch = make_batch("sgd", torch.bfloat16, "fp32", 0, runner.device)
     for master in batch.masters:
         master.add_(1.0)  # as if the parameters had been overwritten since
-    other = make_batch("sgd", torch.bfloat16, "fp32", 0)
+    other = make_batch("sgd", torch.bfloat16, "fp32", 0, runner.device)
     family = RULES["sgd"].family
     for each in (batch, other):
-        scalars = UpdateScalars(len(SIZES), family.n_scalars, CPU)
+        scalars = UpdateScalars(len(SIZES), family.n_scalars, runner.device)
         hyper = [(1.0, *HYPER["sgd"])] * 2
         runner.finalize(UpdateRequest(family, hyper, None, 1.0, None, True), [each], scalars)
         runner.step(each, scalars)
@@ -245,9 +256,9 @@ def test_finalize(backend: Any, max_norm: float | None, value: float, skip: bool
     runner, _ = backend
     batch = StepBatch(RULES["adamw"], "none")
     batch.rows, batch.groups = [0, 2], [0, 1]
-    scalars = UpdateScalars(3, 8, CPU)
+    scalars = UpdateScalars(3, 8, runner.device)
     scalars.steps += 4
-    partials = torch.tensor([4.0, 12.0 * value])
+    partials = torch.tensor([4.0, 12.0 * value], device=runner.device)
     hyper = [(1.0, *HYPER["adam"]), (-1.0, *HYPER["adam"])]
     request = UpdateRequest(RULES["adamw"].family, hyper, partials, 0.25, max_norm, skip)
     runner.finalize(request, [batch], scalars)
@@ -267,11 +278,12 @@ def test_finalize(backend: Any, max_norm: float | None, value: float, skip: bool
 
 def test_a_skipped_step_writes_nothing(backend: Any) -> None:
     runner, _ = backend
-    batch = make_batch("adamw", torch.bfloat16, "split", 0)
+    batch = make_batch("adamw", torch.bfloat16, "split", 0, runner.device)
     before = [t.clone() for t in contents(batch)]
-    scalars = UpdateScalars(len(SIZES), 8, CPU)
+    scalars = UpdateScalars(len(SIZES), 8, runner.device)
     hyper = [(1.0, *HYPER["adam"])] * 2
-    request = UpdateRequest(RULES["adamw"].family, hyper, torch.tensor([math.inf]), 1, None, True)
+    partials = torch.tensor([math.inf], device=runner.device)
+    request = UpdateRequest(RULES["adamw"].family, hyper, partials, 1, None, True)
     runner.finalize(request, [batch], scalars)
     runner.step(batch, scalars)
     for a, b in zip(contents(batch), before, strict=True):

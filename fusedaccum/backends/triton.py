@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import numpy as np
 import torch
@@ -38,6 +40,27 @@ class TritonBackend(TableBackend):
     def __init__(self, device: torch.device) -> None:
         super().__init__(device)
         self._nothing = torch.zeros(1, dtype=torch.float32, device=device)
+
+    def _on_device(self) -> AbstractContextManager[Any]:
+        """Triton launches on the current device, which need not be the tensors'."""
+        if self.device.type == "cuda" and self.device.index != torch.cuda.current_device():
+            return torch.cuda.device(self.device)
+        return nullcontext()
+
+    def accumulate(self, *args: Any, **kwargs: Any) -> None:
+        """See `Backend.accumulate`."""
+        with self._on_device():
+            super().accumulate(*args, **kwargs)
+
+    def sum_of_squares(self, *args: Any, **kwargs: Any) -> None:
+        """See `Backend.sum_of_squares`."""
+        with self._on_device():
+            super().sum_of_squares(*args, **kwargs)
+
+    def step(self, *args: Any, **kwargs: Any) -> None:
+        """See `Backend.step`."""
+        with self._on_device():
+            super().step(*args, **kwargs)
 
     def _launch_accumulate(
         self,
@@ -79,6 +102,12 @@ class TritonBackend(TableBackend):
         self, request: UpdateRequest, batches: Sequence[StepBatch], scalars: UpdateScalars
     ) -> None:
         """See `Backend.finalize`."""
+        with self._on_device():
+            self._finalize(request, batches, scalars)
+
+    def _finalize(
+        self, request: UpdateRequest, batches: Sequence[StepBatch], scalars: UpdateScalars
+    ) -> None:
         pairs = [pair for b in batches for pair in zip(b.rows, b.groups, strict=True)]
         tensors = scalars.tensors.set(np.array(pairs, np.int32))
         family, partials = request.family, request.partials
