@@ -63,9 +63,9 @@ class Collector:
 
     # --- parameters ---
 
-    def attach(self, params: Iterable[tuple[str, Tensor]]) -> None:
+    def attach(self, named_params: Iterable[tuple[str, Tensor]]) -> None:
         """Give each named parameter a segment and a hook. All of them, or none if one is wrong."""
-        named = list(params)
+        named = list(named_params)
         if not named:
             return
         device = next(iter(self.segments.values())).device if self.segments else named[0][1].device
@@ -157,14 +157,15 @@ class Collector:
         for segment in queue:
             segment.pending = False
             grad = segment.param.grad
-            if grad is None:
-                continue  # its gradient was undefined: nothing to add
-            if grad.shape != segment.shape:
+            if grad is None:  # a function gave None for its gradient: what was there stays
+                segment.param.grad = segment.grad if segment.filled else None
+            elif grad.shape != segment.shape:
                 raise RuntimeError(
                     f"a parameter changed after it was wrapped ({segment.difference()}): call "
                     "zero_grad() after changing the model, or wrap after it"
                 )
-            fresh.append((segment, grad))
+            else:
+                fresh.append((segment, grad))
         self._add(fresh, self.window.scale())
 
     def adopt(self, segment: Segment, grad: Tensor) -> None:
@@ -183,30 +184,32 @@ class Collector:
     def _add(self, fresh: list[tuple[Segment, Tensor]], scale: float) -> None:
         """Accumulate gradients: the tensors that start a window, then the others."""
         with_sums = self.wants_norm and (self.window.steps is None or self.window.is_last)
-        for first in (True, False):
-            members = [(s, g) for s, g in fresh if s.filled is not first]
-            if not members:
-                continue
-            grads = []
-            for segment, grad in members:
+        cells = self.cells() if with_sums else None
+        starting: list[tuple[Segment, Tensor]] = []
+        adding: list[tuple[Segment, Tensor]] = []
+        for segment, grad in fresh:
+            if segment.grad is None:
                 segment.allocate()
-                if grad.dtype not in (segment.dtype, torch.float32):
-                    grad = grad.float()
-                grads.append(laid_out_like(grad, segment.acc))
-            self.backend.accumulate(
-                [s.acc for s, _ in members],
-                grads,
-                scale,
-                first,
-                self.cells() if with_sums else None,
-                [s.cell for s, _ in members],
-            )
+            if not (segment.is_contiguous and grad.is_contiguous()):
+                grad = laid_out_like(grad, segment.acc)
+            if grad.dtype is not segment.dtype and grad.dtype is not torch.float32:
+                grad = grad.float()
+            (adding if segment.filled else starting).append((segment, grad))
+        for members, first in ((starting, True), (adding, False)):
+            if members:
+                self.backend.accumulate(
+                    [s.acc for s, _ in members],
+                    [g for _, g in members],
+                    scale,
+                    first,
+                    cells,
+                    [s.cell for s, _ in members],
+                )
         for segment, _ in fresh:
-            assert segment.grad is not None
             segment.filled = segment.arrived = True
-            segment.param.grad = segment.grad
-            segment.sums_version = segment.grad._version if with_sums else None
+            segment.param.grad = shown = segment.grad
             segment.has_sums |= with_sums
+            segment.sums_version = shown._version if with_sums and shown is not None else None
 
     # --- between backwards ---
 

@@ -85,9 +85,9 @@ class Segment:
 
     __slots__ = (
         "__weakref__", "_block", "_position", "acc", "arrived", "cell", "device", "dtype",
-        "filled", "grad", "has_sums", "hook", "kind", "loaded_master", "master", "n_cells",
-        "nbytes", "node", "numel", "param", "param_version", "pending", "row", "shape", "states",
-        "step", "stride", "sums_version",
+        "filled", "grad", "has_sums", "hook", "is_contiguous", "kind", "loaded_master",
+        "master", "n_cells", "nbytes", "node", "numel", "param", "param_version", "pending",
+        "row", "shape", "states", "step", "stride", "sums_version",
     )  # fmt: skip
 
     def __init__(
@@ -96,6 +96,7 @@ class Segment:
         self.param = param
         self.dtype, self.device = param.dtype, param.device
         self.shape, self.stride = param.shape, param.stride()
+        self.is_contiguous = param.is_contiguous()
         self.numel = param.numel()
         self.nbytes = self.numel * param.element_size()
         self._block, self._position = block, position
@@ -132,6 +133,13 @@ class Segment:
     def difference(self) -> str | None:
         """What became of the parameter since it was wrapped, if anything did."""
         param = self.param
+        if (
+            param.dtype is self.dtype
+            and param.shape == self.shape
+            and (param.is_contiguous() if self.is_contiguous else param.stride() == self.stride)
+            and param.device == self.device
+        ):
+            return None  # nearly always, and asked of every parameter at every micro-batch
         if param.dtype is not self.dtype:
             return f"dtype changed from {self.dtype} to {param.dtype}"
         if param.shape != self.shape:

@@ -117,6 +117,32 @@ def test_autograd_grad_leaves_the_accumulators_alone() -> None:
     opt.step()
 
 
+class NoGradient(torch.autograd.Function):
+    """Its backward gives None where a gradient was possible."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> None:
+        return None
+
+
+@pytest.mark.parametrize("owner", [3, None])
+def test_an_undefined_gradient_adds_nothing_and_loses_nothing(owner: int | None) -> None:
+    weight = torch.nn.Parameter(torch.zeros(3))
+    opt = FusedAccumOptimizer(torch.optim.SGD([weight], lr=3.0), owner)
+    for index in range(3):
+        (NoGradient.apply(weight) if index == 1 else weight).sum().backward()
+        if owner:
+            opt.step()
+            opt.zero_grad()
+    if owner is None:
+        opt.step()
+    assert weight.tolist() == [-2.0 if owner else -6.0] * 3
+
+
 def test_backward_with_inputs() -> None:
     def loss(model: Any) -> Tensor:
         out = model(torch.ones(3, 7)).square().sum()
