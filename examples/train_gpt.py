@@ -24,6 +24,7 @@ import json
 import math
 import os
 import platform
+import re
 import shlex
 import statistics
 import subprocess
@@ -143,16 +144,18 @@ class FusedAccum:
 
 
 class ForwardBackward:
-    """The floor under the timings: the same forward and backward, its gradients thrown away."""
+    """The floor under the timings: every gradient is dropped as soon as autograd has made it."""
 
     def __init__(self, model: nn.Module, plan: Plan) -> None:
-        self.model, self.params = model, list(model.parameters())
+        self.model = model
+        for p in model.parameters():
+            p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
 
     def window(self, loader: Batches) -> Tensor:
         losses = []
         for x, y in loader:
             loss = self.model(x, y)
-            torch.autograd.grad(loss, self.params)
+            loss.backward()
             losses.append(loss.detach())
         return torch.stack(losses).mean()
 
@@ -280,7 +283,7 @@ Series = dict[str, list[float]]
 
 
 def train(
-    variants: dict[str, Variant], floor: Variant, sampler: Sampler, plan: Plan
+    variants: dict[str, Variant], floor: Variant, sampler: Sampler, plan: Plan, deadline: float
 ) -> tuple[Series, Series, Series]:
     """Trains all variants window by window, so that they share whatever else the machine does.
 
@@ -303,8 +306,13 @@ def train(
             if "floor" in now:
                 beyond.setdefault(name, []).append(now[name][0] - now["floor"][0])
         if bar:
-            bar.set_postfix({name: f"{losses[name][-1]:.3f}" for name in variants})
+            bar.set_postfix_str(
+                "loss " + " / ".join(f"{losses[name][-1]:.3f}" for name in variants)
+            )
             bar.update()
+        if time.perf_counter() > deadline and beyond:
+            print(f"\nout of time after {step + 1} windows, before the learning rate has decayed")
+            break
     if bar:
         bar.close()
     return losses, seconds, beyond
@@ -338,7 +346,9 @@ def gradient_errors(
 class LiveBytes(TorchDispatchMode):
     """Counts the bytes of live tensors allocated under it, and their peak: for CPUs."""
 
-    live = peak = 0
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.live = self.peak = 0
 
     def add(self, nbytes: int) -> None:
         self.live += nbytes
@@ -422,6 +432,8 @@ PRESETS = {
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    # A model this small gains little from more; on a busy machine, waiting for them takes longest.
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads")
     parser.add_argument("--steps", type=int, help="windows, that is, updates")
     parser.add_argument("--n", type=int, default=8, help="micro-batches per window")
     parser.add_argument("--micro-batch", type=int, help="sequences per micro-batch")
@@ -434,14 +446,18 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", "out")))
     parser.add_argument("--quick", action="store_true", help="a smoke test: nothing is learned")
     args = parser.parse_args(argv)
-    preset = PRESETS["quick" if args.quick else torch.device(args.device).type]
-    for name, value in preset.items():
+    kind = torch.device(args.device).type
+    if kind not in PRESETS:
+        parser.error(f"--device {args.device}: it must be cpu or cuda")
+    for name, value in PRESETS["quick" if args.quick else kind].items():
         setattr(args, name, value if getattr(args, name) is None else getattr(args, name))
     return args
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    cpu = f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+    info = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*: (.*)", info.read_text() if info.exists() else "")
+    cpu = names[0] if names else platform.processor() or platform.machine()
     repository = str(Path(__file__).resolve().parent)
     failed, commit = subprocess.getstatusoutput(f"git -C {shlex.quote(repository)} rev-parse HEAD")
     return {
@@ -458,6 +474,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     began = time.perf_counter()
     args = parse(argv)
     device = torch.device(args.device)
+    torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
     text, held_out = read_corpus()
     sampler = Sampler(text, args.micro_batch, args.block, device, args.seed)
@@ -482,10 +499,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"about {estimate:.1f} s per window: {plan.steps} windows, not {args.steps}")
 
     replicas = {name: make(copy.deepcopy(model), plan) for name, make in VARIANTS.items()}
-    losses, seconds, beyond = train(replicas, floor, sampler, plan)
+    deadline = time.perf_counter() + args.seconds
+    losses, seconds, beyond = train(replicas, floor, sampler, plan, deadline)
+    windows = len(losses["native fp32"])
+    tail = max(1, windows // 10)
     results = {
         name: {
-            "train_loss": statistics.fmean(losses[name][-max(1, plan.steps // 10) :]),
+            "train_loss": statistics.fmean(losses[name][-tail:]),
             "val_loss": validation_loss(variant.model, validation),
             "window_ms": 1e3 * statistics.median(seconds[name]),
             "beyond_ms": 1e3 * statistics.median(beyond[name]),
@@ -512,11 +532,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     row = {
         **environment(device),
         "settings": vars(args) | {"out": str(args.out)},
-        "windows": plan.steps,
+        "windows": windows,
         "parameters": parameters,
         "float32_arithmetic": slow_bf16,
         "results": results,
         "losses": losses,
+        "window_seconds": seconds,
         "seconds": time.perf_counter() - began,
     }
     (args.out / "train_gpt.json").write_text(json.dumps(row) + "\n")
