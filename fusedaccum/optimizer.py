@@ -68,7 +68,6 @@ class FusedAccumOptimizer(SharingOptimizer):
         True
     """
 
-    # Optimizer.__init__ is not called: everything it makes is the wrapped optimizer's.
     def __init__(
         self,
         optimizer: Optimizer,
@@ -86,7 +85,7 @@ class FusedAccumOptimizer(SharingOptimizer):
             max_grad_norm = arguments.check_positive("max_grad_norm", max_grad_norm)
         if bucket_cap_mb is None:
             bucket_cap_mb = 16 if optimizer.param_groups[0]["params"][0].is_cpu else 128
-        bucket_bytes = int(arguments.check_positive("bucket_cap_mb", bucket_cap_mb) * 2**20)
+        self.bucket_cap_mb = arguments.check_positive("bucket_cap_mb", bucket_cap_mb)
         if arguments.calls_closure(optimizer):
             arguments.check_closure_optimizer(optimizer, steps, max_grad_norm)
         self.optimizer = optimizer
@@ -95,7 +94,6 @@ class FusedAccumOptimizer(SharingOptimizer):
         self.master_weights = master_weights
         self.skip_nonfinite = skip_nonfinite
         self.backend = backend
-        self._bucket_bytes = bucket_bytes
         self._next_max_norm: float | None = None
         self.window_closed = False
         self._build()
@@ -106,7 +104,7 @@ class FusedAccumOptimizer(SharingOptimizer):
         self._collector = Collector(
             backends.get(self.backend, self.param_groups[0]["params"][0].device),
             self._window,
-            bucket_bytes=self._bucket_bytes,
+            bucket_bytes=int(self.bucket_cap_mb * 2**20),
             wants_norm=self.skip_nonfinite or self.max_grad_norm is not None,
             master_weights=self.master_weights,
         )

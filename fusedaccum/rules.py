@@ -186,12 +186,33 @@ _SELECT: dict[type, Callable[[Group], str]] = {
 }
 
 
+def _lion_pytorch_rule(optimizer: Any, group: Group) -> str | None:
+    # decoupled_weight_decay=True there divides the decay by the first learning rate.
+    return None if optimizer.decoupled_wd else "lion"
+
+
+def _timm_lion_rule(optimizer: Any, group: Group) -> str | None:
+    changed = group.get("caution") or group.get("corrected_weight_decay")
+    return None if changed else "lion"
+
+
+# Classes of other packages, by package and name, so that nothing is imported for them. None where
+# an option makes them another algorithm.
+_SELECT_BY_NAME: dict[tuple[str, str], Callable[[Any, Group], str | None]] = {
+    ("lion_pytorch", "Lion"): _lion_pytorch_rule,
+    ("timm", "Lion"): _timm_lion_rule,
+}
+
+
 def select(optimizer: torch.optim.Optimizer, group: Group) -> Rule | None:
     """The fused rule of a param group of `optimizer`, or None where it has none."""
-    choose = _SELECT.get(type(optimizer))
-    if choose is None:
-        return None
-    return RULES[choose(group)]
+    kind = type(optimizer)
+    if choose := _SELECT.get(kind):
+        return RULES[choose(group)]
+    if find := _SELECT_BY_NAME.get((kind.__module__.split(".")[0], kind.__name__)):
+        name = find(optimizer, group)
+        return RULES[name] if name else None
+    return None
 
 
 def sign(group: Group) -> float:

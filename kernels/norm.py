@@ -48,16 +48,18 @@ def sum_of_squares_kernel(
     n_elements = tl.load(table_ptr + NUMEL)
     data_ptr = typed_pointer(tl.load(table_ptr + DATA), DTYPE, IS_ALIGNED)
     start = tl.multiple_of(chunk * CHUNK, CHUNK)
+    data_ptr += start  # from here on int32: offsets within a chunk
 
     total = tl.zeros([BLOCK], tl.float32)
     if start + CHUNK <= n_elements:
         for block in range(0, CHUNK, BLOCK):
-            data = tl.load(data_ptr + start + block + tl.arange(0, BLOCK)).to(tl.float32)
+            data = tl.load(data_ptr + block + tl.arange(0, BLOCK)).to(tl.float32)
             total += data * data
     else:
-        for block in range(0, n_elements - start, BLOCK):
-            offsets = start + block + tl.arange(0, BLOCK)
-            data = tl.load(data_ptr + offsets, mask=offsets < n_elements, other=0.0).to(tl.float32)
+        rest = (n_elements - start).to(tl.int32)
+        for block in range(0, rest, BLOCK):
+            offsets = block + tl.arange(0, BLOCK)
+            data = tl.load(data_ptr + offsets, mask=offsets < rest, other=0.0).to(tl.float32)
             total += data * data
     tl.store(partials_ptr + tl.load(table_ptr + PARTIAL) + chunk, tl.sum(total, 0))
 

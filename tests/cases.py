@@ -78,6 +78,12 @@ CASES = [
     _case("sgd_momentum", torch.optim.SGD, momentum=0.9, dampening=0.3, weight_decay=0.01),
     _case("sgd_nesterov", torch.optim.SGD, momentum=0.9, nesterov=True, maximize=True),
 ]
+try:
+    import lion_pytorch
+except ImportError:  # on a GPU machine that is taken as it is
+    pass
+else:
+    CASES.append(_case("lion", lion_pytorch.Lion, weight_decay=0.1, betas=(0.8, 0.9)))
 
 
 def case_id(value: object) -> str | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -217,6 +218,23 @@ def test_what_does_not_fit_is_refused_and_nothing_is_loaded(how: str, words: str
         opt.load_state_dict(state)
     assert all(equal_bits(a, b) for a, b in zip(before, everything(model, opt), strict=True))
     assert opt.micro_batches == 3
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickle"])
+def test_copies_go_on_by_themselves(how: str) -> None:
+    """The model and its optimizer together, in mid-window; the original is not disturbed."""
+    model = small_model(torch.bfloat16)
+    opt = FusedAccumOptimizer(torch.optim.AdamW(model.parameters(), lr=0.01), 4, max_grad_norm=1.0)
+    run(model, opt, 0, 6, torch.bfloat16)
+    both = {"model": model, "opt": opt}
+    copied = copy.deepcopy(both) if how == "deepcopy" else pickle.loads(pickle.dumps(both))
+    other, copied_opt = copied["model"], copied["opt"]
+    assert copied_opt.param_groups[0]["params"][0] is next(other.parameters())
+    assert copied_opt.micro_batches == 2 and repr(copied_opt) == repr(opt)
+    run(other, copied_opt, 6, 9, torch.bfloat16)
+    assert opt.micro_batches == 2
+    run(model, opt, 6, 9, torch.bfloat16)
+    assert_same_models(model, other)
 
 
 SCRIPT = """

@@ -465,6 +465,16 @@ def test_native_step_on_fp32_masters(kind: Any, dtype: torch.dtype) -> None:
                 assert value.dtype == torch.float32, name
 
 
+def test_options_that_make_it_another_algorithm_take_the_native_step() -> None:
+    lion_pytorch = pytest.importorskip("lion_pytorch")
+    params = list(small_model().parameters())
+    plain = FusedAccumOptimizer(lion_pytorch.Lion(params))
+    assert "fused rule 'lion'" in repr(plain)
+    plain.detach()
+    odd = FusedAccumOptimizer(lion_pytorch.Lion(params, decoupled_weight_decay=True))
+    assert "native step" in repr(odd)
+
+
 def test_lbfgs_evaluates_its_closure() -> None:
     ours, theirs = small_model(), small_model()
     x = batches(1)[0]
