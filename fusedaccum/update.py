@@ -198,8 +198,7 @@ class Updater:
         masters = {s.param: self._native_master(s) for s in filled if s.kind != "none"}
         plain = [s for s in filled if s.kind == "none"]
         for segment in plain:
-            low = segment.dtype != torch.float32
-            segment.param.grad = segment.acc.to(segment.dtype) if low else segment.grad
+            segment.param.grad = self._native_grad(segment)
         state, groups = self.optimizer.state, self.optimizer.param_groups
         originals = [group["params"] for group in groups]
         for param, master in masters.items():
@@ -225,6 +224,16 @@ class Updater:
         for param, master in masters.items():
             param.copy_(master)
 
+    def _native_grad(self, segment: Segment) -> Tensor | None:
+        """The accumulator in the form that the wrapped optimizer takes."""
+        grad = segment.grad
+        if segment.kind == "none" and segment.dtype != torch.float32:
+            grad = segment.acc.to(segment.dtype)
+        if isinstance(self.optimizer, torch.optim.SparseAdam):
+            # It takes nothing else, and touches only these rows: those with a gradient.
+            grad = segment.acc.to_sparse(1)
+        return grad
+
     def _native_master(self, segment: Segment) -> torch.nn.Parameter:
         segment.kind = "fp32"  # a foreign optimizer knows nothing of remainders
         if segment.master is not None and segment.master.dtype != torch.float32:
@@ -236,5 +245,5 @@ class Updater:
             master = self._native_masters[segment] = torch.nn.Parameter(segment.master)
         stored = segment.param
         master.copy_(torch.where(master.to(stored.dtype) == stored, master, stored.float()))
-        master.grad = segment.grad
+        master.grad = self._native_grad(segment)
         return master
