@@ -51,9 +51,10 @@ def save(inner: StateDict, updater: Updater) -> StateDict:
         precise = segment.precise()
         if precise is not None:
             state.setdefault(index, {})[MASTER] = precise
-        if entry is not None and isinstance(entry.get("step"), Tensor):
-            entry["step"] = entry["step"].detach().cpu()  # where torch keeps it by default
-        elif segment.step is not None:
+        for name in segment.numbers:
+            if entry is not None:
+                entry[name] = entry[name].detach().cpu()  # where torch keeps them by default
+        if segment.step is not None and "step" not in segment.numbers:
             steps[index] = float(segment.step)
     extra: StateDict = {
         "version": VERSION,
@@ -193,17 +194,12 @@ def release_states(updater: Updater) -> None:
         for name, value in entry.items():
             if not isinstance(value, Tensor):
                 continue
-            if name == "step":
+            if value.dim() == 0:
                 entry[name] = value.detach().clone().cpu()
-            elif value.is_floating_point() and value.dim() > 0:
+            elif value.is_floating_point():
                 entry[name] = value.to(segment.dtype, copy=True)
 
 
 def _was_cast(value: Any, param: Tensor) -> bool:
     """Whether torch's loading rounded this state to a low-precision parameter's dtype."""
-    return (
-        isinstance(value, Tensor)
-        and value.is_floating_point()
-        and value.dim() > 0
-        and param.dtype != torch.float32
-    )
+    return isinstance(value, Tensor) and value.is_floating_point() and param.dtype != torch.float32

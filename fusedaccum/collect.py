@@ -19,11 +19,16 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 from torch.autograd import Variable
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from .backends import Backend
 from .buffers import Block, laid_out_like
 from .segments import Segment, check_param, master_kind
 from .window import Window
+
+# Which live collector has hooks on a parameter: two would take each other's accumulators for
+# gradients.
+_owners: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 class Collector:
@@ -72,6 +77,12 @@ class Collector:
         for name, param in named:
             check_param(name, param)
             master_kind(self._master_weights, param.dtype)
+            owner = _owners.get(param, lambda: None)()
+            if owner is not None and owner is not self:
+                raise ValueError(
+                    f"{name} of shape {tuple(param.shape)} already belongs to another "
+                    "FusedAccumOptimizer; call its detach(), or delete it, first"
+                )
             if param.device != device:
                 raise ValueError(
                     f"{name} is on {param.device} but others are on {device}; one wrapper serves "
@@ -106,12 +117,14 @@ class Collector:
                 collector._arrive(arriving)
 
         segment.hook = segment.node.register_prehook(prehook)
+        _owners[param] = collector_ref
 
     def detach(self) -> None:
         """Remove every hook and give `grad` its usual dtype again."""
         for segment in self.segments.values():
             segment.hook.remove()
             segment.node = None
+            _owners.pop(segment.param, None)
             segment.param.grad = None
             if segment.dtype != torch.float32:
                 segment.param.grad_dtype = segment.dtype

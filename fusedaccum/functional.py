@@ -179,6 +179,7 @@ def _update(
     scalars = UpdateScalars(0, rule.family.n_scalars, device)
     scalars.steps = steps
     scalars.scalars = torch.empty(len(params), 1 + rule.family.n_scalars, device=device)
+    scalars.memory = torch.empty(len(params), 0, device=device)
     batches: dict[tuple[torch.dtype, str], StepBatch] = {}
     for i, param in enumerate(params):
         kind = "none"
@@ -257,8 +258,8 @@ def adamw_(
         [tensor([0.9000, 0.9000])]
     """
     states = [exp_avgs, exp_avg_sqs] + ([] if max_exp_avg_sqs is None else [max_exp_avg_sqs])
-    name = "adamw" if max_exp_avg_sqs is None else "adamw_amsgrad"
-    hyper = (lr, *betas, eps, weight_decay)
+    name = "adam" if max_exp_avg_sqs is None else "adam_amsgrad"
+    hyper = (lr, *betas, eps, weight_decay, 1.0)
     _update(
         name, hyper, params, grads, states, steps, masters, grad_scale, maximize, backend
     )  # fmt: skip
@@ -288,7 +289,7 @@ def adam_(
     """
     states = [exp_avgs, exp_avg_sqs] + ([] if max_exp_avg_sqs is None else [max_exp_avg_sqs])
     name = "adam" if max_exp_avg_sqs is None else "adam_amsgrad"
-    hyper = (lr, *betas, eps, weight_decay)
+    hyper = (lr, *betas, eps, weight_decay, 0.0)
     _update(
         name, hyper, params, grads, states, steps, masters, grad_scale, maximize, backend
     )  # fmt: skip

@@ -79,6 +79,8 @@ class Segment:
         loaded_master: fp32 master from a checkpoint, not yet compared with the parameter.
         param_version: version of `param` after the last update.
         states: the optimizer's states, fp32, in the rule's order.
+        step: its step count, 0-d, on the device.
+        numbers: the 0-d states that `state[param]` shows, by torch's names.
         node: the AccumulateGrad node, which autograd itself holds only weakly.
         hook: the handle of the hook on it.
     """
@@ -86,8 +88,8 @@ class Segment:
     __slots__ = (
         "__weakref__", "_block", "_position", "acc", "arrived", "cell", "device", "dtype",
         "filled", "grad", "has_sums", "hook", "is_contiguous", "kind", "loaded_master",
-        "master", "n_cells", "nbytes", "node", "numel", "param", "param_version", "pending",
-        "row", "shape", "states", "step", "stride", "sums_version",
+        "master", "n_cells", "nbytes", "node", "numbers", "numel", "param", "param_version",
+        "pending", "row", "shape", "states", "step", "stride", "sums_version",
     )  # fmt: skip
 
     def __init__(
@@ -111,6 +113,7 @@ class Segment:
         self.param_version = param._version
         self.states: tuple[Tensor, ...] = ()
         self.step: Tensor | None = None
+        self.numbers: dict[str, Tensor] = {}
         self.node: Any = None
         self.hook: Any = None
 

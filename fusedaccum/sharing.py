@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +15,13 @@ from torch.optim import Optimizer
 from torch.optim import optimizer as torch_optimizer
 
 
+def _rebuild(kind: Any, optimizer: Optimizer, options: Any, state: Any) -> Any:
+    """What `__reduce__` asks for."""
+    wrapper = kind(optimizer, **options)
+    wrapper.load_state_dict(state)
+    return wrapper
+
+
 class SharingOptimizer(Optimizer):
     """Shows the wrapped optimizer's `param_groups`, `state`, `defaults` and hooks as its own.
 
@@ -22,6 +30,13 @@ class SharingOptimizer(Optimizer):
     """
 
     optimizer: Optimizer
+
+    def __reduce__(self) -> Any:
+        """Pickle and deepcopy: the wrapped optimizer wrapped anew, with its state."""
+        # The constructor keeps each of its options under its own name.
+        _, *names = inspect.signature(type(self)).parameters
+        options = {name: getattr(self, name) for name in names}
+        return _rebuild, (type(self), self.optimizer, options, self.state_dict())
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:

@@ -18,6 +18,10 @@ from .segments import Segment
 Group = dict[str, Any]
 
 
+def _zero(_: Group) -> float:
+    return 0.0
+
+
 class Updater:
     """Applies updates of one optimizer.
 
@@ -49,10 +53,14 @@ class Updater:
             rule = rules.select(self.optimizer, self.optimizer.param_groups[0])
             n_scalars = rule.family.n_scalars if rule else 0
             device = next(iter(self.collector.segments.values())).device
-            self.scalars = UpdateScalars(n, n_scalars, device)
+            n_memory = len(rule.family.memory) if rule else 0
+            self.scalars = UpdateScalars(n, n_scalars, device, n_memory)
             if old is not None:
+                self.scalars.memory[: len(old.memory)] = old.memory
                 self.scalars.steps[: len(old.steps)] = old.steps
                 self.scalars.norm, self.scalars.skipped = old.norm, old.skipped
+                for segment in self.collector.segments.values():
+                    segment.step = None  # what `state` shows is in the old tables
         assert self.scalars is not None
         return self.scalars
 
@@ -87,7 +95,7 @@ class Updater:
                 segment = self.collector.segments.get(param)
                 if segment is None or not segment.filled:
                     continue
-                self.bind(segment, rule)
+                self.bind(segment, rule, group)
                 key = (rule.name, segment.dtype, segment.kind)
                 batch = batches.setdefault(key, StepBatch(rule, segment.kind))
                 batch.params.append(param)
@@ -114,40 +122,45 @@ class Updater:
         for segment in updated:
             segment.param_version = segment.param._version
 
-    def bind(self, segment: Segment, rule: rules.Rule) -> None:
+    def bind(self, segment: Segment, rule: rules.Rule, group: Group) -> None:
         """Make `state[param]` show the flat buffers, taking over what somebody put there."""
         scalars = self.prepared_scalars()
         state = self.optimizer.state[segment.param]
         segment.refresh_master()
-        step_key = rule.family.step_key
-        if len(segment.states) == len(rule.states) and all(
-            state.get(name) is own for name, own in zip(rule.states, segment.states, strict=True)
-        ):
-            bound = step_key is None or state.get(step_key) is segment.step
-            if bound and segment.step is not None:
+        family = rule.family
+        numbers = [(scalars.memory[segment.row, i], *m) for i, m in enumerate(family.memory)]
+        own = dict(zip(rule.states, segment.states, strict=False))
+        if segment.step is not None and len(segment.states) == len(rule.states):
+            own |= segment.numbers
+            if all(state.get(name) is tensor for name, tensor in own.items()):
                 return
         had_states = False
         views = []
         for name in rule.states:
             view, existing = segment.view(name), state.get(name)
-            if isinstance(existing, Tensor):
+            if not isinstance(existing, Tensor):
+                view.fill_(rule.start(name, group))
+            else:
                 had_states = True
                 if existing.data_ptr() != view.data_ptr():
                     view.copy_(existing)
-            elif existing is None:
-                view.zero_()
             state[name] = view
             views.append(view)
         segment.states = tuple(views)
         step = scalars.steps[segment.row]
-        if step_key is not None:
-            existing = state.get(step_key, 0.0)
-            if not (isinstance(existing, Tensor) and existing.data_ptr() == step.data_ptr()):
-                step.fill_(existing) if not isinstance(existing, Tensor) else step.copy_(existing)
-            state[step_key] = step
+        if family.step_key is not None:
+            numbers.append((step, family.step_key, _zero))
         elif segment.step is None and had_states:
             step.clamp_(min=1.0)  # a momentum buffer from before: this is not the first update
         segment.step = step
+        segment.numbers = {}
+        for number, name, start in numbers:
+            existing = state.get(name, start(group))
+            if not isinstance(existing, Tensor):
+                number.fill_(existing)
+            elif existing.data_ptr() != number.data_ptr():
+                number.copy_(existing)
+            state[name] = segment.numbers[name] = number
 
     # --- the wrapped optimizer's own step ---
 
@@ -185,8 +198,7 @@ class Updater:
         masters = {s.param: self._native_master(s) for s in filled if s.kind != "none"}
         plain = [s for s in filled if s.kind == "none"]
         for segment in plain:
-            low = segment.dtype != torch.float32
-            segment.param.grad = segment.acc.to(segment.dtype) if low else segment.grad
+            segment.param.grad = self._native_grad(segment)
         state, groups = self.optimizer.state, self.optimizer.param_groups
         originals = [group["params"] for group in groups]
         for param, master in masters.items():
@@ -212,6 +224,16 @@ class Updater:
         for param, master in masters.items():
             param.copy_(master)
 
+    def _native_grad(self, segment: Segment) -> Tensor | None:
+        """The accumulator in the form that the wrapped optimizer takes."""
+        grad = segment.grad
+        if segment.kind == "none" and segment.dtype != torch.float32:
+            grad = segment.acc.to(segment.dtype)
+        if isinstance(self.optimizer, torch.optim.SparseAdam):
+            # It takes nothing else, and touches only these rows: those with a gradient.
+            grad = segment.acc.to_sparse(1)
+        return grad
+
     def _native_master(self, segment: Segment) -> torch.nn.Parameter:
         segment.kind = "fp32"  # a foreign optimizer knows nothing of remainders
         if segment.master is not None and segment.master.dtype != torch.float32:
@@ -223,5 +245,5 @@ class Updater:
             master = self._native_masters[segment] = torch.nn.Parameter(segment.master)
         stored = segment.param
         master.copy_(torch.where(master.to(stored.dtype) == stored, master, stored.float()))
-        master.grad = segment.grad
+        master.grad = self._native_grad(segment)
         return master

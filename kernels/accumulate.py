@@ -64,21 +64,26 @@ def accumulate_kernel(
     grad_ptr = typed_pointer(tl.load(table_ptr + GRAD), GRAD_DTYPE, IS_ALIGNED)
     acc_ptr = typed_pointer(tl.load(table_ptr + ACC), tl.float32, IS_ALIGNED)
     start = tl.multiple_of(chunk * CHUNK, CHUNK)
+    # From here on int32: offsets within a chunk, which in int64 cost twice the registers.
+    grad_ptr += start
+    acc_ptr += start
 
     total = tl.zeros([BLOCK], tl.float32)
     if start + CHUNK <= n_elements:
         # A full chunk is its own branch: a mask, even an all-true one, costs the vector access.
         for block in range(0, CHUNK, BLOCK):
-            offsets = start + block + tl.arange(0, BLOCK)
+            offsets = block + tl.arange(0, BLOCK)
             acc = _accumulate_block(grad_ptr, acc_ptr, scale, offsets, None, IS_FIRST)
             if HAS_NORM:
                 total += acc * acc
     else:
-        for block in range(0, n_elements - start, BLOCK):
-            offsets = start + block + tl.arange(0, BLOCK)
-            mask = offsets < n_elements
+        rest = (n_elements - start).to(tl.int32)
+        for block in range(0, rest, BLOCK):
+            offsets = block + tl.arange(0, BLOCK)
+            mask = offsets < rest
             acc = _accumulate_block(grad_ptr, acc_ptr, scale, offsets, mask, IS_FIRST)
             if HAS_NORM:
-                total += tl.where(mask, acc * acc, 0.0)
+                # Masked lanes hold scale * 0: only a scale that is not finite would show.
+                total += acc * acc
     if HAS_NORM:
         tl.store(partials_ptr + tl.load(table_ptr + PARTIAL) + chunk, tl.sum(total, 0))

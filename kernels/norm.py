@@ -10,7 +10,7 @@ device so that nothing waits:
     skip  = SKIP_NONFINITE and norm is not finite
     coef  = correction * min(1, max_norm / (norm + 1e-6))                (torch's clip_grad_norm_)
     step  = step + 1 for each tensor of the update, unless skip
-    scalars[tensor] = coef, then the rule's own scalars from its hyper-parameters and step
+    scalars[tensor], memory[tensor] = coef and SCALARS(hyper, step, memory[tensor])
 
 The rule's scalars (bias corrections and the like) are computed in float64 and rounded once:
 `1 - 0.999**t` in float32 is wrong by 6e-5 relative at t = 1.
@@ -48,16 +48,18 @@ def sum_of_squares_kernel(
     n_elements = tl.load(table_ptr + NUMEL)
     data_ptr = typed_pointer(tl.load(table_ptr + DATA), DTYPE, IS_ALIGNED)
     start = tl.multiple_of(chunk * CHUNK, CHUNK)
+    data_ptr += start  # from here on int32: offsets within a chunk
 
     total = tl.zeros([BLOCK], tl.float32)
     if start + CHUNK <= n_elements:
         for block in range(0, CHUNK, BLOCK):
-            data = tl.load(data_ptr + start + block + tl.arange(0, BLOCK)).to(tl.float32)
+            data = tl.load(data_ptr + block + tl.arange(0, BLOCK)).to(tl.float32)
             total += data * data
     else:
-        for block in range(0, n_elements - start, BLOCK):
-            offsets = start + block + tl.arange(0, BLOCK)
-            data = tl.load(data_ptr + offsets, mask=offsets < n_elements, other=0.0).to(tl.float32)
+        rest = (n_elements - start).to(tl.int32)
+        for block in range(0, rest, BLOCK):
+            offsets = block + tl.arange(0, BLOCK)
+            data = tl.load(data_ptr + offsets, mask=offsets < rest, other=0.0).to(tl.float32)
             total += data * data
     tl.store(partials_ptr + tl.load(table_ptr + PARTIAL) + chunk, tl.sum(total, 0))
 
@@ -71,6 +73,7 @@ def finalize_kernel(
     #             the sign of the gradient and the rule's own hyper-parameters
     steps_ptr,  # fp32, updates so far, advanced here
     scalars_ptr,  # fp32 [n_steps, N_SCALARS + 1], written here
+    memory_ptr,  # fp32 [n_steps, N_MEMORY], what the rule keeps per tensor; updated here
     norm_ptr,  # fp32 [1], written with HAS_NORM
     skip_ptr,  # int32 [1], written here
     skipped_ptr,  # int64 [1], skipped updates so far, advanced here
@@ -79,6 +82,7 @@ def finalize_kernel(
     SCALARS: tl.constexpr,
     N_HYPER: tl.constexpr,
     N_SCALARS: tl.constexpr,
+    N_MEMORY: tl.constexpr,
     HAS_NORM: tl.constexpr,
     HAS_CLIP: tl.constexpr,
     SKIP_NONFINITE: tl.constexpr,
@@ -119,10 +123,16 @@ def finalize_kernel(
         for i in tl.static_range(N_HYPER):
             # Any `other` that has a logarithm: lanes beyond the end are computed and dropped.
             hyper = hyper + (tl.load(hyper_row + 1 + i, mask=mask, other=0.5),)
+        memory_row = memory_ptr + tensor * N_MEMORY
+        memory = ()
+        for i in tl.static_range(N_MEMORY):
+            memory = memory + (tl.load(memory_row + i, mask=mask, other=0.5).to(tl.float64),)
         # A skipped first window leaves step 0, where a bias correction would divide by zero.
-        scalars = SCALARS(hyper, tl.maximum(step, 1.0).to(tl.float64))
+        scalars, memory = SCALARS(hyper, tl.maximum(step, 1.0).to(tl.float64), memory)
         scalar_row = scalars_ptr + tensor * (N_SCALARS + 1)
         sign = tl.load(hyper_row, mask=mask, other=1.0)
         tl.store(scalar_row, (coef * sign).to(tl.float32), mask=mask)
         for i in tl.static_range(N_SCALARS):
             tl.store(scalar_row + 1 + i, scalars[i].to(tl.float32), mask=mask)
+        for i in tl.static_range(N_MEMORY):
+            tl.store(memory_row + i, memory[i].to(tl.float32), mask=mask & (skip == 0))

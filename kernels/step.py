@@ -104,13 +104,15 @@ def step_kernel(
     table_ptr += row * (STATES + N_STATES)
     n_elements = tl.load(table_ptr + NUMEL)
     MASTER_DTYPE: tl.constexpr = tl.int16 if MASTER == "split" else tl.float32
-    param_ptr = typed_pointer(tl.load(table_ptr + PARAM), PARAM_DTYPE, IS_ALIGNED)
-    master_ptr = typed_pointer(tl.load(table_ptr + MASTER_COLUMN), MASTER_DTYPE, IS_ALIGNED)
-    acc_ptr = typed_pointer(tl.load(table_ptr + ACC), tl.float32, IS_ALIGNED)
+    start = tl.multiple_of(chunk * CHUNK, CHUNK)
+    # Pointers to the chunk, so that offsets in it are int32, which cost half the registers.
+    param_ptr = typed_pointer(tl.load(table_ptr + PARAM), PARAM_DTYPE, IS_ALIGNED) + start
+    master_ptr = typed_pointer(tl.load(table_ptr + MASTER_COLUMN), MASTER_DTYPE, IS_ALIGNED) + start
+    acc_ptr = typed_pointer(tl.load(table_ptr + ACC), tl.float32, IS_ALIGNED) + start
     state_ptrs = ()
     for i in tl.static_range(N_STATES):
         address = tl.load(table_ptr + STATES + i)
-        state_ptrs = state_ptrs + (typed_pointer(address, tl.float32, IS_ALIGNED),)
+        state_ptrs = state_ptrs + (typed_pointer(address, tl.float32, IS_ALIGNED) + start,)
 
     scalars_ptr += tl.load(table_ptr + TENSOR) * (N_SCALARS + 1)
     coef = tl.load(scalars_ptr)
@@ -118,19 +120,19 @@ def step_kernel(
     for i in tl.static_range(N_SCALARS):
         scalars = scalars + (tl.load(scalars_ptr + 1 + i),)
 
-    start = tl.multiple_of(chunk * CHUNK, CHUNK)
     if start + CHUNK <= n_elements:
         # A full chunk is its own branch: a mask, even an all-true one, costs the vector access.
         for block in range(0, CHUNK, BLOCK):
-            offsets = start + block + tl.arange(0, BLOCK)
+            offsets = block + tl.arange(0, BLOCK)
             _step_block(
                 param_ptr, master_ptr, acc_ptr, state_ptrs, coef, scalars, offsets, None,
                 RULE, MASTER, N_STATES,
             )  # fmt: skip
     else:
-        for block in range(0, n_elements - start, BLOCK):
-            offsets = start + block + tl.arange(0, BLOCK)
+        rest = (n_elements - start).to(tl.int32)
+        for block in range(0, rest, BLOCK):
+            offsets = block + tl.arange(0, BLOCK)
             _step_block(
                 param_ptr, master_ptr, acc_ptr, state_ptrs, coef, scalars, offsets,
-                offsets < n_elements, RULE, MASTER, N_STATES,
+                offsets < rest, RULE, MASTER, N_STATES,
             )  # fmt: skip

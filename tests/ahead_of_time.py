@@ -13,8 +13,9 @@ What is read from the result: registers and spills (NVIDIA: cuobjdump on the cub
 and the accesses of the full-chunk path to tensors: gradients, accumulators, parameters, masters,
 states. That path has no mask, so in PTX those are the accesses without a predicate; and because
 tables and scalars are kernel arguments and tensors are addresses that were loaded from a table,
-they are those whose address does not come from an argument. AMD assembly has no predicates; there
-an access of more than 4 bytes is one of the full-chunk path, because the tail goes by elements.
+they are those whose address does not come from an argument. AMD assembly has no predicates: there
+only 128-bit accesses are counted (the tail has none), for tensors wide enough to give each of a
+wavefront's 64 threads 128 bits.
 
 The process must not have TRITON_INTERPRET=1, which the tests have: they run this as a subprocess.
 """
@@ -27,7 +28,7 @@ import json
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,11 +36,13 @@ from unittest import mock
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
 from fusedaccum.backends import triton as backend_module
 from fusedaccum.backends.base import GRAD_DTYPES, StepBatch, UpdateRequest, UpdateScalars
+from fusedaccum.kernels import accumulate, norm, step
 from fusedaccum.rules import RULES, Rule
 from fusedaccum.segments import PARAM_DTYPES, master_kind
 from fusedaccum.tables import CHUNK, VECTOR_BYTES
@@ -112,14 +115,14 @@ def _tensor(dtype: torch.dtype, is_aligned: bool) -> Tensor:
 
 
 def _accumulate(backend: Any) -> Launched:
-    for dtype, first, norm, is_aligned in itertools.product(
+    for dtype, first, has_norm, is_aligned in itertools.product(
         GRAD_DTYPES, (True, False), (False, True), (True, False)
     ):
         acc, grad = _tensor(torch.float32, is_aligned), _tensor(dtype, is_aligned)
-        backend.accumulate([acc], [grad], 1.0, first, torch.zeros(2) if norm else None)
+        backend.accumulate([acc], [grad], 1.0, first, torch.zeros(2) if has_norm else None)
         name = f"accumulate-{_DTYPE_NAMES[dtype]}-{'first' if first else 'later'}"
         loads = (dtype.itemsize,) if first else (dtype.itemsize, _FP32_BYTES)
-        yield name + ("-norm" if norm else ""), is_aligned, loads, (_FP32_BYTES,)
+        yield name + ("-norm" if has_norm else ""), is_aligned, loads, (_FP32_BYTES,)
 
 
 def _sum_of_squares(backend: Any) -> Launched:
@@ -177,7 +180,8 @@ def _batch(
         batch.masters.append(_tensor(master_dtype, is_aligned))
     batch.accs.append(_tensor(torch.float32, is_aligned))
     batch.states.append(tuple(_tensor(torch.float32, is_aligned) for _ in rule.states))
-    return batch, UpdateScalars(1, rule.family.n_scalars, torch.device("cpu"))
+    family = rule.family
+    return batch, UpdateScalars(1, family.n_scalars, torch.device("cpu"), len(family.memory))
 
 
 # --- compiling ---
@@ -199,10 +203,21 @@ class _Driver:
         return 0
 
 
-def report(target_name: str, only: str = "") -> dict[str, Any]:
-    """Compile the variants whose name matches the pattern `only`, and look at each."""
+@triton.jit
+def _pointer_without_hint(address, DTYPE: tl.constexpr, IS_ALIGNED: tl.constexpr):
+    return address.to(tl.pointer_type(DTYPE))
+
+
+def report(target_name: str, only: str = "", has_hint: bool = True) -> dict[str, Any]:
+    """Compile the variants whose name matches the pattern `only`, and look at each.
+
+    Without the hint, every pointer loses its alignment: a control, before anything is compiled.
+    """
     target = TARGETS[target_name]
     triton.runtime.driver.set_active(_Driver(target))
+    if not has_hint:
+        for module in (accumulate, norm, step):
+            module.typed_pointer = _pointer_without_hint
     rows: dict[str, Any] = {}
     for variant in variants():
         if re.search(only, variant.name):
@@ -214,8 +229,7 @@ def report(target_name: str, only: str = "") -> dict[str, Any]:
                 row["error"] = f"{type(error).__name__}: {error}"
                 continue
             row |= _read_amd(compiled) if target.backend == "hip" else _read_nvidia(compiled)
-            threads = variant.kwargs["num_warps"] * target.warp_size
-            row["faults"] = faults(variant, threads, row["loads"], row["stores"])
+            row["faults"] = faults(variant, target, row["widths"])
     return {"triton": triton.__version__, "target": target_name, "variants": rows}
 
 
@@ -227,12 +241,10 @@ def _read_nvidia(compiled: Any) -> dict[str, Any]:
         command = [str(tool), "--dump-resource-usage", file.name]
         text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     usage = {key: int(n) for key, n in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text)}
-    accesses = ptx_accesses(compiled.asm["ptx"])
     return {
         "registers": usage["REG"],
         "spills": usage["STACK"] + usage["LOCAL"],
-        "loads": [width for kind, width in accesses if kind == "ld"],
-        "stores": [width for kind, width in accesses if kind == "st"],
+        "widths": ptx_widths(compiled.asm["ptx"]),
     }
 
 
@@ -240,23 +252,26 @@ def _read_amd(compiled: Any) -> dict[str, Any]:
     text = compiled.asm["amdgcn"]
     keys = ("vgpr_count", "vgpr_spill_count", "sgpr_spill_count", "private_segment_fixed_size")
     registers, *spills = (int(re.findall(rf"\.{key}:\s*(\d+)", text)[-1]) for key in keys)
-    accesses = re.findall(r"^\s*(?:global|buffer|flat)_(load|store)_dwordx(\d)\b", text, re.M)
+    accesses = re.findall(r"^\s*(?:global|buffer|flat)_(load|store)_dwordx4\b", text, re.M)
     return {
         "registers": registers,
         "spills": sum(spills),
-        "loads": [4 * int(n) for kind, n in accesses if kind == "load"],
-        "stores": [4 * int(n) for kind, n in accesses if kind == "store"],
+        "widths": {f"{kind}s": [16] * accesses.count(kind) for kind in ("load", "store")},
     }
 
 
 # --- the full-chunk path ---
 
-_ACCESS = re.compile(r"^(@!?%p\d+\s+)?(ld|st)\.global([.\w:]*)\s+(.*)$")
+_PREDICATE = r"(@!?%p\d+\s+)?"
+_ACCESS = re.compile(_PREDICATE + r"(ld|st)\.global([.\w:]*)\s+(.*)$")
+# What an instruction computes, and what from. A loaded value has no sources of its own: where it
+# was loaded from is of no interest.
+_COMPUTED = re.compile(_PREDICATE + r"(?!ld|st|atom|red)[a-z][\w.:]*\s+(\{[^}]*\}|[^,]+),(.*)$")
 _REGISTER = re.compile(r"%[a-z]+\d+")
 
 
-def ptx_accesses(ptx: str) -> list[tuple[str, int]]:
-    """("ld" or "st", bytes) of each access to a tensor that has no predicate."""
+def ptx_widths(ptx: str) -> dict[str, list[int]]:
+    """Bytes of each load and of each store that goes to a tensor and has no predicate."""
     from_arguments: set[str] = set()
     sources: dict[str, set[str]] = {}
     found = []
@@ -270,16 +285,14 @@ def ptx_accesses(ptx: str) -> list[tuple[str, int]]:
                 found.append((kind, _width(modifiers), address[1]))
         elif line.startswith("ld.param"):
             from_arguments.update(_REGISTER.findall(line))
-        elif match := re.match(r"(?:@!?%p\d+\s+)?[a-z][\w.:]*\s+(\{[^}]*\}|[^,]+),(.*)$", line):
-            # A loaded value has no sources of its own: what it was loaded from is of no interest.
-            if not re.match(r"(@!?%p\d+\s+)?(ld|st|atom|red)\b", line):
-                for register in _REGISTER.findall(match[1]):
-                    sources.setdefault(register, set()).update(_REGISTER.findall(match[2]))
-    return [
-        (kind, width)
-        for kind, width, address in found
-        if not from_arguments & _reachable(address, sources)
-    ]
+        elif computed := _COMPUTED.match(line):
+            for register in _REGISTER.findall(computed[2]):
+                sources.setdefault(register, set()).update(_REGISTER.findall(computed[3]))
+    widths: dict[str, list[int]] = {"loads": [], "stores": []}
+    for kind, width, address in found:
+        if not from_arguments & _origins(address, sources):
+            widths["loads" if kind == "ld" else "stores"].append(width)
+    return widths
 
 
 def _width(modifiers: str) -> int:
@@ -290,7 +303,7 @@ def _width(modifiers: str) -> int:
     return int(bits[1]) // 8 * (int(vector[1]) if vector else 1)
 
 
-def _reachable(register: str, sources: dict[str, set[str]]) -> set[str]:
+def _origins(register: str, sources: dict[str, set[str]]) -> set[str]:
     """`register` and all that it is computed from. A loop makes this a graph with circles."""
     seen, queue = {register}, [register]
     while queue:
@@ -300,54 +313,34 @@ def _reachable(register: str, sources: dict[str, set[str]]) -> set[str]:
     return seen
 
 
-def faults(
-    variant: Variant, threads: int, loads: Sequence[int], stores: Sequence[int]
-) -> list[str]:
-    """What is wrong with the widths of the full-chunk path's accesses; aligned or not.
+def faults(variant: Variant, target: GPUTarget, widths: dict[str, list[int]]) -> list[str]:
+    """What is wrong with the widths (bytes) of the full-chunk path's loads and stores.
 
     Every access has to be 128 bits or more, and together they have to be the bytes that a thread
     moves in one block, or in several where the compiler has unrolled the loop: an access that went
     elsewhere (behind a predicate, say) is missing.
     """
     found, unrolled = [], set()
-    for kind, widths, itemsizes in (
-        ("load", loads, variant.loads),
-        ("store", stores, variant.stores),
-    ):
-        narrow = sorted({width for width in widths if width < VECTOR_BYTES})
-        # Fewer elements than threads × 16 bytes (an AMD wavefront is 64 threads): as wide as it can.
-        shares = [variant.kwargs["BLOCK"] * size // threads for size in itemsizes]
-        if [width for width in narrow if width not in shares]:
-            found.append(f"{kind}s of {', '.join(str(8 * n) for n in narrow)} bits")
-        moved, expected = sum(widths), sum(shares)
-        if expected == 0 or moved % expected or not moved:
-            if expected or moved:
-                found.append(f"{moved} bytes in {kind}s, not a multiple of {expected}")
-        else:
-            unrolled.add(moved // expected)
+    threads = variant.kwargs["num_warps"] * target.warp_size
+    for kind, itemsizes in (("loads", variant.loads), ("stores", variant.stores)):
+        shares = [variant.kwargs["BLOCK"] * itemsize // threads for itemsize in itemsizes]
+        if target.backend == "hip":
+            shares = [share for share in shares if share >= VECTOR_BYTES]
+        narrow = sorted({8 * width for width in widths[kind] if width < VECTOR_BYTES})
+        if narrow:
+            found.append(f"{kind} of {narrow} bits")
+        expected, moved = sum(shares), sum(widths[kind])
+        if expected:
+            unrolled.add(moved / expected)
+        elif moved:
+            found.append(f"{moved} bytes in {kind}, expected none")
     blocks = variant.kwargs.get("CHUNK", 0) // variant.kwargs["BLOCK"]
-    if len(unrolled) > 1 or any(blocks % n for n in unrolled):
-        found.append(f"loads and stores of {sorted(unrolled)} blocks")
+    if unrolled and not (len(unrolled) == 1 and unrolled <= set(range(1, blocks + 1))):
+        found.append(f"loads and stores of {sorted(unrolled)} blocks, expected the same few")
     return found
 
 
 # --- the table ---
-
-
-def read_table(text: str) -> tuple[str, dict[str, dict[str, int]]]:
-    """Triton's version, and registers by target and variant."""
-    version = re.search(r"^Triton (\S+)$", text, re.M)
-    assert version, "REGISTERS.md has no line 'Triton <version>'"
-    rows = [
-        [cell.strip() for cell in line.strip("|").split("|")]
-        for line in text.splitlines()
-        if line.startswith("|")
-    ]
-    targets = rows[0][1:]
-    return version[1], {
-        target: {row[0]: int(row[column]) for row in rows[2:]}
-        for column, target in enumerate(targets, start=1)
-    }
 
 
 def write_table(reports: list[dict[str, Any]]) -> str:
@@ -355,10 +348,9 @@ def write_table(reports: list[dict[str, Any]]) -> str:
     lines = [
         "# Registers of every kernel variant",
         "",
-        "Per thread, as the compiler allots them: registers on NVIDIA, VGPRs on AMD (gfx942). None",
-        "spills. Variants for unaligned tensors are left out. Made by",
-        "`python -m tests.ahead_of_time --write`, without a GPU, and compared by",
-        "`tests/test_ahead_of_time.py`; a change of a kernel that changes a number here says why.",
+        "Per thread, as the compiler allots them: registers on NVIDIA, VGPRs on AMD (gfx942), for",
+        "tensors at aligned addresses. Made by `python -m tests.ahead_of_time --write`, no GPU;",
+        "`tests/test_ahead_of_time.py` compares. A commit that changes a number says why.",
         "",
         f"Triton {reports[0]['triton']}",
         "",
@@ -367,6 +359,9 @@ def write_table(reports: list[dict[str, Any]]) -> str:
     ]
     for name, row in reports[0]["variants"].items():
         if row["is_aligned"]:
+            for r in reports:
+                error = r["variants"][name]["error"]
+                assert not error, f"{name} does not compile for {r['target']}: {error}"
             cells = [str(r["variants"][name]["registers"]) for r in reports]
             lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
@@ -376,6 +371,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="compile every kernel variant without a GPU")
     parser.add_argument("--target", choices=TARGETS, help="compile for this one and report")
     parser.add_argument("--only", default="", metavar="PATTERN", help="variants of that name")
+    parser.add_argument("--without-hint", action="store_true", help="a control: no alignment")
     parser.add_argument("--json", action="store_true", help="report as JSON")
     parser.add_argument("--write", action="store_true", help=f"compile for all, write {TABLE.name}")
     arguments = parser.parse_args()
@@ -385,7 +381,7 @@ def main() -> None:
         text = write_table([report(target) for target in TARGETS])
         TABLE.write_text(text, encoding="utf-8")
     elif arguments.target:
-        result = report(arguments.target, arguments.only)
+        result = report(arguments.target, arguments.only, not arguments.without_hint)
         if arguments.json:
             print(json.dumps(result, indent=1))
         else:

@@ -49,20 +49,41 @@ def _case(rule: str, kind: type[torch.optim.Optimizer], **options: Any) -> Case:
 
 
 CASES = [
-    _case("adamw", torch.optim.AdamW),
-    _case("adamw", torch.optim.AdamW, weight_decay=0.3, maximize=True),
-    _case("adamw", torch.optim.AdamW, betas=(0.5, 0.9), eps=1e-5),
-    _case("adamw_amsgrad", torch.optim.AdamW, amsgrad=True),
+    _case("adam", torch.optim.AdamW),
+    _case("adam", torch.optim.AdamW, weight_decay=0.3, maximize=True),
+    _case("adam", torch.optim.AdamW, betas=(0.5, 0.9), eps=1e-5),
+    _case("adam_amsgrad", torch.optim.AdamW, amsgrad=True),
     _case("adam", torch.optim.Adam),
     _case("adam", torch.optim.Adam, weight_decay=0.1),
     _case("adam_amsgrad", torch.optim.Adam, amsgrad=True, maximize=True),
-    _case("adamw", torch.optim.Adam, weight_decay=0.1, decoupled_weight_decay=True),
+    _case("adam", torch.optim.Adam, weight_decay=0.1, decoupled_weight_decay=True),
+    _case("nadam", torch.optim.NAdam),
+    _case("nadam", torch.optim.NAdam, weight_decay=0.1, momentum_decay=0.02),
+    _case("nadam", torch.optim.NAdam, weight_decay=0.1, decoupled_weight_decay=True),
+    _case("radam", torch.optim.RAdam, weight_decay=0.1),
+    _case("radam", torch.optim.RAdam, betas=(0.8, 0.9), decoupled_weight_decay=True),
+    _case("adamax", torch.optim.Adamax, weight_decay=0.1),
+    _case("adagrad", torch.optim.Adagrad, lr_decay=0.1, weight_decay=0.1),
+    _case("adagrad", torch.optim.Adagrad, initial_accumulator_value=0.5, maximize=True),
+    _case("rmsprop", torch.optim.RMSprop, weight_decay=0.1),
+    _case("rmsprop_momentum", torch.optim.RMSprop, momentum=0.9, alpha=0.9),
+    _case("rmsprop_centered", torch.optim.RMSprop, centered=True),
+    _case("rmsprop_centered_momentum", torch.optim.RMSprop, centered=True, momentum=0.5),
+    _case("adadelta", torch.optim.Adadelta, weight_decay=0.1),
+    _case("asgd", torch.optim.ASGD, t0=3, lambd=0.1, weight_decay=0.1),
+    _case("rprop", torch.optim.Rprop),
     _case("sgd", torch.optim.SGD),
     _case("sgd", torch.optim.SGD, weight_decay=0.1, maximize=True),
     _case("sgd_momentum", torch.optim.SGD, momentum=0.9),
     _case("sgd_momentum", torch.optim.SGD, momentum=0.9, dampening=0.3, weight_decay=0.01),
     _case("sgd_nesterov", torch.optim.SGD, momentum=0.9, nesterov=True, maximize=True),
 ]
+try:
+    import lion_pytorch
+except ImportError:  # on a GPU machine that is taken as it is
+    pass
+else:
+    CASES.append(_case("lion", lion_pytorch.Lion, weight_decay=0.1, betas=(0.8, 0.9)))
 
 
 def case_id(value: object) -> str | None:

@@ -176,8 +176,9 @@ def _fixed(case: Case, dtype: torch.dtype = torch.float32, **changes: object) ->
     return Run(**values)  # type: ignore[arg-type]
 
 
-SGD, ADAMW = (next(c for c in CASES if c.rule == rule) for rule in ("sgd", "adamw"))
-ADAM = next(c for c in CASES if c.rule == "adam" and c.options)
+SGD = next(c for c in CASES if c.rule == "sgd")
+ADAMW = next(c for c in CASES if c.kind is torch.optim.AdamW)
+ADAM = next(c for c in CASES if c.kind is torch.optim.Adam and c.options)
 
 
 def test_a_wrong_n_violates_the_law() -> None:

@@ -18,6 +18,10 @@ RULES = {
 }
 
 
+class Native(torch.optim.RMSprop):
+    """A subclass keeps its own step(): the native path."""
+
+
 def masters(opt: FusedAccumOptimizer) -> list[Tensor]:
     params = [p for g in opt.param_groups for p in g["params"]]
     state = opt.state_dict()["state"]
@@ -111,7 +115,7 @@ def test_mixed_dtypes_in_one_group() -> None:
 
 @pytest.mark.parametrize("past_the_version_counter", [False, True], ids=["copy_", "data"])
 @pytest.mark.parametrize("mode", ["split", "fp32"])
-@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.RMSprop])
+@pytest.mark.parametrize("kind", [torch.optim.SGD, Native])
 def test_a_parameter_written_from_outside_wins(
     kind: type[torch.optim.Optimizer], mode: str, past_the_version_counter: bool
 ) -> None:
@@ -130,7 +134,7 @@ def test_a_parameter_written_from_outside_wins(
     opt.step()
     assert param[:3].tolist() == [7.0] * 3
     master = masters(opt)[0]
-    if mode == "fp32" or kind is torch.optim.RMSprop:
+    if mode == "fp32" or kind is Native:
         # Compared element by element: what was not written keeps its precise value.
         assert torch.equal(master[:3], torch.full((3,), 7.0)) and equal_bits(master[3:], kept)
     else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -12,20 +13,32 @@ from tests import tolerances
 from tests.cases import CASES, Case, case_id
 
 
+@pytest.fixture
+def double() -> Iterator[None]:
+    """float64 for torch's 0-d states too, which have the default dtype."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
 @pytest.mark.parametrize("case", CASES, ids=case_id)
-def test_rule_is_torchs(case: Case) -> None:
+def test_rule_is_torchs(case: Case, double: None) -> None:
     param = torch.randn(257, dtype=torch.float64)
     theirs = param.clone().requires_grad_()
     optimizer = case.make([theirs])
     group = optimizer.param_groups[0]
     rule = rules.select(optimizer, group)
     assert rule is not None and rule.name == case.rule
-    states = tuple(torch.zeros_like(param) for _ in rule.states)
+    states = tuple(torch.full_like(param, rule.start(name, group)) for name in rule.states)
+    memory = tuple(float(start(group)) for _, start in rule.family.memory)
     for step in range(1, 11):
         grad = torch.randn(257, dtype=torch.float64)
         theirs.grad = grad.clone()
         optimizer.step()
-        scalars = getattr(reference, f"{rule.family.name}_scalars")(rule.family.hyper(group), step)
+        hyper = rule.family.hyper(group)
+        assert len(hyper) == rule.family.n_hyper
+        scalars_of = getattr(reference, f"{rule.family.name}_scalars")
+        scalars, memory = scalars_of(hyper, step, memory)
         assert len(scalars) == rule.family.n_scalars
         param, states = getattr(reference, rule.name)(
             param, rules.sign(group) * grad, states, scalars
@@ -49,10 +62,11 @@ def test_another_rule_differs() -> None:
     """The negative control of the test above."""
     param, grad = torch.randn(2, 257, dtype=torch.float64).unbind()
     states = (torch.zeros_like(param), torch.zeros_like(param))
-    scalars = reference.adam_scalars((1e-2, 0.9, 0.999, 1e-8, 0.1), 1.0)
-    adamw, _ = reference.adamw(param, grad, states, scalars)
-    adam, _ = reference.adam(param, grad, states, scalars)
-    assert not torch.allclose(adamw, adam, rtol=1e-6)
+    results = []
+    for is_decoupled in (0.0, 1.0):
+        scalars, _ = reference.adam_scalars((1e-2, 0.9, 0.999, 1e-8, 0.1, is_decoupled), 1.0, ())
+        results.append(reference.adam(param, grad, states, scalars)[0])
+    assert not torch.allclose(*results, rtol=1e-6)
 
 
 @pytest.mark.parametrize("max_norm", [None, 0.5, 1e9])

@@ -59,6 +59,20 @@ def test_bitsandbytes_is_refused_with_the_reason() -> None:
         FusedAccumOptimizer(kind(small_model(torch.bfloat16).parameters()))
 
 
+def test_two_wrappers_of_one_parameter() -> None:
+    """They would take each other's accumulators for gradients."""
+    model = small_model(torch.bfloat16)
+    inner = sgd(model)
+    first = FusedAccumOptimizer(inner, 2)
+    for again in (inner, sgd(model)):
+        with pytest.raises(ValueError, match=r"already belongs to another .* detach\(\)"):
+            FusedAccumOptimizer(again, 2)
+    first.detach()
+    second = FusedAccumOptimizer(inner, 2)
+    del second  # as a notebook cell that is run again does
+    FusedAccumOptimizer(inner, 2)
+
+
 def test_options() -> None:
     with pytest.raises(ValueError, match="'half'"):
         FusedAccumOptimizer(sgd(small_model()), master_weights="half")
@@ -293,6 +307,7 @@ def test_a_converted_model_is_taken_up_again_by_zero_grad(owner: int | None) -> 
     moved.to(torch.bfloat16)
     direct.to(torch.bfloat16)
     state = other.state_dict()
+    del other
     fresh = FusedAccumOptimizer(torch.optim.AdamW(direct.parameters(), lr=0.1), owner)
     fresh.load_state_dict(state)
     for _ in range(2):

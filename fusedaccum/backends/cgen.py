@@ -187,7 +187,7 @@ def step_source(rule: Rule, dtype: torch.dtype, master: str) -> str:
     """C source of the step loop of a rule for one parameter dtype and master layout."""
     c_type, load, store = _C_TYPES[dtype]
     function = _rule_function(rule.name)
-    states, scalars, body = _translate(function)
+    states, scalars, body, results = _translate(function)
     indices = range(len(rule.states))
     return _PRELUDE % {"chunk": CHUNK} + _STEP % {
         "columns": 5 + len(rule.states),
@@ -204,7 +204,7 @@ def step_source(rule: Rule, dtype: torch.dtype, master: str) -> str:
         "load_states": " ".join(f"float {s} = state{i}[i];" for i, s in enumerate(states)),
         "body": "\n      ".join(body),
         "store_param": _STORE_PARAM[master] % {"load": load, "store": store},
-        "store_states": " ".join(f"state{i}[i] = {s};" for i, s in enumerate(states)),
+        "store_states": " ".join(f"state{i}[i] = {result};" for i, result in enumerate(results)),
     }
 
 
@@ -217,16 +217,21 @@ def _rule_function(name: str) -> ast.FunctionDef:
     raise LookupError(f"no rule {name!r} in {path}")
 
 
-def _translate(function: ast.FunctionDef) -> tuple[list[str], list[str], list[str]]:
-    """Names of the states, names of the scalars, and C statements of a rule."""
+def _translate(function: ast.FunctionDef) -> tuple[list[str], list[str], list[str], list[str]]:
+    """Names of the states and of the scalars, C statements, and the new states' expressions."""
     unpacked: dict[str, list[str]] = {"states": [], "scalars": []}
     declared = {"param", "grad"}
     body: list[str] = []
     for statement in function.body:
         if isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant):
             continue  # the docstring
-        if isinstance(statement, ast.Return):
-            return unpacked["states"], unpacked["scalars"], body
+        if isinstance(statement, ast.Return) and isinstance(statement.value, ast.Tuple):
+            param, states = statement.value.elts
+            if not (isinstance(param, ast.Name) and param.id == "param"):
+                raise _unsupported(function, statement)
+            results = states.elts if isinstance(states, ast.Tuple) else []
+            expressions = [_expression(function, result) for result in results]
+            return unpacked["states"], unpacked["scalars"], body, expressions
         if not isinstance(statement, ast.Assign) or len(statement.targets) != 1:
             raise _unsupported(function, statement)
         target, value = statement.targets[0], statement.value

@@ -128,13 +128,17 @@ class TorchBackend:
         hyper = [tuple(float(value) for value in row) for row in request.hyper]
         steps = scalars.steps.tolist()
         rows = scalars.scalars.tolist()
+        memory = scalars.memory.tolist()
         for batch in batches:
             for row, group in zip(batch.rows, batch.groups, strict=True):
                 steps[row] += 1.0
                 sign, *values = hyper[group]
-                rows[row] = [coef * sign, *rule_scalars(tuple(values), steps[row])]
+                own, memory[row] = rule_scalars(tuple(values), steps[row], tuple(memory[row]))
+                rows[row] = [coef * sign, *own]
         scalars.steps.copy_(torch.tensor(steps))
         scalars.scalars.copy_(torch.tensor(rows))
+        if request.family.memory:
+            scalars.memory.copy_(torch.tensor(memory))
 
     def step(self, batch: StepBatch, scalars: UpdateScalars) -> None:
         """See `Backend.step`."""
