@@ -194,6 +194,7 @@ class FusedAccumOptimizer(SharingOptimizer):
             RuntimeError: if a backward raised half-way, or a parameter changed its dtype, shape or
                 device since it was wrapped. Nothing is updated then.
         """
+        self._refuse_scaler()
         loss = None
         if arguments.calls_closure(self.optimizer):
             if closure is None:
