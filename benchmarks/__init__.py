@@ -1,0 +1,1 @@
+"""Benchmarks: what an update costs, beside every way stock PyTorch has of doing the same."""

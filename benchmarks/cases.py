@@ -1,0 +1,95 @@
+"""The sizes that are measured: shapes of the parameters of known models, and awkward ones.
+
+Every function returns a list of shapes; `SHAPES` names them for the command line.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+Shapes = list[tuple[int, ...]]
+
+
+def gpt2_small() -> Shapes:
+    """GPT-2, 124,439,808 parameters in 148 tensors; the head is the token embedding."""
+    dim, vocabulary, positions, layers = 768, 50257, 1024, 12
+    block: Shapes = [
+        *((dim,), (dim,)),  # ln_1
+        *((dim, 3 * dim), (3 * dim,)),  # attn.c_attn
+        *((dim, dim), (dim,)),  # attn.c_proj
+        *((dim,), (dim,)),  # ln_2
+        *((dim, 4 * dim), (4 * dim,)),  # mlp.c_fc
+        *((4 * dim, dim), (dim,)),  # mlp.c_proj
+    ]
+    return [(vocabulary, dim), (positions, dim), *block * layers, (dim,), (dim,)]
+
+
+def llama_1b() -> Shapes:
+    """TinyLlama, 1,100,048,384 parameters in 201 tensors; grouped key/value heads, head untied."""
+    dim, key_value, hidden, vocabulary, layers = 2048, 256, 5632, 32000, 22
+    block: Shapes = [
+        *((dim, dim), (key_value, dim), (key_value, dim), (dim, dim)),  # q, k, v, o
+        *((hidden, dim), (hidden, dim), (dim, hidden)),  # gate, up, down
+        *((dim,), (dim,)),  # the two norms
+    ]
+    return [(vocabulary, dim), *block * layers, (dim,), (vocabulary, dim)]
+
+
+def lora_500() -> Shapes:
+    """500 low-rank matrices, 32,768,000 parameters: many tensors, little in each."""
+    return [(16, 4096)] * 500
+
+
+def flat_64mi() -> Shapes:
+    """One tensor of 67,108,864 elements: the memory rate, without any overhead per tensor."""
+    return [(64 << 20,)]
+
+
+def odd() -> Shapes:
+    """One element, primes, a chunk of 8192 and its neighbours, and one that takes all threads.
+
+    That one comes first: torch.compile's loop for any size gets threads only if the first size it
+    sees is worth them (without, it took twice as long on 2 cores).
+    """
+    return [(524309,), (1031, 257), (1,), (3,), (17,), (127, 129), (8191,), (8192,), (8193,)]
+
+
+def tiny() -> Shapes:
+    """For a dry run, where kernels are interpreted."""
+    return [(1,), (17,), (3, 31), (8193,)]
+
+
+SHAPES: dict[str, Callable[[], Shapes]] = {
+    function.__name__: function
+    for function in (gpt2_small, llama_1b, lora_500, flat_64mi, odd, tiny)
+}
+
+
+def count(shapes: Shapes) -> int:
+    """Elements in all."""
+    return sum(math.prod(shape) for shape in shapes)
+
+
+def random(
+    shapes: Sequence[Sequence[int]],
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    seed: int,
+    std: float = 1.0,
+    offset: int = 0,
+) -> list[Tensor]:
+    """Normal tensors of these shapes; each starts `offset` elements into its own memory.
+
+    With an offset of 1 they are contiguous and misaligned, as views of other tensors can be.
+    """
+    generator = torch.Generator(device).manual_seed(seed)
+    tensors = []
+    for shape in shapes:
+        memory = torch.empty(offset + math.prod(shape), dtype=dtype, device=device)
+        tensors.append(memory.normal_(std=std, generator=generator)[offset:].view(*shape))
+    return tensors

@@ -1,0 +1,141 @@
+"""`python -m benchmarks.gpu`: everything that needs a GPU, in one command of under 8 minutes.
+
+Takes the machine as it is: its own torch, Triton and pytest; nothing of ours installed, no network.
+Five parts, each in a process of its own with a time limit, so that a failure costs one part: the
+tests marked `gpu`, the demo, single operations, whole windows, and both again for torch.compile.
+PART=tests,micro runs some of them. Writes 6 files to $OUT; without it results go to
+benchmarks/results/<device>/ and the log to out/. Exits 1 if a part failed and 2 without a GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.util
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from .measure import ROOT, new_path, results_folder
+
+LOG = "gpu.log"
+NO_TESTS = 5  # pytest's exit status where it found none
+
+
+@dataclass(frozen=True)
+class Part:
+    """One part: its command, its time limit, and whether it runs in a folder for its files."""
+
+    arguments: list[str]
+    limit_s: int
+    in_folder: bool = False
+    passes: tuple[int, ...] = (0,)
+
+
+def parts(dry_run: bool) -> dict[str, Part]:
+    """All parts; the limits add up to less than 8 minutes."""
+    demo = [str(ROOT / "examples" / "train_gpt.py"), "--out", "."]
+    run = ["-m", "benchmarks.run"]
+    if dry_run:
+        demo += ["--device", "cpu", "--quick", "--steps", "2"]
+        run += ["--device", "cpu", "--quick", "--backend", "triton"]
+    else:
+        demo += ["--device", "cuda", "--seconds", "60"]
+        run += ["--device", "cuda"]
+    tests = ["-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "tests"]
+    if not dry_run and importlib.util.find_spec("xdist"):
+        tests += ["-n", "4"]  # hundreds of kernel variants to compile
+    eager, compiled = [*run, "--forms", "eager"], [*run, "--forms", "compiled"]
+    return {
+        "tests": Part(tests, 150, passes=(0, NO_TESTS) if dry_run else (0,)),
+        "demo": Part(demo, 85, in_folder=True),
+        "micro": Part([*eager, "--only", "micro", "--budget", "3"], 65),
+        "cycle": Part([*eager, "--only", "cycle", "--budget", "5"], 60),
+        # Last: what it costs is unknown before Inductor has seen hundreds of tensors in one call.
+        "compiled": Part([*compiled, "--budget", "2"], 110),
+    }
+
+
+def run_part(part: Part, folder: Path, log: Path, dry_run: bool) -> tuple[str, str]:
+    """Run a part. Returns what became of it, and what it printed."""
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
+        "PYTHONUNBUFFERED": "1",
+    }
+    if dry_run:
+        # One thread: it is about the code, and tiny tensors gain nothing from more.
+        environment |= {"TRITON_INTERPRET": "1", "TORCH_COMPILE_DISABLE": "1"}
+        environment |= {"OMP_NUM_THREADS": "1"}
+    else:
+        environment["TRITON_INTERPRET"] = "0"  # the tests would choose the interpreter
+    with log.open("ab") as stream:
+        stream.write(f"\n$ python {' '.join(part.arguments[:4])} ...\n".encode())
+        stream.flush()
+        start = stream.tell()
+        process = subprocess.Popen(
+            [sys.executable, *part.arguments],
+            cwd=folder if part.in_folder else ROOT,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=stream,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        try:
+            code = process.wait(timeout=part.limit_s)
+            outcome = "passed" if code in part.passes else f"FAILED with exit status {code}"
+        except subprocess.TimeoutExpired:
+            outcome = f"FAILED: not done after {part.limit_s} s"
+        finally:
+            # Also what it started: compilers, workers.
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    text = log.read_bytes()[start:].decode(errors="replace")
+    return outcome, text
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit status."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--dry-run", action="store_true", help="the same paths, tiny, on the CPU")
+    dry_run = parser.parse_args(argv).dry_run
+    if not dry_run and not torch.cuda.is_available():
+        print("no CUDA device here (torch.cuda.is_available() is False): nothing was run")
+        return 2
+    chosen = parts(dry_run)
+    wanted = [name.strip() for name in os.environ.get("PART", ",".join(chosen)).split(",")]
+    unknown = [name for name in wanted if name not in chosen]
+    if unknown:
+        print(f"PART={','.join(unknown)} is unknown; allowed: {', '.join(chosen)}")
+        return 2
+    results = results_folder(torch.device("cpu" if dry_run else "cuda"))
+    logs = Path(os.environ.get("OUT") or ROOT / "out")
+    logs.mkdir(parents=True, exist_ok=True)
+    began, outcomes = time.perf_counter(), {}
+    for name in wanted:
+        print(f"--- {name}", flush=True)
+        part_began = time.perf_counter()
+        with tempfile.TemporaryDirectory() as folder:
+            outcome, text = run_part(chosen[name], Path(folder), logs / LOG, dry_run)
+            for file in sorted(Path(folder).iterdir()):
+                shutil.move(file, new_path(results, file.name))
+        print(text[-3000:].rstrip(), flush=True)
+        outcomes[name] = f"{outcome} ({time.perf_counter() - part_began:.0f} s)"
+    print(f"--- summary ({time.perf_counter() - began:.0f} s)")
+    for name, outcome in outcomes.items():
+        print(f"{name:<6} {outcome}")
+    return 0 if all(outcome.startswith("passed") for outcome in outcomes.values()) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

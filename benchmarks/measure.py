@@ -1,0 +1,365 @@
+"""Timing, the correctness gate, and rows: what makes two numbers comparable.
+
+Variants are timed in turns within one process, in a new order each round, beside an fp32 copy of
+as many elements (twice: the difference of the two is the noise). A form is timed only after it
+agreed with float64.
+"""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import json
+import os
+import platform
+import random
+import re
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils import clip_grad_norm_
+
+from . import cases
+from .baselines import Form, Plan
+
+ROOT = Path(__file__).resolve().parent.parent
+Row = dict[str, Any]
+
+# --- time ---
+
+
+@dataclass
+class Samples:
+    """Milliseconds of one variant.
+
+    Attributes:
+        first: the first call, compilation included.
+        host: until the call returned (on a GPU; on a CPU it is the whole time).
+        times: one per round.
+    """
+
+    first: float
+    host: float
+    times: list[float] = field(default_factory=list)
+
+    def quantile(self, q: float) -> float:
+        """Linear between the neighbouring samples."""
+        ordered = sorted(self.times)
+        position = q * (len(ordered) - 1)
+        low = int(position)
+        high = min(low + 1, len(ordered) - 1)
+        return ordered[low] + (position - low) * (ordered[high] - ordered[low])
+
+
+class Clock:
+    """Times one call on the CPU."""
+
+    warm_calls = 0
+
+    def time(self, run: Callable[[], object], lead: float) -> tuple[float, float]:
+        """Milliseconds of the work, and until the call returned."""
+        began = time.perf_counter()
+        run()
+        elapsed = 1e3 * (time.perf_counter() - began)
+        return elapsed, elapsed
+
+
+class CudaClock(Clock):
+    """Times one call on the GPU by events; the device is never waited for between them.
+
+    Before each call a buffer of four times the L2 cache is read, so that no variant finds its
+    operands there (read, not written: dirty lines would be written back in somebody's time). Then
+    the device sleeps for `lead` milliseconds, in which the host enqueues the call: what is timed is
+    the device's work and not the gaps between launches. Those show in the host's own time.
+    """
+
+    warm_calls = 3
+
+    def __init__(self, device: torch.device) -> None:
+        properties = torch.cuda.get_device_properties(device)
+        cache = getattr(properties, "L2_cache_size", 0) or 64 << 20
+        self.buffer = torch.ones(cache, dtype=torch.float32, device=device)  # 4 bytes each
+        self.start, self.end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        cycles = 4_000_000
+        self.time(lambda: torch.cuda._sleep(cycles), 0.0)  # loads the kernel
+        elapsed, _ = self.time(lambda: torch.cuda._sleep(cycles), 0.0)
+        self.cycles_per_ms = cycles / elapsed
+
+    def time(self, run: Callable[[], object], lead: float) -> tuple[float, float]:
+        self.buffer.sum()
+        if lead:
+            torch.cuda._sleep(int(lead * self.cycles_per_ms))
+        self.start.record()
+        began = time.perf_counter()
+        run()
+        host = 1e3 * (time.perf_counter() - began)
+        self.end.record()
+        self.end.synchronize()
+        return self.start.elapsed_time(self.end), host
+
+
+# A GPU's queue holds about a thousand launches; beyond that the host waits and a longer sleep does
+# not help.
+MAX_LEAD_MS = 20.0
+MIN_ROUNDS = 3
+
+
+def interleave(
+    variants: Mapping[str, Callable[[], object]],
+    clock: Clock,
+    *,
+    rounds: int,
+    budget_s: float,
+    tick: Callable[[int], object] = lambda n: None,
+    refuse: Callable[[str, Exception], object],
+) -> dict[str, Samples]:
+    """Time variants in turns.
+
+    Args:
+        variants: name → call.
+        clock: of their device.
+        rounds: samples of each; fewer (at least three) once `budget_s` is spent.
+        budget_s: seconds for the rounds.
+        tick: called with the number of rounds done since the last call.
+        refuse: called with the name of a variant that raises at its first call, and the error.
+    """
+    samples = {}
+    for name, run in variants.items():
+        try:
+            first, _ = clock.time(run, 0.0)
+            warm = [clock.time(run, 0.0)[1] for _ in range(clock.warm_calls)]
+        except Exception as error:
+            refuse(name, error)
+        else:
+            samples[name] = Samples(first, statistics.median(warm or [first]))
+    began = time.perf_counter()
+    for done in range(rounds):
+        if done >= MIN_ROUNDS and time.perf_counter() - began > budget_s:
+            tick(rounds - done)
+            break
+        order = list(samples)
+        random.Random(done).shuffle(order)
+        for name in order:
+            lead = min(1.5 * samples[name].host + 0.1, MAX_LEAD_MS)
+            samples[name].times.append(clock.time(variants[name], lead)[0])
+        tick(1)
+    return samples
+
+
+def captured(run: Callable[[], object]) -> Callable[[], object]:
+    """`run` as a CUDA graph, to be replayed."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph.replay
+
+
+# --- correctness ---
+
+# An fp32 sum of 8 terms is off by a few 2^-24 of its largest partial sum.
+MAX_GRAD_ERROR = 1e-6
+# Of one step, for the worst element: where the mean gradient nearly cancels, its rounding is
+# magnified by AdamW. An element that was missed is off by 1.
+MAX_UPDATE_ERROR = 0.05
+# Half a unit in the last of bf16's 8 bits.
+MAX_ROUNDING = 2.0**-8
+
+
+class Refused(RuntimeError):
+    """A form that disagrees with float64: it is not timed."""
+
+
+@dataclass(frozen=True)
+class Gate:
+    """What a form got wrong.
+
+    Attributes:
+        grad_error: relative L2 error of the mean gradient.
+        update_error: largest error of a parameter after two windows, in learning rates.
+        seconds: what the check took, with whatever had to be compiled.
+    """
+
+    grad_error: float
+    update_error: float
+    seconds: float
+
+
+def gate(
+    make: Callable[[list[Tensor], Plan], Form],
+    shapes: cases.Shapes,
+    dtype: torch.dtype,
+    plan: Plan,
+    device: torch.device,
+) -> Gate:
+    """Run two windows, the second with misaligned gradients, against AdamW in float64.
+
+    Raises:
+        Refused: if a form that claims to be exact is not.
+    """
+    began = time.perf_counter()
+    start = cases.random(shapes, dtype, device, seed=0)
+    form = make(start, plan)
+    exact = [p.double().requires_grad_() for p in start]
+    optimizer = torch.optim.AdamW(exact, **plan.adamw())
+    grad_error = 0.0
+    for window in range(2):
+        means = [torch.zeros_like(p) for p in exact]
+        for index in range(plan.n):
+            seed = 1 + window * plan.n + index
+            grads = cases.random(shapes, dtype, device, seed=seed, offset=window)
+            for mean, grad in zip(means, grads, strict=True):
+                mean += grad.double() / plan.n
+                if form.loss_is_divided:
+                    grad /= plan.n
+            form.micro_batch(grads, index)
+        errors = [a.double() - b for a, b in zip(form.mean_grads(), means, strict=True)]
+        grad_error = max(grad_error, _norm(errors) / _norm(means))
+        for param, mean in zip(exact, means, strict=True):
+            param.grad = mean
+        if plan.max_norm is not None:
+            clip_grad_norm_(exact, plan.max_norm)
+        optimizer.step()
+        form.update()
+    values = [value.double() for value in form.values()]
+    update_error = _largest(v - e.detach() for v, e in zip(values, exact, strict=True)) / plan.lr
+    rounding = _largest(
+        (p.detach().double() - v) / v.abs().clamp(min=1e-30)
+        for p, v in zip(form.params, values, strict=True)
+    )
+    found = Gate(grad_error, update_error, time.perf_counter() - began)
+    # Negated, so that NaN is refused.
+    if form.is_exact and not (
+        grad_error <= MAX_GRAD_ERROR
+        and update_error <= MAX_UPDATE_ERROR
+        and rounding <= MAX_ROUNDING
+    ):
+        raise Refused(
+            f"mean gradient off by {grad_error:.1e} (allowed {MAX_GRAD_ERROR:.1e}), parameters by "
+            f"{update_error:.1e} learning rates ({MAX_UPDATE_ERROR:.1e}), their rounding by "
+            f"{rounding:.1e} ({MAX_ROUNDING:.1e})"
+        )
+    return found
+
+
+def _norm(tensors: Sequence[Tensor]) -> float:
+    return float(torch.stack([t.square().sum() for t in tensors]).sum().sqrt())
+
+
+def _largest(tensors: Iterable[Tensor]) -> float:
+    return float(torch.stack([t.abs().max() for t in tensors]).max())
+
+
+def is_finite(form: Form) -> bool:
+    """Whether neither parameters nor accumulators hold NaN or Inf."""
+    tensors = (*form.params, *form.mean_grads())
+    return all(bool(tensor.isfinite().all()) for tensor in tensors)
+
+
+# --- rows ---
+
+
+def _command(*arguments: str) -> str:
+    """What a command prints; nothing where it is missing or fails."""
+    try:
+        done = subprocess.run(
+            arguments, cwd=ROOT, capture_output=True, text=True, timeout=20, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return done.stdout.strip()
+
+
+def commit() -> str:
+    """The commit of this checkout; without git, or with changes, a hash of the sources as well."""
+    sources = hashlib.sha256()
+    for folder in ("fusedaccum", "kernels", "benchmarks"):
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            sources.update(path.read_bytes())
+    head = _command("git", "rev-parse", "--short=12", "HEAD")
+    paths = ("fusedaccum", "kernels", "benchmarks")
+    if head and not _command("git", "status", "--porcelain", "--", *paths):
+        return head
+    return f"{head}+sources.{sources.hexdigest()[:12]}".lstrip("+")
+
+
+def _cpu_name() -> str:
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        text = ""
+    found = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+    return found[1].strip() if found else platform.processor() or platform.machine()
+
+
+def _driver() -> str:
+    found = _command("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    if found:
+        return found.splitlines()[0].strip()
+    try:
+        text = Path("/proc/driver/nvidia/version").read_text(encoding="utf-8")
+    except OSError:
+        return "unknown"
+    version = re.search(r"\b\d+\.\d+(\.\d+)?\b", text)
+    return version[0] if version else "unknown"
+
+
+def environment(device: torch.device) -> Row:
+    """What every row of a run says about where it was measured."""
+    try:
+        import triton
+
+        triton_version = triton.__version__
+    except ImportError:
+        triton_version = None
+    on_cuda = device.type == "cuda"
+    return {
+        "device": torch.cuda.get_device_name(device) if on_cuda else _cpu_name(),
+        "driver": _driver() if on_cuda else None,
+        "n_cores": os.cpu_count(),
+        "n_threads": torch.get_num_threads(),
+        "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY"),
+        "fusedaccum_cc": os.environ.get("FUSEDACCUM_CC"),  # "0": no compiled loops on the CPU
+        "torch": torch.__version__,
+        "triton": triton_version,
+        "python": platform.python_version(),
+        "commit": commit(),
+        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+    }
+
+
+def results_folder(device: torch.device) -> Path:
+    """Where results of this machine go: $OUT, else a folder named after the device."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
+    slug = re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-")
+    folder = Path(os.environ.get("OUT") or ROOT / "benchmarks" / "results" / slug)
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def new_path(folder: Path, name: str) -> Path:
+    """A path that is not taken, starting with today: results are added, never overwritten."""
+    today = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
+    path, number = folder / f"{today}-{name}", 1
+    stem, suffix = path.stem, path.suffix
+    while path.exists():
+        number += 1
+        path = folder / f"{stem}-{number}{suffix}"
+    return path
+
+
+def save(rows: Sequence[Row], path: Path) -> None:
+    """One JSON list, one row per line."""
+    path.write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n", "utf-8")

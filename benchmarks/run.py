@@ -1,0 +1,203 @@
+"""`python -m benchmarks.run`: measure, save rows, print tables and judge the targets."""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from itertools import groupby
+from typing import Any
+
+import torch
+
+from . import cases, suites
+from .baselines import Plan
+from .measure import Row
+from .suites import COPY, Suite
+
+# What `--device` measures by default.
+SHAPES = {
+    "cpu": {"micro": ["flat_64mi"], "cycle": ["gpt2_small"]},
+    "cuda": {
+        "micro": ["flat_64mi", "lora_500", "llama_1b"],
+        "cycle": ["lora_500", "llama_1b"],
+    },
+}
+KINDS: dict[str, Callable[[Suite, str, str], None]] = {
+    "micro": suites.micro,
+    "cycle": suites.cycle,
+}
+# Groups of variants that these time, for the progress bar.
+N_GROUPS = {
+    ("micro", "eager"): 6,
+    ("micro", "compiled"): 4,
+    ("cycle", "eager"): 1,
+    ("cycle", "compiled"): 1,
+}
+# Seconds for each of those groups.
+BUDGETS = {"micro": 8.0, "cycle": 60.0}
+# Targets, per device and operation: (column, bound, whether smaller is better). `ratio` is in units
+# of an fp32 copy, `copy_share` is of the copy's bandwidth, `speedup` over the best native form.
+TARGETS = {
+    "cpu": {"accumulate": ("ratio", 1.0, True), "window": ("speedup", 1.5, False)},
+    "cuda": {
+        "accumulate": ("copy_share", 0.95, False),
+        "step": ("copy_share", 0.93, False),
+        "window": ("speedup", 1.7, False),
+    },
+}
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--only", choices=("micro", "cycle"))
+    parser.add_argument("--shapes", nargs="+", choices=sorted(cases.SHAPES))
+    parser.add_argument("--n", type=int, default=8, help="micro-batches per window")
+    parser.add_argument("--rounds", type=int, help="samples of each variant")
+    parser.add_argument("--budget", type=float, help="seconds for each group of variants")
+    parser.add_argument("--backend", choices=("triton", "torch"), help="fusedaccum's")
+    parser.add_argument("--forms", choices=("eager", "compiled"), help="without or with compiling")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes: does it run?")
+    return parser.parse_args(argv)
+
+
+def progress(total: int) -> Any:
+    """A bar where tqdm is there and somebody watches."""
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        return None
+    return tqdm(total=total, unit="round", disable=None)
+
+
+def warn_if_busy(device: torch.device) -> None:
+    """Say so where other processes would decide what is measured."""
+    load, n_cores = os.getloadavg()[0], os.cpu_count() or 1
+    if device.type == "cpu" and load > 0.5 * n_cores and "OMP_WAIT_POLICY" not in os.environ:
+        print(
+            f"load {load:.1f} on {n_cores} cores: native forms may be measured much too slow. Wait "
+            "for a quiet moment, or set OMP_WAIT_POLICY=PASSIVE (benchmarks/README.md)"
+        )
+
+
+def measure_all(args: argparse.Namespace) -> Suite:
+    """Run what the arguments ask for."""
+    device = torch.device(args.device)
+    warn_if_busy(device)
+    kinds = [args.only] if args.only else ["micro", "cycle"]
+    passes = [args.forms] if args.forms else ["eager"] if args.quick else ["eager", "compiled"]
+    rounds = args.rounds or (3 if args.quick else 20 if device.type == "cuda" else 9)
+
+    def shapes(kind: str) -> list[str]:
+        return args.shapes or (["tiny"] if args.quick else SHAPES[device.type][kind])
+
+    # Shape by shape, so that what compiles for one is used while it is there.
+    work = [
+        (forms_of, shape, kind)
+        for forms_of in passes
+        for shape in sorted({shape for kind in kinds for shape in shapes(kind)})
+        for kind in kinds
+        if shape in shapes(kind)
+    ]
+    bar = progress(rounds * sum(N_GROUPS[kind, forms_of] for forms_of, _, kind in work))
+    suite = Suite(
+        device,
+        Plan(n=args.n, backend=args.backend),
+        rounds=rounds,
+        budget_s=0.0,
+        gate_shapes=cases.tiny() if args.quick else cases.odd(),
+        name="-".join(filter(None, (args.only or "all", args.forms, args.quick and "quick"))),
+        tick=bar.update if bar is not None else lambda n: None,
+    )
+    for forms_of, shape, kind in work:
+        if bar is not None:
+            bar.set_description(f"{kind} {shape} {forms_of}")
+        suite.budget_s = args.budget or BUDGETS[kind]
+        KINDS[kind](suite, shape, forms_of)
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    if bar is not None:
+        bar.close()
+    return suite
+
+
+def table(rows: Sequence[Row]) -> str:
+    """One group: variants measured in turns, fastest first, ceilings on top."""
+    head = rows[0]
+    lines = [
+        f"{head['operation']}, {head['shape']} ({head['n_elements']:,} {head['dtype']} elements), "
+        f"N={head['n']}, {head['samples']} samples, load {head['load']}",
+        f"  {'':<22}{'B/elem':>7}{'p20':>10}{'p50':>10}{'p80':>10} ms{'x copy':>8}"
+        f"{'GB/s':>8}{'% of copy':>11}{'host ms':>10}{'error':>10}",
+    ]
+    for row in sorted(rows, key=lambda r: (r["grad_error"] is not None, r["p50_ms"])):
+        host = "" if row["host_ms"] is None else f"{row['host_ms']:.3f}"
+        error = "" if row["grad_error"] is None else f"{row['grad_error']:.0e}"
+        lines.append(
+            f"  {row['variant']:<22}{row['bytes'] / row['n_elements']:>7.0f}"
+            f"{row['p20_ms']:>10.3f}{row['p50_ms']:>10.3f}{row['p80_ms']:>10.3f}   "
+            f"{row['ratio']:>8.2f}{row['bytes'] / row['p50_ms'] / 1e6:>8.1f}"
+            f"{100 * row['copy_share']:>11.0f}{host:>10}{error:>10}"
+        )
+    return "\n".join(lines)
+
+
+def judge(rows: Sequence[Row], device: str) -> list[str]:
+    """What the rows say about the targets; wins and losses alike."""
+    lines = []
+    for _, members in groupby(rows, key=lambda row: row["group"]):
+        group = {row["variant"]: row for row in members}
+        head = group[COPY]
+        ours = {name: row for name, row in group.items() if name.startswith("fused_")}
+        rivals = {
+            name: row
+            for name, row in group.items()
+            if row["grad_error"] is not None and name not in ours and name != "plain_bf16"
+        }
+        if not ours or not rivals:
+            continue
+        best = min(rivals, key=lambda name: rivals[name]["p50_ms"])
+        for name, row in ours.items():
+            speedup = rivals[best]["p50_ms"] / row["p50_ms"]
+            text = (
+                f"{head['operation']}, {head['shape']}, {head['dtype']}: {name} takes "
+                f"{row['ratio']:.2f} x copy and is {speedup:.2f} x as fast as {best}"
+            )
+            target = TARGETS[device].get(head["operation"])
+            if target:
+                column, bound, is_upper = target
+                value = speedup if column == "speedup" else row[column]
+                met = value <= bound if is_upper else value >= bound
+                text += (
+                    f": target {column} {'<=' if is_upper else '>='} {bound} "
+                    f"{'met' if met else 'MISSED'} ({value:.2f})"
+                )
+            lines.append(text)
+    return lines
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns 1 if a variant was refused."""
+    args = parse(argv)
+    # Compile times are only honest with cold caches: Inductor's, and that of our own loops.
+    with tempfile.TemporaryDirectory(prefix="benchmarks-") as cache:
+        os.environ |= {"TORCHINDUCTOR_CACHE_DIR": cache, "XDG_CACHE_HOME": cache}
+        suite = measure_all(args)
+    for _, members in groupby(suite.rows, key=lambda row: row["group"]):
+        print("\n" + table(list(members)))
+    print()
+    if not args.quick:
+        print("\n".join(judge(suite.rows, torch.device(args.device).type)))
+    for name, why in suite.refused.items():
+        print(f"REFUSED {name}: {why}")
+    print(f"{len(suite.rows)} rows: {suite.path.name}")
+    return 1 if suite.refused else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,299 @@
+"""What is measured: single operations (`micro`) and whole windows (`cycle`), as rows."""
+
+from __future__ import annotations
+
+import gc
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.nn.utils import get_total_norm
+
+from fusedaccum import functional
+
+from . import cases, measure
+from .baselines import NATIVE, Form, Masters, NativeForm, Plan
+from .fused import FORMS
+from .measure import Gate, Refused, Row
+
+BF16, FP32 = torch.bfloat16, torch.float32
+COPY = "copy"
+
+EAGER = [name for name in NATIVE if name not in ("compiled", "plain_bf16")]
+# Forms that are measured in turns. What has to compile comes apart and last: where that fails or
+# takes too long, the other rows are there already.
+MICRO = {
+    "eager": ["fused_backend", *EAGER, "plain_bf16"],
+    "compiled": ["fused_backend", "compiled"],
+}
+CYCLE = {
+    "eager": ["fused_backend", "fused_hooks", "fused_assigned", *EAGER, "plain_bf16"],
+    "compiled": ["fused_backend", "fused_hooks", "compiled"],
+}
+# Which forms are also replayed from a CUDA graph, for shapes where launches are what costs.
+GRAPHED = {"lora_500": ["fused_backend", "per_tensor_add", "foreach_add"]}
+
+
+@dataclass
+class Variant:
+    """One call to be timed.
+
+    Attributes:
+        run: the call.
+        moved: bytes per element that it must read and write.
+        gate: what the correctness check found; None for a ceiling.
+        form: whose call it is.
+    """
+
+    run: Callable[[], object]
+    moved: float
+    gate: Gate | None = None
+    form: Form | None = None
+
+
+class Suite:
+    """Measures and keeps the rows.
+
+    Args:
+        device: where.
+        plan: N, and the optimizer's numbers.
+        rounds, budget_s: see `measure.interleave`; the budget is for each group of variants.
+        gate_shapes: what the correctness check runs on.
+        path: where the rows are saved, after each group.
+        tick: see `measure.interleave`.
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        plan: Plan,
+        *,
+        rounds: int,
+        budget_s: float,
+        gate_shapes: cases.Shapes,
+        name: str,
+        tick: Callable[[int], object] = lambda n: None,
+    ) -> None:
+        self.device, self.plan = device, plan
+        self.rounds, self.budget_s, self.tick = rounds, budget_s, tick
+        self.gate_shapes = gate_shapes
+        self.clock = measure.CudaClock(device) if device.type == "cuda" else measure.Clock()
+        self.environment = measure.environment(device)
+        self.path = measure.new_path(measure.results_folder(device), f"{name}.json")
+        self.rows: list[Row] = []
+        self.refused: dict[str, str] = {}
+        self.groups = 0
+        self._gates: dict[tuple[str, torch.dtype, Plan], Gate] = {}
+
+    def refuse(self, name: str, error: Exception) -> None:
+        """No number for this variant, and why."""
+        self.refused[name] = f"{type(error).__name__}: {error}"
+
+    # --- forms ---
+
+    def gate(self, name: str, dtype: torch.dtype, plan: Plan) -> Gate | None:
+        """The form's correctness check, once per run; None and a remark where it is refused."""
+        key = (name, dtype, plan)
+        if key not in self._gates and name not in self.refused:
+            try:
+                self._gates[key] = measure.gate(
+                    FORMS[name], self.gate_shapes, dtype, plan, self.device
+                )
+            except Exception as error:  # a baseline that cannot run here must not cost the others
+                self.refuse(name, error)
+        return self._gates.get(key)
+
+    def build(self, names: Iterable[str], params: Sequence[Tensor], plan: Plan) -> dict[str, Form]:
+        """The forms that passed. Native fp32 ones share masters, accumulators and states."""
+        forms: dict[str, Form] = {}
+        shared: Masters | None = None
+        for name in names:
+            if name == "blocked_add" and self.device.type != "cpu":
+                continue
+            if self.gate(name, params[0].dtype, plan) is None:
+                continue
+            make = FORMS[name]
+            if issubclass(make, NativeForm):
+                shared = shared or Masters(params, plan)
+                forms[name] = make(params, plan, shared)
+            else:
+                forms[name] = make(params, plan)  # type: ignore[call-arg]
+        return forms
+
+    def variants(
+        self, forms: dict[str, Form], call: Callable[[Form], tuple[Callable[[], object], int]]
+    ) -> dict[str, Variant]:
+        """A variant of each form; `call` gives the callable and the bytes per element."""
+        found = {}
+        for name, form in forms.items():
+            run, moved = call(form)
+            gate = self.gate(name, form.params[0].dtype, form.plan)
+            found[name] = Variant(run, moved, gate, form)
+        return found
+
+    # --- time ---
+
+    def time(
+        self, operation: str, shape: str, dtype: torch.dtype, variants: dict[str, Variant]
+    ) -> None:
+        """Time variants in turns beside the ceilings, and keep their rows."""
+        n_elements = cases.count(cases.SHAPES[shape]())
+        source, target = (torch.ones(n_elements, device=self.device) for _ in range(2))
+        copy = Variant(lambda: target.copy_(source), 8)
+        ceilings = {
+            COPY: copy,
+            "copy_again": copy,
+            "read_modify_write": Variant(lambda: target.add_(1.0), 8),
+        }
+        everything = ceilings | variants
+        samples = measure.interleave(
+            {name: variant.run for name, variant in everything.items()},
+            self.clock,
+            rounds=self.rounds,
+            budget_s=self.budget_s,
+            tick=self.tick,
+            refuse=self.refuse,
+        )
+        for name in list(samples):
+            form = everything[name].form
+            if form is not None and not measure.is_finite(form):
+                # It may have skipped its steps, and been fast by that.
+                self.refuse(name, Refused("it holds NaN or Inf after it was timed"))
+                del samples[name]
+        self.groups += 1
+        copy_ms = samples[COPY].quantile(0.5)
+        for name, timed in samples.items():
+            variant, p50 = everything[name], timed.quantile(0.5)
+            gate = variant.gate
+            self.rows.append(
+                self.environment
+                | {
+                    "group": self.groups,
+                    "operation": operation,
+                    "variant": name,
+                    "shape": shape,
+                    "dtype": str(dtype).removeprefix("torch."),
+                    "n": self.plan.n,
+                    "n_elements": n_elements,
+                    "bytes": round(variant.moved * n_elements),
+                    "samples": len(timed.times),
+                    "p20_ms": round(timed.quantile(0.2), 5),
+                    "p50_ms": round(p50, 5),
+                    "p80_ms": round(timed.quantile(0.8), 5),
+                    "host_ms": round(timed.host, 5) if self.device.type == "cuda" else None,
+                    "ratio": round(p50 / copy_ms, 4),
+                    "copy_share": round(variant.moved / 8 * copy_ms / p50, 4),
+                    "grad_error": gate.grad_error if gate else None,
+                    "update_error": gate.update_error if gate else None,
+                    "gate_s": round(gate.seconds, 2) if gate else None,
+                    "first_ms": round(timed.first, 2),
+                    "load": round(os.getloadavg()[0], 2),
+                }
+            )
+        measure.save(self.rows, self.path)
+
+
+# --- operations ---
+
+
+def micro(suite: Suite, shape: str, forms_of: str) -> None:
+    """Accumulate first, later, and last with its norm; then the norm alone and the step."""
+    plan, shapes = suite.plan, cases.SHAPES[shape]()
+    params = cases.random(shapes, BF16, suite.device, seed=1)
+    grads = cases.random(shapes, BF16, suite.device, seed=2)
+    forms = suite.build(MICRO[forms_of], params, plan)
+    last = plan.n - 1
+
+    def first(form: Form) -> tuple[Callable[[], object], int]:
+        return lambda: form.micro_batch(grads, 0), form.moved.first
+
+    def later(form: Form) -> tuple[Callable[[], object], int]:
+        return lambda: form.micro_batch(grads, 1), form.moved.later
+
+    def last_with_norm(form: Form) -> tuple[Callable[[], object], int]:
+        def run() -> None:
+            form.micro_batch(grads, last)
+            form.norm()
+
+        return run, form.moved.later + form.moved.norm
+
+    suite.time("accumulate_first", shape, BF16, suite.variants(forms, first))
+    variants = suite.variants(forms, later)
+    if suite.device.type == "cuda":
+        variants |= graphed(suite, variants, GRAPHED.get(shape, ()))
+    suite.time("accumulate", shape, BF16, variants)
+    suite.time("accumulate_last_norm", shape, BF16, suite.variants(forms, last_with_norm))
+    del forms, variants
+    gc.collect()
+    if forms_of == "eager":
+        norm(suite, shape)
+        step(suite, shape, FP32, ["fused_backend", "native_fp32"])
+        step(suite, shape, BF16, ["fused_backend", "native_fp32", "plain_bf16"])
+    else:
+        step(suite, shape, BF16, MICRO[forms_of])
+
+
+def graphed(suite: Suite, variants: dict[str, Variant], names: Sequence[str]) -> dict[str, Variant]:
+    """Some of these variants once more, replayed from a CUDA graph."""
+    found = {}
+    for name in names:
+        if name in variants:
+            try:
+                run = measure.captured(variants[name].run)
+            except Exception as error:
+                suite.refuse(f"{name}_graph", error)
+            else:
+                found[f"{name}_graph"] = replace(variants[name], run=run)
+    return found
+
+
+def norm(suite: Suite, shape: str) -> None:
+    """The global L2 norm of fp32 tensors, as a pass of its own."""
+    tensors = cases.random(cases.SHAPES[shape](), FP32, suite.device, seed=3)
+    calls: dict[str, Callable[[], Tensor]] = {
+        "fused_functional": lambda: functional.global_norm(tensors, backend=suite.plan.backend),
+        "get_total_norm": lambda: get_total_norm(tensors),
+    }
+    exact = float(torch.stack([t.double().square().sum() for t in tensors]).sum().sqrt())
+    variants = {}
+    for name, call in calls.items():
+        error = abs(float(call()) - exact) / exact
+        # torch's own loses digits on a large tensor; that stands beside its time.
+        if name.startswith("fused_") and not error <= measure.MAX_GRAD_ERROR:
+            suite.refuse(name, Refused(f"norm off by {error:.1e}"))
+        else:
+            variants[name] = Variant(call, 4, Gate(error, 0.0, 0.0))
+    suite.time("norm", shape, FP32, variants)
+
+
+def step(suite: Suite, shape: str, dtype: torch.dtype, names: Sequence[str]) -> None:
+    """AdamW without clipping, on what one window accumulated."""
+    plan, shapes = replace(suite.plan, max_norm=None), cases.SHAPES[shape]()
+    params = cases.random(shapes, dtype, suite.device, seed=1)
+    grads = cases.random(shapes, dtype, suite.device, seed=2)
+    forms = suite.build(names, params, plan)
+    for form in forms.values():
+        form.micro_batch(grads, 0)
+
+    def update(form: Form) -> tuple[Callable[[], object], int]:
+        # fp32 parameters have no second copy: 16 bytes read, 12 written, by every form.
+        return form.update, form.moved.step if dtype == BF16 else 28
+
+    suite.time("step", shape, dtype, suite.variants(forms, update))
+
+
+def cycle(suite: Suite, shape: str, forms_of: str) -> None:
+    """A whole window: N accumulations, norm, clip, AdamW, and what zeroing it takes."""
+    plan, shapes = suite.plan, cases.SHAPES[shape]()
+    params = cases.random(shapes, BF16, suite.device, seed=1, std=0.02)
+    grads = cases.random(shapes, BF16, suite.device, seed=2)
+    divided = [grad / plan.n for grad in grads]
+    forms = suite.build(CYCLE[forms_of], params, plan)
+
+    def window(form: Form) -> tuple[Callable[[], object], int]:
+        arriving = divided if form.loss_is_divided else grads
+        return lambda: form.window(arriving), form.moved.window(plan.n)
+
+    suite.time("window", shape, BF16, suite.variants(forms, window))
