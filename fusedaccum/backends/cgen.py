@@ -42,6 +42,26 @@ static inline uint16_t to_bf16(float x) {
   return x != x ? (uint16_t)((bits >> 16) | 0x0040u) : (uint16_t)rounded;
 }
 static inline float same(float x) { return x; }
+
+/* Every loop has this signature: tables, a third array, a scale, and a range of chunks. */
+typedef void (*loop_fn)(const int64_t *, const int32_t *, void *, float, int64_t, int64_t);
+typedef struct {
+  loop_fn loop;
+  const int64_t *table;
+  const int32_t *chunks;
+  void *third;
+  float scale;
+  int64_t n_chunks;
+  int (*thread_num)(void);
+  int (*n_threads)(void);
+} job;
+/* What each thread of an OpenMP team runs: its share of the chunks. */
+void run_share(void *data) {
+  const job *j = data;
+  int64_t thread = j->thread_num(), n = j->n_threads();
+  j->loop(j->table, j->chunks, j->third, j->scale, j->n_chunks * thread / n,
+          j->n_chunks * (thread + 1) / n);
+}
 """
 
 # dtype: (C type, load, store)
@@ -52,8 +72,9 @@ _C_TYPES = {
 }
 
 _ACCUMULATE = """
-void %(name)s(const int64_t *table, const int32_t *chunks, float *partials, float scale,
+void %(name)s(const int64_t *table, const int32_t *chunks, void *third, float scale,
               int64_t begin, int64_t end) {
+  float *partials = third;
   for (int64_t pid = begin; pid < end; ++pid) {
     const int64_t *row = table + %(columns)d * (int64_t)chunks[2 * pid];
     const int64_t start = chunks[2 * pid + 1] * (int64_t)CHUNK, left = row[2] - start;
@@ -85,8 +106,9 @@ void %(name)s(const int64_t *table, const int32_t *chunks, float *partials, floa
 """
 
 _SUM_OF_SQUARES = """
-void %(name)s(const int64_t *table, const int32_t *chunks, float *partials, int64_t begin,
-              int64_t end) {
+void %(name)s(const int64_t *table, const int32_t *chunks, void *third, float unused,
+              int64_t begin, int64_t end) {
+  float *partials = third;
   for (int64_t pid = begin; pid < end; ++pid) {
     const int64_t *row = table + 3 * (int64_t)chunks[2 * pid];
     const int64_t start = chunks[2 * pid + 1] * (int64_t)CHUNK, left = row[1] - start;
@@ -108,8 +130,9 @@ void %(name)s(const int64_t *table, const int32_t *chunks, float *partials, int6
 """
 
 _STEP = """
-void step(const int64_t *table, const int32_t *chunks, const float *all_scalars, int64_t begin,
+void step(const int64_t *table, const int32_t *chunks, void *third, float unused, int64_t begin,
           int64_t end) {
+  const float *all_scalars = third;
   for (int64_t pid = begin; pid < end; ++pid) {
     const int64_t *row = table + %(columns)d * (int64_t)chunks[2 * pid];
     const int64_t start = chunks[2 * pid + 1] * (int64_t)CHUNK, left = row[3] - start;

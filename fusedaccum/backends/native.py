@@ -15,20 +15,18 @@ import platform
 import shutil
 import subprocess
 import tempfile
-import threading
 import warnings
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import cache, lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
 # No FMA contraction: the same bits as the reference. No errno: sqrtf becomes one instruction.
 _FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-fPIC", "-shared")
-# Handing work to a second thread costs about 30 us, as long as one thread needs for this many
-# elements.
-MIN_PARALLEL_ELEMENTS = 1 << 18
+# Waking a team of threads costs some 10 us, in which one thread does this many elements.
+MIN_PARALLEL_ELEMENTS = 1 << 16
 
 
 class CompilerMissing(RuntimeError):
@@ -110,43 +108,87 @@ def _compile(command: str, source: str, path: Path) -> None:
         os.replace(so_file, path)
 
 
-_lock = threading.Lock()
-_pool: ThreadPoolExecutor | None = None
+class _Job(ctypes.Structure):
+    """`job` of the C source: one call of a loop."""
+
+    _fields_ = (
+        ("loop", ctypes.c_void_p),
+        ("table", ctypes.c_void_p),
+        ("chunks", ctypes.c_void_p),
+        ("third", ctypes.c_void_p),
+        ("scale", ctypes.c_float),
+        ("n_chunks", ctypes.c_int64),
+        ("thread_num", ctypes.c_void_p),
+        ("n_threads", ctypes.c_void_p),
+    )
 
 
-def _threads() -> ThreadPoolExecutor:
-    global _pool
-    with _lock:
-        if _pool is None:
-            _pool = ThreadPoolExecutor(os.cpu_count() or 1, "fusedaccum")
-        return _pool
+@dataclass(frozen=True)
+class _OpenMP:
+    """Entry points of the OpenMP runtime that torch itself has loaded."""
+
+    parallel: Any
+    thread_num: int
+    n_threads: int
 
 
-def _forget_pool() -> None:
-    global _pool
-    _pool = None
+@lru_cache(maxsize=1)
+def _openmp() -> _OpenMP | None:
+    """torch's own OpenMP runtime, or None where it cannot be found (its team is not idle: after
+    each ATen operation its threads spin for some time, and threads of ours would wait for them)."""
+    try:
+        maps = Path("/proc/self/maps").read_text()
+    except OSError:
+        return None
+    paths = {line.split()[-1] for line in maps.splitlines() if "libgomp" in line}
+    own = sorted(paths, key=lambda path: "torch" not in path)
+    if not own:
+        return None
+    library = ctypes.CDLL(own[0])
+    library.GOMP_parallel.argtypes = [
+        ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint
+    ]  # fmt: skip
+    library.GOMP_parallel.restype = None
+    return _OpenMP(
+        library.GOMP_parallel,
+        _address(library.omp_get_thread_num),
+        _address(library.omp_get_num_threads),
+    )
 
 
-# A forked child has the executor's state but none of its threads.
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget_pool)
+def _address(function: Any) -> int:
+    return ctypes.cast(function, ctypes.c_void_p).value or 0
 
 
-def parallel(n_chunks: int, n_elements: int, work: Callable[[int, int], None]) -> None:
-    """Run `work(begin, end)` over the chunks on as many threads as torch would use.
+def run(
+    library: ctypes.CDLL,
+    name: str,
+    addresses: tuple[int, int, int | None],
+    scale: float,
+    n_chunks: int,
+    n_elements: int,
+) -> None:
+    """Run the loop `name` over all chunks, on as many threads as torch would use.
 
-    ctypes lets go of the GIL, so plain threads serve; OpenMP would bring a second runtime beside
-    torch's own.
+    ctypes lets go of the GIL meanwhile.
+
+    Args:
+        library: of `load`.
+        addresses: of the table, the chunks, and the loop's third array.
+        scale: for the loops that take one.
+        n_chunks, n_elements: how much there is to do.
     """
+    loop = getattr(library, name)
     n = min(torch.get_num_threads(), n_chunks)
-    if n <= 1 or n_elements < MIN_PARALLEL_ELEMENTS:
-        work(0, n_chunks)
+    openmp = _openmp() if n > 1 and n_elements >= MIN_PARALLEL_ELEMENTS else None
+    if openmp is None:
+        pointers = [ctypes.c_void_p(address) for address in addresses]
+        loop(*pointers, ctypes.c_float(scale), ctypes.c_int64(0), ctypes.c_int64(n_chunks))
         return
-    bounds = [n_chunks * i // n for i in range(n + 1)]
-    others = [_threads().submit(work, bounds[i], bounds[i + 1]) for i in range(1, n)]
-    work(bounds[0], bounds[1])
-    for other in others:
-        other.result()
+    job = _Job(
+        _address(loop), *addresses, scale, n_chunks, openmp.thread_num, openmp.n_threads
+    )  # fmt: skip
+    openmp.parallel(_address(library.run_share), ctypes.addressof(job), n, 0)
 
 
 @lru_cache(maxsize=1)

@@ -11,7 +11,6 @@ import ctypes
 import math
 from collections.abc import Sequence
 from functools import cache, lru_cache
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,17 +24,6 @@ from .base import StepBatch, TableBackend, UpdateRequest, UpdateScalars
 
 # Elements. fp32 scratch of 512 KiB: with its gradient and accumulator it fits a core's L2 cache.
 ATEN_BLOCK = 1 << 17
-
-
-@cache
-def _function(library: ctypes.CDLL | None, name: str, n_pointers: int, n_floats: int) -> Any:
-    """The C function `name`: pointers, then floats, then the range of chunks."""
-    function = getattr(library, name)
-    function.argtypes = (
-        [ctypes.c_void_p] * n_pointers + [ctypes.c_float] * n_floats + [ctypes.c_int64] * 2
-    )
-    function.restype = None
-    return function
 
 
 @cache
@@ -174,30 +162,32 @@ class _NativeLoops(TableBackend):
         partials: Tensor | None,
     ) -> None:
         name = cgen.accumulate_name(dtype, first, partials is not None)
-        function = _function(_reduce_library(dtype), name, 3, 1)
-        cells = None if partials is None else partials.data_ptr()
-        arguments = (table.rows.data_ptr(), table.chunks.data_ptr(), cells, scale)
-        native.parallel(
-            table.n_chunks, table.n_elements, lambda begin, end: function(*arguments, begin, end)
-        )
+        _run(_reduce_library(dtype), name, table, partials, scale)
 
     def _launch_sum_of_squares(
         self, table: LaunchTable, dtype: torch.dtype, partials: Tensor
     ) -> None:
-        function = _function(_reduce_library(dtype), cgen.sum_of_squares_name(dtype), 3, 0)
-        arguments = (table.rows.data_ptr(), table.chunks.data_ptr(), partials.data_ptr())
-        native.parallel(
-            table.n_chunks, table.n_elements, lambda begin, end: function(*arguments, begin, end)
-        )
+        _run(_reduce_library(dtype), cgen.sum_of_squares_name(dtype), table, partials)
 
     def _launch_step(
         self, table: LaunchTable, batch: StepBatch, dtype: torch.dtype, scalars: UpdateScalars
     ) -> None:
-        function = _function(_step_library(batch.rule, dtype, batch.master), "step", 3, 0)
-        arguments = (table.rows.data_ptr(), table.chunks.data_ptr(), scalars.scalars.data_ptr())
-        native.parallel(
-            table.n_chunks, table.n_elements, lambda begin, end: function(*arguments, begin, end)
-        )
+        library = _step_library(batch.rule, dtype, batch.master)
+        _run(library, "step", table, scalars.scalars)
+
+
+def _run(
+    library: ctypes.CDLL | None,
+    name: str,
+    table: LaunchTable,
+    third: Tensor | None,
+    scale: float = 1.0,
+) -> None:
+    """One compiled loop over a table."""
+    assert library is not None, "callers ask first whether there are loops"
+    third_address = None if third is None else third.data_ptr()
+    addresses = (table.rows.data_ptr(), table.chunks.data_ptr(), third_address)
+    native.run(library, name, addresses, scale, table.n_chunks, table.n_elements)
 
 
 def _flat(tensor: Tensor) -> Tensor:
