@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import gc
+import json
 import os
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -61,6 +63,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--budget", type=float, help="seconds for each group of variants")
     parser.add_argument("--backend", choices=("triton", "torch"), help="fusedaccum's")
     parser.add_argument("--forms", choices=("eager", "compiled"), help="without or with compiling")
+    parser.add_argument("--show", type=Path, help="measure nothing: print the rows of this file")
     parser.add_argument("--quick", action="store_true", help="tiny sizes: does it run?")
     return parser.parse_args(argv)
 
@@ -181,18 +184,26 @@ def judge(rows: Sequence[Row], device: str) -> list[str]:
     return lines
 
 
+def report(rows: Sequence[Row], device: str, *, targets: bool) -> None:
+    """Print tables and verdicts."""
+    for _, members in groupby(rows, key=lambda row: row["group"]):
+        print("\n" + table(list(members)))
+    if targets:
+        print("\n" + "\n".join(judge(rows, device)))
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns 1 if a variant was refused."""
     args = parse(argv)
+    if args.show:
+        rows = json.loads(args.show.read_text("utf-8"))
+        report(rows, "cuda" if rows[0]["driver"] else "cpu", targets=True)
+        return 0
     # Compile times are only honest with cold caches: Inductor's, and that of our own loops.
     with tempfile.TemporaryDirectory(prefix="benchmarks-") as cache:
         os.environ |= {"TORCHINDUCTOR_CACHE_DIR": cache, "XDG_CACHE_HOME": cache}
         suite = measure_all(args)
-    for _, members in groupby(suite.rows, key=lambda row: row["group"]):
-        print("\n" + table(list(members)))
-    print()
-    if not args.quick:
-        print("\n".join(judge(suite.rows, torch.device(args.device).type)))
+    report(suite.rows, torch.device(args.device).type, targets=not args.quick)
     for name, why in suite.refused.items():
         print(f"REFUSED {name}: {why}")
     print(f"{len(suite.rows)} rows: {suite.path.name}")

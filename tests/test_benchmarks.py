@@ -64,6 +64,8 @@ def test_run_quick(tmp_path: Path) -> None:
     windows = {row["variant"]: row for row in rows if row["operation"] == "window"}
     assert windows.keys() >= {"copy", "copy_again", "native_fp32", "fused_hooks", "plain_bf16"}
     assert windows["fused_hooks"]["grad_error"] < 1e-6 < windows["plain_bf16"]["grad_error"]
+    shown = run("benchmarks.run", "--show", str(path), out=tmp_path)
+    assert shown.returncode == 0 and "fused_hooks takes" in shown.stdout
 
 
 def test_gpu_dry_run(tmp_path: Path) -> None:
