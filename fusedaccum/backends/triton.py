@@ -24,6 +24,8 @@ ACCUMULATE_BLOCK = 2048
 STEP_BLOCK = 1024
 FINALIZE_BLOCK = 1024
 NUM_WARPS = 4
+# One program of float64 arithmetic: with fewer warps a thread holds more than its registers.
+FINALIZE_WARPS = 16
 
 _TRITON_DTYPES = {
     torch.float32: tl.float32,
@@ -131,7 +133,7 @@ class TritonBackend(TableBackend):
             HAS_CLIP=partials is not None and request.max_norm is not None,
             SKIP_NONFINITE=request.skip_nonfinite,
             BLOCK=FINALIZE_BLOCK,
-            num_warps=NUM_WARPS,
+            num_warps=FINALIZE_WARPS,
         )
 
     def _hyper_table(self, request: UpdateRequest, scalars: UpdateScalars) -> Tensor:
