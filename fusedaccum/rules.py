@@ -2,8 +2,8 @@
 
 A `Family` is what the rules of one optimizer class share: hyper-parameters read from a param group
 and the function that turns them into scalars. A `Rule` is one update, with its states. Both carry
-names only; the functions of those names are in `kernels/rules.py` (Triton, and the C loops made
-from it) and `reference.py` (torch).
+names only; the functions of those names are in the family's modules: `kernels/rules.py` (Triton,
+and the C loops made from it) and `reference.py` (torch), or a user's own (`registry.py`).
 """
 
 from __future__ import annotations
@@ -30,6 +30,8 @@ class Family:
         n_scalars: how many scalars it returns.
         memory: torch's names of the numbers it keeps per parameter, and what they start as.
         step_key: the key under which torch keeps a parameter's step count, if it does.
+        kernels: the module of the Triton functions.
+        reference: the module of the torch functions; None: they are made from the Triton text.
     """
 
     name: str
@@ -38,6 +40,8 @@ class Family:
     n_scalars: int
     memory: tuple[tuple[str, Callable[[Group], Any]], ...] = ()
     step_key: str | None = "step"
+    kernels: str = "fusedaccum.kernels.rules"
+    reference: str | None = "fusedaccum.reference"
 
 
 def _zero(_: Group) -> float:
@@ -204,15 +208,28 @@ _SELECT_BY_NAME: dict[tuple[str, str], Callable[[Any, Group], str | None]] = {
 }
 
 
+# What users added (`registry.py`): for a class its rules, each with the groups it serves.
+REGISTERED: dict[type, list[tuple[Callable[[Any, Group], bool], Rule]]] = {}
+
+
 def select(optimizer: torch.optim.Optimizer, group: Group) -> Rule | None:
     """The fused rule of a param group of `optimizer`, or None where it has none."""
     kind = type(optimizer)
+    for serves, rule in REGISTERED.get(kind, ()):
+        if serves(optimizer, group):
+            return rule
     if choose := _SELECT.get(kind):
         return RULES[choose(group)]
     if find := _SELECT_BY_NAME.get((kind.__module__.split(".")[0], kind.__name__)):
         name = find(optimizer, group)
         return RULES[name] if name else None
     return None
+
+
+def has_rule(kind: type) -> bool:
+    """Whether an optimizer class has a fused rule for some of its options."""
+    names = (kind.__module__.split(".")[0], kind.__name__)
+    return kind in REGISTERED or kind in _SELECT or names in _SELECT_BY_NAME
 
 
 def sign(group: Group) -> float:
@@ -223,6 +240,8 @@ def sign(group: Group) -> float:
 def reason(optimizer: torch.optim.Optimizer) -> str:
     """Why `optimizer` takes its native step, in words for people."""
     kind = type(optimizer)
+    if kind in REGISTERED:
+        return f"no registered rule of {kind.__name__} serves these options"
     bases = [base.__name__ for base in _SELECT if issubclass(kind, base)]
     if bases:
         return f"{kind.__name__} is a subclass of {bases[-1]} that may have its own step()"

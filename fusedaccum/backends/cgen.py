@@ -9,10 +9,10 @@ accumulators, parameters and states come out as in Triton's interpreter, bit for
 from __future__ import annotations
 
 import ast
-from pathlib import Path
 
 import torch
 
+from .. import rule_text
 from ..rules import Rule
 from ..tables import CHUNK
 
@@ -209,8 +209,8 @@ def reduce_source(dtype: torch.dtype) -> str:
 def step_source(rule: Rule, dtype: torch.dtype, master: str) -> str:
     """C source of the step loop of a rule for one parameter dtype and master layout."""
     c_type, load, store = _C_TYPES[dtype]
-    function = _rule_function(rule.name)
-    states, scalars, body, results = _translate(function)
+    function = rule_text.function(rule.family.kernels, rule.name)
+    states, scalars, body, results = translate(function)
     indices = range(len(rule.states))
     return _PRELUDE % {"chunk": CHUNK} + _STEP % {
         "columns": 5 + len(rule.states),
@@ -231,17 +231,12 @@ def step_source(rule: Rule, dtype: torch.dtype, master: str) -> str:
     }
 
 
-def _rule_function(name: str) -> ast.FunctionDef:
-    """The parsed function `name` of kernels/rules.py; read as text, Triton need not be there."""
-    path = Path(__file__).resolve().parent.parent / "kernels" / "rules.py"
-    for node in ast.parse(path.read_text(encoding="utf-8")).body:
-        if isinstance(node, ast.FunctionDef) and node.name == name:
-            return node
-    raise LookupError(f"no rule {name!r} in {path}")
+def translate(function: ast.FunctionDef) -> tuple[list[str], list[str], list[str], list[str]]:
+    """Names of the states and of the scalars, C statements, and the new states' expressions.
 
-
-def _translate(function: ast.FunctionDef) -> tuple[list[str], list[str], list[str], list[str]]:
-    """Names of the states and of the scalars, C statements, and the new states' expressions."""
+    Raises:
+        ValueError: naming what is no straight-line arithmetic.
+    """
     unpacked: dict[str, list[str]] = {"states": [], "scalars": []}
     declared = {"param", "grad"}
     body: list[str] = []

@@ -8,16 +8,18 @@ free on a CPU, one wait per update on another device.
 from __future__ import annotations
 
 import ctypes
+import importlib
 import math
 from collections.abc import Sequence
 from functools import cache, lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .. import reference
+from .. import reference, rule_text
 from ..buffers import is_dense
-from ..rules import Rule
+from ..rules import Family, Rule
 from ..tables import CHUNK, LaunchTable, count_chunks
 from . import cgen, native
 from .base import StepBatch, TableBackend, UpdateRequest, UpdateScalars
@@ -47,6 +49,13 @@ def _reduce_library(dtype: torch.dtype) -> ctypes.CDLL | None:
 @cache
 def _step_library(rule: Rule, dtype: torch.dtype, master: str) -> ctypes.CDLL | None:
     return _library(cgen.step_source(rule, dtype, master))
+
+
+def _torch_function(family: Family, name: str) -> Any:
+    """A torch function of a rule: its reference, or made from the Triton text where it has none."""
+    if family.reference is None:
+        return getattr(rule_text.as_torch(family.kernels), name)
+    return getattr(importlib.import_module(family.reference), name)
 
 
 class TorchBackend:
@@ -112,7 +121,7 @@ class TorchBackend:
         scalars.skipped += skip
         if skip:
             return
-        rule_scalars = lru_cache(getattr(reference, f"{request.family.name}_scalars"))
+        rule_scalars = lru_cache(_torch_function(request.family, f"{request.family.name}_scalars"))
         hyper = [tuple(float(value) for value in row) for row in request.hyper]
         steps = scalars.steps.tolist()
         rows = scalars.scalars.tolist()
@@ -136,7 +145,7 @@ class TorchBackend:
         if self._loops and _step_library(batch.rule, dtype, batch.master):
             self._loops.step(batch, scalars)
             return
-        rule = getattr(reference, batch.rule.name)
+        rule = _torch_function(batch.rule.family, batch.rule.name)
         rows = scalars.scalars.tolist()
         for i, param in enumerate(batch.params):
             coef, *values = rows[batch.rows[i]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -11,10 +12,10 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from ..kernels import rules as kernel_rules
 from ..kernels.accumulate import accumulate_kernel
 from ..kernels.norm import finalize_kernel, sum_of_squares_kernel
 from ..kernels.step import step_kernel
+from ..rules import Family
 from ..tables import CHUNK, LaunchTable
 from .base import StepBatch, TableBackend, UpdateRequest, UpdateScalars
 
@@ -32,6 +33,11 @@ _TRITON_DTYPES = {
     torch.bfloat16: tl.bfloat16,
     torch.float16: tl.float16,
 }
+
+
+def _kernel_function(family: Family, name: str) -> Any:
+    """A Triton function of a rule."""
+    return getattr(importlib.import_module(family.kernels), name)
 
 
 class TritonBackend(TableBackend):
@@ -125,7 +131,7 @@ class TritonBackend(TableBackend):
             scalars.skipped,
             0 if partials is None else partials.numel(),
             tensors.shape[0],
-            SCALARS=getattr(kernel_rules, f"{family.name}_scalars"),
+            SCALARS=_kernel_function(family, f"{family.name}_scalars"),
             N_HYPER=family.n_hyper,
             N_SCALARS=family.n_scalars,
             N_MEMORY=len(family.memory),
@@ -160,7 +166,7 @@ class TritonBackend(TableBackend):
             table.chunks,
             scalars.scalars,
             scalars.skip,
-            RULE=getattr(kernel_rules, batch.rule.name),
+            RULE=_kernel_function(batch.rule.family, batch.rule.name),
             N_STATES=len(batch.rule.states),
             N_SCALARS=batch.rule.family.n_scalars,
             PARAM_DTYPE=_TRITON_DTYPES[dtype],

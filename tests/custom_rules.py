@@ -1,0 +1,47 @@
+"""Rules of an optimizer that the package does not know, as a user would write them; some wrong."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def signum_scalars(hyper, step, memory):
+    """Memory is the running product of the momentum, as a warm-up correction."""
+    lr, momentum, weight_decay = hyper
+    (product,) = memory
+    product = product * momentum
+    return (lr / (1.0 - product), momentum, 1.0 - momentum, lr * weight_decay), (product,)
+
+
+@triton.jit
+def signum_soft(param, grad, states, scalars):
+    (momentum_buffer,) = states
+    step_size, momentum, weight, decay = scalars
+    momentum_buffer = momentum * momentum_buffer + weight * grad
+    direction = momentum_buffer / tl.maximum(tl.abs(momentum_buffer), 0.01)
+    param = param - decay * param - step_size * direction
+    return param, (momentum_buffer,)
+
+
+@triton.jit
+def signum_none(param, grad, states, scalars):
+    """Without momentum: no state, so the memory and two scalars go unused."""
+    step_size, _momentum, _weight, decay = scalars
+    direction = tl.where(grad > 0.0, 1.0, tl.where(grad < 0.0, -1.0, 0.0))
+    param = param - decay * param - step_size * direction
+    return param, states
+
+
+@triton.jit
+def loops_scalars(hyper, step, memory):
+    (lr,) = hyper
+    return (lr,), memory
+
+
+@triton.jit
+def loops(param, grad, states, scalars):
+    """No straight-line arithmetic."""
+    (lr,) = scalars
+    for _ in range(3):
+        param = param - lr * grad
+    return param, states
