@@ -91,6 +91,19 @@ def check_positive(name: str, value: object) -> float:
     return number
 
 
+def check_rounding(stochastic_rounding: object, seed: object, master_weights: str | None) -> None:
+    """Validate `stochastic_rounding` and `seed`."""
+    if not isinstance(stochastic_rounding, bool):
+        raise TypeError(f"stochastic_rounding must be True or False, got {stochastic_rounding!r}")
+    if stochastic_rounding and master_weights != "none":
+        raise ValueError(
+            'stochastic_rounding=True is for master_weights="none" (with a master nothing is lost '
+            f"in rounding), got master_weights={master_weights!r}"
+        )
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**64:
+        raise ValueError(f"seed must be an int from 0 to 2**64 - 1, got {seed!r}")
+
+
 def calls_closure(optimizer: Optimizer) -> bool:
     """Whether its step() must be given a closure, which it evaluates several times (LBFGS)."""
     closure = inspect.signature(optimizer.step).parameters.get("closure")

@@ -14,7 +14,8 @@ half-way is remembered.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -100,6 +101,34 @@ class Collector:
         self.partials = None  # made again, larger, when first needed
         largest = max(s.nbytes for s in self.segments.values())
         self._queue_bytes = self._bucket_bytes - min(largest, self._bucket_bytes // 2)
+
+    def attach_groups(self, groups: Sequence[dict[str, Any]]) -> None:
+        """Attach parameters of param groups that need a gradient and have no segment yet."""
+        self.attach(
+            (f"param_groups[{i}]['params'][{j}]", param)
+            for i, group in enumerate(groups)
+            for j, param in enumerate(group["params"])
+            if param.requires_grad and param not in self.segments
+        )
+
+    def changed(self) -> Segment | None:
+        """A parameter that is not what it was when it was attached, if there is one."""
+        return next((s for s in self.segments.values() if s.difference()), None)
+
+    def refuse_changed(self) -> None:
+        """Raise if a parameter changed.
+
+        Raises:
+            RuntimeError: naming one, and the way out.
+        """
+        first = self.changed()
+        if first is not None:
+            n = sum(1 for s in self.segments.values() if s.difference())
+            raise RuntimeError(
+                f"{n} parameters changed after they were wrapped (one of shape "
+                f"{tuple(first.shape)}: {first.difference()}) and lost their hooks; nothing was "
+                "updated. Call zero_grad() after moving or converting the model, or wrap after it"
+            )
 
     def _hook(self, segment: Segment) -> None:
         param = segment.param

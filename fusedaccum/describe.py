@@ -53,7 +53,11 @@ def _params(params: list[Any], collector: Collector, fused: bool) -> str:
         if segment is None:
             kinds[f"{dtype} (frozen)"] += 1
             continue
-        kind = segment.kind if fused or segment.kind == "none" else "fp32"
-        kinds[dtype if kind == "none" else f"{dtype} with {kind} master"] += 1
+        kind = segment.kind if fused or not segment.has_master else "fp32"
+        if segment.has_master:
+            dtype += f" with {kind} master"
+        elif kind == "stochastic":
+            dtype += " rounded stochastically"
+        kinds[dtype] += 1
     listing = ", ".join(f"{n} {kind}" for kind, n in kinds.items())
     return f"{len(params)} tensors, {numel:,} parameters: {listing}"

@@ -18,7 +18,7 @@ from .backends import Backend, StepBatch, UpdateRequest, UpdateScalars
 from .backends.base import GRAD_DTYPES
 from .buffers import is_dense, laid_out_like
 from .rules import RULES
-from .tables import count_chunks
+from .tables import OWN, count_chunks
 
 __all__ = ["accumulate_", "adam_", "adamw_", "global_norm", "sgd_"]
 
@@ -178,7 +178,7 @@ def _update(
     runner = _backend(backend, device)
     scalars = UpdateScalars(0, rule.family.n_scalars, device)
     scalars.steps = steps
-    scalars.scalars = torch.empty(len(params), 1 + rule.family.n_scalars, device=device)
+    scalars.scalars = torch.empty(len(params), OWN + rule.family.n_scalars, device=device)
     scalars.memory = torch.empty(len(params), 0, device=device)
     batches: dict[tuple[torch.dtype, str], StepBatch] = {}
     for i, param in enumerate(params):

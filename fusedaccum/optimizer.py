@@ -45,6 +45,9 @@ class FusedAccumOptimizer(SharingOptimizer):
             all there is, and small updates are lost in its rounding.
         skip_nonfinite: a window whose gradient holds NaN or Inf changes nothing and is counted.
         backend: None (automatic), "triton" or "torch".
+        stochastic_rounding: with master_weights="none", round bf16 parameters up or down at random,
+            right on average, so that small updates are not lost; needs a fused rule.
+        seed: of that; the same seed draws the same bits on every backend and after a resume.
         bucket_cap_mb: MiB of micro-gradients that wait to be added in one launch, all that they
             take beside the accumulators. None: 128, but 16 on a CPU, which has them in its cache.
 
@@ -78,6 +81,8 @@ class FusedAccumOptimizer(SharingOptimizer):
         backend: str | None = None,
         *,
         bucket_cap_mb: float | None = None,
+        stochastic_rounding: bool = False,
+        seed: int = 0,
     ) -> None:
         arguments.check_optimizer(optimizer, FusedAccumOptimizer)
         steps = arguments.check_steps(gradient_accumulation_steps)
@@ -88,12 +93,14 @@ class FusedAccumOptimizer(SharingOptimizer):
         self.bucket_cap_mb = arguments.check_positive("bucket_cap_mb", bucket_cap_mb)
         if arguments.calls_closure(optimizer):
             arguments.check_closure_optimizer(optimizer, steps, max_grad_norm)
+        arguments.check_rounding(stochastic_rounding, seed, master_weights)
         self.optimizer = optimizer
         self.gradient_accumulation_steps = steps
         self.max_grad_norm = max_grad_norm
         self.master_weights = master_weights
         self.skip_nonfinite = skip_nonfinite
         self.backend = backend
+        self.stochastic_rounding, self.seed = stochastic_rounding, seed
         self._next_max_norm: float | None = None
         self.window_closed = False
         self._build()
@@ -106,16 +113,18 @@ class FusedAccumOptimizer(SharingOptimizer):
             self._window,
             bucket_bytes=int(self.bucket_cap_mb * 2**20),
             wants_norm=self.skip_nonfinite or self.max_grad_norm is not None,
-            master_weights=self.master_weights,
+            master_weights="stochastic" if self.stochastic_rounding else self.master_weights,
         )
-        self._updater = Updater(self.optimizer, self._collector, self.skip_nonfinite)
-        self._attach_new()
+        self._updater = Updater(self.optimizer, self._collector, self.skip_nonfinite, self.seed)
+        if self.stochastic_rounding:
+            self._updater.refuse_native("stochastic_rounding=True")
+        self._collector.attach_groups(self.param_groups)
 
     def add_param_group(self, param_group: Group) -> None:
         """Add a param group, in mid-run if need be; its first gradient starts its history."""
         self.optimizer.add_param_group(param_group)
         try:
-            self._attach_new()
+            self._collector.attach_groups(self.param_groups)
         except Exception:
             self.optimizer.param_groups.pop()
             raise
@@ -334,31 +343,15 @@ class FusedAccumOptimizer(SharingOptimizer):
         self._check_params()
         self._collector.adopt_assigned()
 
-    def _attach_new(self) -> None:
-        """Give parameters that need a gradient and have no segment yet one."""
-        known = self._collector.segments
-        self._collector.attach(
-            (f"param_groups[{i}]['params'][{j}]", param)
-            for i, group in enumerate(self.param_groups)
-            for j, param in enumerate(group["params"])
-            if param.requires_grad and param not in known
-        )
-
     def _check_params(self, reattach: bool = False) -> None:
         """Notice parameters that were added, unfrozen, or changed by `model.to()` and the like."""
-        self._attach_new()
-        changed = [s for s in self._collector.segments.values() if s.difference()]
-        if not changed:
+        self._collector.attach_groups(self.param_groups)
+        if self._collector.changed() is None:
             return
         if reattach and not self._window.micro_batches:
             self._reattach()
-            return
-        first = changed[0]
-        raise RuntimeError(
-            f"{len(changed)} parameters changed after they were wrapped (one of shape "
-            f"{tuple(first.shape)}: {first.difference()}) and lost their hooks; nothing was "
-            "updated. Call zero_grad() after moving or converting the model, or wrap after it"
-        )
+        else:
+            self._collector.refuse_changed()
 
     def _reattach(self) -> None:
         """Build everything anew for parameters that moved; optimizer states move with them."""

@@ -16,10 +16,12 @@ PARAM_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 def master_kind(mode: str | None, dtype: torch.dtype) -> str:
     """How the precise value of a parameter of `dtype` is kept under `master_weights=mode`.
 
+    "stochastic" is "none" with stochastic rounding, of bf16 parameters.
+
     Raises:
         ValueError: for an unknown mode, and for "split" on fp16.
     """
-    if mode not in (None, "split", "fp32", "none"):
+    if mode not in (None, "split", "fp32", "none", "stochastic"):
         raise ValueError(
             f'master_weights must be None (automatic), "split", "fp32" or "none", got {mode!r}'
         )
@@ -27,6 +29,8 @@ def master_kind(mode: str | None, dtype: torch.dtype) -> str:
         return "none"
     if dtype == torch.bfloat16:
         return mode or "split"
+    if mode == "stochastic":
+        return "none"
     if mode == "split":
         raise ValueError(
             'master_weights="split" needs bfloat16 parameters (the high half of a float32 number '
@@ -74,7 +78,7 @@ class Segment:
         cell, n_cells: where its partial sums of squares are.
         sums_version: version of `grad` that the partial sums belong to, None if they do not.
         has_sums: whether its cells may hold something other than zero.
-        kind: "none", "split" or "fp32", see `master_kind`.
+        kind: "none", "stochastic", "split" or "fp32", see `master_kind`.
         master: remainder or fp32 master, made at the first update.
         loaded_master: fp32 master from a checkpoint, not yet compared with the parameter.
         param_version: version of `param` after the last update.
@@ -129,6 +133,11 @@ class Segment:
         return self._block.view(name, self._position, dtype, zeroed=True)
 
     @property
+    def has_master(self) -> bool:
+        """Whether something beside the parameter keeps its precise value."""
+        return self.kind in ("split", "fp32")
+
+    @property
     def sums_are_current(self) -> bool:
         """Whether the partial sums are those of what `param.grad` shows now."""
         return self.grad is not None and self.sums_version == self.grad._version
@@ -161,7 +170,7 @@ class Segment:
         most half a bf16 step, under which the new value still shows.
         """
         param = self.param
-        if self.kind == "none":
+        if not self.has_master:
             return
         if self.master is None:
             dtype = torch.int16 if self.kind == "split" else torch.float32
@@ -193,7 +202,7 @@ class Segment:
 
     def precise(self) -> Tensor | None:
         """The fp32 master of the parameter as it is now, a new tensor; None if it has none."""
-        if self.kind == "none" or (self.master is None and self.loaded_master is None):
+        if not self.has_master or (self.master is None and self.loaded_master is None):
             return None
         self.refresh_master()
         assert self.master is not None

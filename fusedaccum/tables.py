@@ -22,6 +22,8 @@ from torch import Tensor
 CHUNK = 8192
 # Every address of a launch must be a multiple of this for 128-bit accesses.
 VECTOR_BYTES = 16
+# Columns of a row of an update's scalars before the rule's own, as in kernels/norm.py.
+OWN = 2
 # Tables kept per backend. A model needs one per bucket and one per step launch.
 MAX_TABLES = 512
 

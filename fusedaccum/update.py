@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from . import rules
 from .backends import StepBatch, UpdateRequest, UpdateScalars
 from .collect import Collector
+from .rounding import tensor_key
 from .segments import Segment
 
 Group = dict[str, Any]
@@ -29,12 +30,16 @@ class Updater:
         optimizer: the wrapped one; its `state` and `param_groups` are read and written.
         collector: where the accumulators are.
         skip_nonfinite: leave everything as it was where the norm is not finite.
+        seed: of stochastic rounding.
     """
 
-    def __init__(self, optimizer: Optimizer, collector: Collector, skip_nonfinite: bool) -> None:
+    def __init__(
+        self, optimizer: Optimizer, collector: Collector, skip_nonfinite: bool, seed: int = 0
+    ) -> None:
         self.optimizer = optimizer
         self.collector = collector
         self.skip_nonfinite = skip_nonfinite
+        self.seed = seed
         self.scalars: UpdateScalars | None = None
         self.grad_norm: Tensor | None = None
         self._native_masters: dict[Segment, torch.nn.Parameter] = {}
@@ -44,6 +49,15 @@ class Updater:
         """Whether every param group has a fused rule; one without takes all to the native step."""
         groups = self.optimizer.param_groups
         return all(rules.select(self.optimizer, group) is not None for group in groups)
+
+    def refuse_native(self, what: str) -> None:
+        """Raise if the optimizer takes its native step.
+
+        Raises:
+            ValueError: saying that `what` needs a fused rule, and why there is none.
+        """
+        if not self.is_fused:
+            raise ValueError(f"{what} needs a fused rule: {rules.reason(self.optimizer)}")
 
     def prepared_scalars(self) -> UpdateScalars:
         """The device tables, grown when parameters were added."""
@@ -103,8 +117,11 @@ class Updater:
                 batch.states.append(segment.states)
                 batch.rows.append(segment.row)
                 batch.groups.append(group_index)
-                if segment.master is not None:
+                if segment.has_master:
+                    assert segment.master is not None
                     batch.masters.append(segment.master)
+                elif segment.kind == "stochastic":
+                    batch.keys.append(tensor_key(self.seed, segment.row))
                 updated.append(segment)
         if not updated:
             return  # torch's step() without a gradient does nothing either
@@ -166,6 +183,8 @@ class Updater:
 
     def _native(self, correction: float, max_norm: float | None, partials: Tensor | None) -> None:
         filled = self.collector.filled()
+        if any(segment.kind == "stochastic" for segment in filled):
+            self.refuse_native("stochastic_rounding=True")
         scalars = self.prepared_scalars()
         if partials is not None:
             norm = partials.double().sum().sqrt() * correction
@@ -195,8 +214,8 @@ class Updater:
         Its states are then fp32 too. For the time of the step the masters stand in `param_groups`
         and `state`; afterwards the parameters do again, rounded from them.
         """
-        masters = {s.param: self._native_master(s) for s in filled if s.kind != "none"}
-        plain = [s for s in filled if s.kind == "none"]
+        masters = {s.param: self._native_master(s) for s in filled if s.has_master}
+        plain = [s for s in filled if not s.has_master]
         for segment in plain:
             segment.param.grad = self._native_grad(segment)
         state, groups = self.optimizer.state, self.optimizer.param_groups
@@ -227,7 +246,7 @@ class Updater:
     def _native_grad(self, segment: Segment) -> Tensor | None:
         """The accumulator in the form that the wrapped optimizer takes."""
         grad = segment.grad
-        if segment.kind == "none" and segment.dtype != torch.float32:
+        if not segment.has_master and segment.dtype != torch.float32:
             grad = segment.acc.to(segment.dtype)
         if isinstance(self.optimizer, torch.optim.SparseAdam):
             # It takes nothing else, and touches only these rows: those with a gradient.

@@ -1,4 +1,4 @@
-"""Small pieces that several kernels share: split master weights, vector hints.
+"""Small pieces that several kernels share: split master weights, rounding, vector hints.
 
 A split master keeps one fp32 number in two places. The visible bf16 parameter is the high half,
 rounded to nearest (ties away from zero); an int16 remainder is the signed distance from it:
@@ -37,6 +37,29 @@ def split_master(master):
     high = tl.where(is_nan, QUIET_NAN_HIGH, high)
     remainder = tl.where(is_nan, 0, remainder)
     return high.to(tl.int16).to(tl.bfloat16, bitcast=True), remainder.to(tl.int16)
+
+
+# 2**32 / phi, SplitMix's increment.
+GOLDEN = tl.constexpr(0x9E3779B9)
+
+
+@triton.jit
+def mix_bits(x):
+    """Hash of 32 bits; `fusedaccum/rounding.py` says where it comes from."""
+    x = x ^ (x >> 16)
+    x = x * 0x7FEB352D
+    x = x ^ (x >> 15)
+    x = x * 0x846CA68B
+    return x ^ (x >> 16)
+
+
+@triton.jit
+def round_stochastic(value, key, offsets):
+    """bf16 of fp32, up with the probability of what is cut off; `key` is the chunk's own."""
+    random = mix_bits(key + offsets.to(tl.uint32) * GOLDEN) >> 16
+    high = (value.to(tl.uint32, bitcast=True) + random) >> 16
+    high = tl.where(value != value, QUIET_NAN_HIGH, high)
+    return high.to(tl.uint16).to(tl.bfloat16, bitcast=True)
 
 
 @triton.jit

@@ -10,7 +10,7 @@ device so that nothing waits:
     skip  = SKIP_NONFINITE and norm is not finite
     coef  = correction * min(1, max_norm / (norm + 1e-6))                (torch's clip_grad_norm_)
     step  = step + 1 for each tensor of the update, unless skip
-    scalars[tensor], memory[tensor] = coef and SCALARS(hyper, step, memory[tensor])
+    scalars[tensor], memory[tensor] = coef, step and SCALARS(hyper, step, memory[tensor])
 
 The rule's scalars (bias corrections and the like) are computed in float64 and rounded once:
 `1 - 0.999**t` in float32 is wrong by 6e-5 relative at t = 1.
@@ -26,6 +26,10 @@ DATA = tl.constexpr(0)
 NUMEL = tl.constexpr(1)
 PARTIAL = tl.constexpr(2)
 COLUMNS = tl.constexpr(3)
+# Columns of a row of scalars, which step.py reads; the rule's own follow.
+COEF = tl.constexpr(0)
+STEP = tl.constexpr(1)
+OWN = tl.constexpr(2)
 # What torch.nn.utils.clip_grad_norm_ adds to the norm before it divides.
 CLIP_EPS = tl.constexpr(1e-6)
 
@@ -72,7 +76,7 @@ def finalize_kernel(
     hyper_ptr,  # fp64 [1 + n_groups, N_HYPER + 1]: (correction, max_norm), then a row per group:
     #             the sign of the gradient and the rule's own hyper-parameters
     steps_ptr,  # fp32, updates so far, advanced here
-    scalars_ptr,  # fp32 [n_steps, N_SCALARS + 1], written here
+    scalars_ptr,  # fp32 [n_steps, OWN + N_SCALARS], written here
     memory_ptr,  # fp32 [n_steps, N_MEMORY], what the rule keeps per tensor; updated here
     norm_ptr,  # fp32 [1], written with HAS_NORM
     skip_ptr,  # int32 [1], written here
@@ -129,10 +133,11 @@ def finalize_kernel(
             memory = memory + (tl.load(memory_row + i, mask=mask, other=0.5).to(tl.float64),)
         # A skipped first window leaves step 0, where a bias correction would divide by zero.
         scalars, memory = SCALARS(hyper, tl.maximum(step, 1.0).to(tl.float64), memory)
-        scalar_row = scalars_ptr + tensor * (N_SCALARS + 1)
+        scalar_row = scalars_ptr + tensor * (OWN + N_SCALARS)
         sign = tl.load(hyper_row, mask=mask, other=1.0)
-        tl.store(scalar_row, (coef * sign).to(tl.float32), mask=mask)
+        tl.store(scalar_row + COEF, (coef * sign).to(tl.float32), mask=mask)
+        tl.store(scalar_row + STEP, step, mask=mask)
         for i in tl.static_range(N_SCALARS):
-            tl.store(scalar_row + 1 + i, scalars[i].to(tl.float32), mask=mask)
+            tl.store(scalar_row + OWN + i, scalars[i].to(tl.float32), mask=mask)
         for i in tl.static_range(N_MEMORY):
             tl.store(memory_row + i, memory[i].to(tl.float32), mask=mask & (skip == 0))

@@ -1,7 +1,7 @@
 """The optimizer step: one launch for the whole model, with the update rule passed in.
 
     grad          = scalars[tensor][0] * acc              (normalisation, clipping and sign)
-    param, states = RULE(param, grad, states, scalars[tensor][1:])
+    param, states = RULE(param, grad, states, scalars[tensor][2:])
 
 computed in fp32. How the parameter is kept is MASTER:
 
@@ -9,6 +9,8 @@ computed in fp32. How the parameter is kept is MASTER:
     "split"  a bf16 parameter and an int16 remainder are together the exact fp32 master
     "fp32"   an fp32 master beside the parameter; where the parameter is no longer the rounded
              master, somebody wrote it from outside, and the parameter wins
+    "stochastic"
+             a bf16 parameter without a master, rounded up or down at random
 
 Parameters, masters and states are updated in place; accumulators are only read. When the skip flag
 is set nothing is written. No @autotune: its trial launches would apply the update repeatedly.
@@ -17,11 +19,12 @@ is set nothing is written. No @autotune: its trial launches would apply the upda
 import triton
 import triton.language as tl
 
-from ._math import join_master, split_master, typed_pointer
+from ._math import join_master, mix_bits, round_stochastic, split_master, typed_pointer
+from .norm import COEF, OWN, STEP
 
 # Columns of a row of the address table; the states' addresses follow.
 PARAM = tl.constexpr(0)
-MASTER_COLUMN = tl.constexpr(1)
+MASTER_COLUMN = tl.constexpr(1)  # its address; for "stochastic" the tensor's random key
 ACC = tl.constexpr(2)
 NUMEL = tl.constexpr(3)
 TENSOR = tl.constexpr(4)
@@ -46,6 +49,7 @@ def _step_block(
     state_ptrs,
     coef,
     scalars,
+    key,
     offsets,
     mask,
     RULE: tl.constexpr,
@@ -72,6 +76,8 @@ def _step_block(
         high, remainder = split_master(param)
         tl.store(param_ptr + offsets, high, mask=mask)
         tl.store(master_ptr + offsets, remainder, mask=mask)
+    elif MASTER == "stochastic":
+        tl.store(param_ptr + offsets, round_stochastic(param, key, offsets), mask=mask)
     else:
         tl.store(param_ptr + offsets, param.to(stored.dtype), mask=mask)
         if MASTER == "fp32":
@@ -84,7 +90,7 @@ def _step_block(
 def step_kernel(
     table_ptr,  # int64 [n_tensors, STATES + N_STATES]
     chunks_ptr,  # int32 [n_chunks, 2]: row of the table, chunk within the tensor
-    scalars_ptr,  # fp32 [*, N_SCALARS + 1], one row a tensor
+    scalars_ptr,  # fp32 [*, OWN + N_SCALARS], one row a tensor
     skip_ptr,  # int32 [1]
     RULE: tl.constexpr,
     N_STATES: tl.constexpr,
@@ -107,25 +113,30 @@ def step_kernel(
     start = tl.multiple_of(chunk * CHUNK, CHUNK)
     # Pointers to the chunk, so that offsets in it are int32, which cost half the registers.
     param_ptr = typed_pointer(tl.load(table_ptr + PARAM), PARAM_DTYPE, IS_ALIGNED) + start
-    master_ptr = typed_pointer(tl.load(table_ptr + MASTER_COLUMN), MASTER_DTYPE, IS_ALIGNED) + start
+    master_address = tl.load(table_ptr + MASTER_COLUMN)
+    master_ptr = typed_pointer(master_address, MASTER_DTYPE, IS_ALIGNED) + start
     acc_ptr = typed_pointer(tl.load(table_ptr + ACC), tl.float32, IS_ALIGNED) + start
     state_ptrs = ()
     for i in tl.static_range(N_STATES):
         address = tl.load(table_ptr + STATES + i)
         state_ptrs = state_ptrs + (typed_pointer(address, tl.float32, IS_ALIGNED) + start,)
 
-    scalars_ptr += tl.load(table_ptr + TENSOR) * (N_SCALARS + 1)
-    coef = tl.load(scalars_ptr)
+    scalars_ptr += tl.load(table_ptr + TENSOR) * (OWN + N_SCALARS)
+    coef = tl.load(scalars_ptr + COEF)
     scalars = ()
     for i in tl.static_range(N_SCALARS):
-        scalars = scalars + (tl.load(scalars_ptr + 1 + i),)
+        scalars = scalars + (tl.load(scalars_ptr + OWN + i),)
+    key = 0
+    if MASTER == "stochastic":
+        step = tl.load(scalars_ptr + STEP).to(tl.uint32)
+        key = mix_bits(mix_bits(master_address.to(tl.uint32) ^ step) + chunk.to(tl.uint32))
 
     if start + CHUNK <= n_elements:
         # A full chunk is its own branch: a mask, even an all-true one, costs the vector access.
         for block in range(0, CHUNK, BLOCK):
             offsets = block + tl.arange(0, BLOCK)
             _step_block(
-                param_ptr, master_ptr, acc_ptr, state_ptrs, coef, scalars, offsets, None,
+                param_ptr, master_ptr, acc_ptr, state_ptrs, coef, scalars, key, offsets, None,
                 RULE, MASTER, N_STATES,
             )  # fmt: skip
     else:
@@ -133,6 +144,6 @@ def step_kernel(
         for block in range(0, rest, BLOCK):
             offsets = block + tl.arange(0, BLOCK)
             _step_block(
-                param_ptr, master_ptr, acc_ptr, state_ptrs, coef, scalars, offsets,
+                param_ptr, master_ptr, acc_ptr, state_ptrs, coef, scalars, key, offsets,
                 offsets < rest, RULE, MASTER, N_STATES,
             )  # fmt: skip

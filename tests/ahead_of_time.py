@@ -161,7 +161,7 @@ def _one_rule_a_family() -> list[Rule]:
 
 def _master_kinds(dtype: torch.dtype) -> list[str]:
     kinds = []
-    for mode in ("none", "split", "fp32"):
+    for mode in ("none", "stochastic", "split", "fp32"):
         try:
             kinds.append(master_kind(mode, dtype))
         except ValueError:
@@ -175,7 +175,9 @@ def _batch(
     """One tensor to update."""
     batch = StepBatch(rule, master, rows=[0], groups=[0])
     batch.params.append(_tensor(dtype, is_aligned))
-    if master != "none":
+    if master == "stochastic":
+        batch.keys.append(1)
+    elif master != "none":
         master_dtype = torch.int16 if master == "split" else torch.float32
         batch.masters.append(_tensor(master_dtype, is_aligned))
     batch.accs.append(_tensor(torch.float32, is_aligned))

@@ -22,6 +22,7 @@ LAYOUTS = [
     (torch.bfloat16, "split"),
     (torch.bfloat16, "fp32"),
     (torch.bfloat16, "none"),
+    (torch.bfloat16, "stochastic"),
     (torch.float16, "fp32"),
     (torch.float16, "none"),
 ]

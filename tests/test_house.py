@@ -26,6 +26,7 @@ LEVELS = {
     "fusedaccum.buffers": 0,
     "fusedaccum.rule_text": 0,
     "fusedaccum.tables": 0,
+    "fusedaccum.rounding": 1,
     "fusedaccum.rules": 1,
     "fusedaccum.backends.base": 2,
     "fusedaccum.backends.cgen": 2,

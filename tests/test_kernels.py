@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fusedaccum import backends, reference
+from fusedaccum import backends, reference, rounding
 from fusedaccum.backends import StepBatch, UpdateRequest, UpdateScalars
 from fusedaccum.rules import RULES, Family, Rule
 from fusedaccum.tables import count_chunks
@@ -165,6 +165,8 @@ def make_batch(
             batch.masters.append(make(n, torch.int16).copy_(low))
         elif master == "fp32":
             batch.masters.append(make(n).copy_(param))
+        elif master == "stochastic":
+            batch.keys.append(rounding.tensor_key(7, row))
     return batch
 
 
@@ -192,6 +194,9 @@ def run_reference(
             high, low = reference.split_master(full)
             param.copy_(high)
             batch.masters[i].copy_(low)
+        elif batch.master == "stochastic":
+            random = rounding.random_bits(batch.keys[i], step, 0, full.numel())
+            param.copy_(rounding.round_stochastic(full, random))
         else:
             param.copy_(full)
             if batch.masters:

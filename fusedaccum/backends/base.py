@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..rules import Family, Rule
-from ..tables import LaunchTable, Mirror, TableCache, addresses
+from ..tables import OWN, LaunchTable, Mirror, TableCache, addresses
 
 GRAD_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -27,8 +27,10 @@ class StepBatch:
 
     Attributes:
         rule: what is done to each element.
-        master: "none", "split" (masters are int16 remainders) or "fp32".
-        params, masters, accs: one tensor each; masters is empty for "none".
+        master: "none", "split" (masters are int16 remainders), "fp32", or "stochastic" (none, and
+            the parameter is rounded at random).
+        params, masters, accs: one tensor each; masters is empty where there are none.
+        keys: each tensor's random key, for "stochastic" (`rounding.tensor_key`).
         states: for each tensor its states, fp32, in the rule's order.
         rows: each tensor's row in `UpdateScalars.steps` and `.scalars`.
         groups: each tensor's row in `UpdateScalars.hyper`.
@@ -42,6 +44,7 @@ class StepBatch:
     states: list[tuple[Tensor, ...]] = field(default_factory=list)
     rows: list[int] = field(default_factory=list)
     groups: list[int] = field(default_factory=list)
+    keys: list[int] = field(default_factory=list)
 
 
 class UpdateScalars:
@@ -49,7 +52,8 @@ class UpdateScalars:
 
     Attributes:
         steps: fp32 [n_tensors], updates so far.
-        scalars: fp32 [n_tensors, 1 + n_scalars]: gradient coefficient, then the rule's scalars.
+        scalars: fp32 [n_tensors, OWN + n_scalars]: gradient coefficient, step count, then the
+            rule's scalars.
         memory: fp32 [n_tensors, n_memory], what the rules keep per tensor.
         norm: fp32 [], the last update's norm before clipping.
         skip: int32 [1], whether the last update was skipped.
@@ -62,7 +66,7 @@ class UpdateScalars:
         self, n_tensors: int, n_scalars: int, device: torch.device, n_memory: int = 0
     ) -> None:
         self.steps = torch.zeros(n_tensors, dtype=torch.float32, device=device)
-        self.scalars = torch.zeros(n_tensors, 1 + n_scalars, dtype=torch.float32, device=device)
+        self.scalars = torch.zeros(n_tensors, OWN + n_scalars, dtype=torch.float32, device=device)
         self.memory = torch.zeros(n_tensors, n_memory, dtype=torch.float32, device=device)
         self.norm = torch.zeros((), dtype=torch.float32, device=device)
         self.skip = torch.zeros(1, dtype=torch.int32, device=device)
@@ -174,11 +178,15 @@ class TableBackend:
     def step(self, batch: StepBatch, scalars: UpdateScalars) -> None:
         numels = [acc.numel() for acc in batch.accs]
         dtype = batch.params[0].dtype
-        masters = addresses(batch.masters) if batch.masters else np.zeros(len(numels), np.int64)
+        masters: Any = np.array(batch.keys or [0] * len(numels), np.int64)
+        if batch.masters:
+            masters = addresses(batch.masters)
         accs = addresses(batch.accs)
         columns: list[Any] = [addresses(batch.params), masters, accs, numels, batch.rows]
         columns += [addresses(states) for states in zip(*batch.states, strict=True)]
         address_columns = [0, 1, 2, *range(5, len(columns))]
+        if batch.keys:
+            address_columns.remove(1)
         key = ("step", batch.rule.name, dtype, batch.master, accs.tobytes(), tuple(numels))
         table = self._tables.get(
             key, np.stack(columns, axis=1), numels, address_columns, self.device

@@ -14,7 +14,7 @@ import torch
 
 from .. import rule_text
 from ..rules import Rule
-from ..tables import CHUNK
+from ..tables import CHUNK, OWN
 
 _CALLS = {"sqrt": "sqrtf", "abs": "fabsf"}
 _OPERATORS = {ast.Add: "+", ast.Sub: "-", ast.Mult: "*", ast.Div: "/"}
@@ -42,6 +42,14 @@ static inline uint16_t to_bf16(float x) {
   return x != x ? (uint16_t)((bits >> 16) | 0x0040u) : (uint16_t)rounded;
 }
 static inline float same(float x) { return x; }
+/* rounding.py: hash of 32 bits, and stochastic rounding. */
+static inline uint32_t mix_bits(uint32_t x) {
+  x ^= x >> 16; x *= 0x7FEB352Du; x ^= x >> 15; x *= 0x846CA68Bu; return x ^ (x >> 16);
+}
+static inline uint16_t to_bf16_stochastic(float x, uint32_t key, uint32_t i) {
+  uint32_t rounded = (float_to_bits(x) + (mix_bits(key + i * 0x9E3779B9u) >> 16)) >> 16;
+  return x != x ? (uint16_t)0x7FC0u : (uint16_t)rounded;
+}
 
 /* Every loop has this signature: tables, a third array, a scale, and a range of chunks. */
 typedef void (*loop_fn)(const int64_t *, const int32_t *, void *, float, int64_t, int64_t);
@@ -143,6 +151,8 @@ void step(const int64_t *table, const int32_t *chunks, void *third, float unused
     %(state_pointers)s
     const float *scalars = all_scalars + row[4] * %(scalar_columns)d;
     const float coef = scalars[0];
+    const uint32_t key =
+        mix_bits(mix_bits((uint32_t)row[1] ^ (uint32_t)scalars[1]) + (uint32_t)chunks[2 * pid + 1]);
     %(scalar_values)s
     for (int64_t i = 0; i < n; ++i) {
       %(load_param)s
@@ -159,6 +169,7 @@ void step(const int64_t *table, const int32_t *chunks, void *third, float unused
 _LOAD_PARAM = {
     "none": "float param = %(load)s(params[i]);",
     "split": "float param = bits_to_float(((uint32_t)params[i] << 16) + (int32_t)masters[i]);",
+    "stochastic": "float param = %(load)s(params[i]);",
     "fp32": "float param = masters[i];"
     " if (%(load)s(%(store)s(param)) != %(load)s(params[i])) param = %(load)s(params[i]);",
 }
@@ -168,6 +179,7 @@ _STORE_PARAM = {
     " int32_t high = (int32_t)((uint32_t)bits + 0x8000u) >> 16;"
     " params[i] = (uint16_t)high;"
     " masters[i] = (int16_t)(uint32_t)((uint32_t)bits - ((uint32_t)high << 16));",
+    "stochastic": "params[i] = to_bf16_stochastic(param, key, (uint32_t)i);",
     "fp32": "params[i] = %(store)s(param); masters[i] = param;",
 }
 
@@ -219,9 +231,9 @@ def step_source(rule: Rule, dtype: torch.dtype, master: str) -> str:
         "state_pointers": "\n    ".join(
             f"float *restrict state{i} = (float *)row[{5 + i}] + start;" for i in indices
         ),
-        "scalar_columns": 1 + rule.family.n_scalars,
+        "scalar_columns": OWN + rule.family.n_scalars,
         "scalar_values": "\n    ".join(
-            f"const float {name} = scalars[{1 + i}];" for i, name in enumerate(scalars)
+            f"const float {name} = scalars[{OWN + i}];" for i, name in enumerate(scalars)
         ),
         "load_param": _LOAD_PARAM[master] % {"load": load, "store": store},
         "load_states": " ".join(f"float {s} = state{i}[i];" for i, s in enumerate(states)),

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from .. import reference, rule_text
 from ..buffers import is_dense
+from ..rounding import random_bits, round_stochastic
 from ..rules import Family, Rule
 from ..tables import CHUNK, LaunchTable, count_chunks
 from . import cgen, native
@@ -131,7 +132,7 @@ class TorchBackend:
                 steps[row] += 1.0
                 sign, *values = hyper[group]
                 own, memory[row] = rule_scalars(tuple(values), steps[row], tuple(memory[row]))
-                rows[row] = [coef * sign, *own]
+                rows[row] = [coef * sign, steps[row], *own]
         scalars.steps.copy_(torch.tensor(steps))
         scalars.scalars.copy_(torch.tensor(rows))
         if request.family.memory:
@@ -148,13 +149,19 @@ class TorchBackend:
         rule = _torch_function(batch.rule.family, batch.rule.name)
         rows = scalars.scalars.tolist()
         for i, param in enumerate(batch.params):
-            coef, *values = rows[batch.rows[i]]
+            coef, step, *values = rows[batch.rows[i]]
             masters = batch.masters[i : i + 1]
+            start = 0
             for p, acc, *rest in _blocks(param, batch.accs[i], *masters, *batch.states[i]):
                 master, states = rest[: len(masters)], rest[len(masters) :]
                 full = _load_master(p, master, batch.master)
                 full, updated = rule(full, acc * coef, tuple(states), tuple(values))
-                _store_master(full, p, master, batch.master)
+                if batch.master == "stochastic":
+                    random = random_bits(batch.keys[i], int(step), start, p.numel())
+                    p.copy_(round_stochastic(full, random.to(p.device)))
+                else:
+                    _store_master(full, p, master, batch.master)
+                start += p.numel()
                 for state, new in zip(states, updated, strict=True):
                     state.copy_(new)
 
