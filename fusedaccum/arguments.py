@@ -10,12 +10,15 @@ import torch
 from torch.optim import Optimizer
 
 
-def check_optimizer(optimizer: object, wrapper: type[Optimizer]) -> None:
+def check_optimizer(
+    optimizer: object, wrapper: type[Optimizer], steps: int | None, max_grad_norm: float | None
+) -> None:
     """Refuse what is no optimizer, and what cannot come out right, with the reason.
 
     Args:
         optimizer: what somebody wants to wrap.
         wrapper: the wrapping class.
+        steps, max_grad_norm: how.
 
     Raises:
         TypeError: for a wrapped wrapper and for something else than an optimizer.
@@ -42,6 +45,8 @@ def check_optimizer(optimizer: object, wrapper: type[Optimizer]) -> None:
             f"{kind.__name__}(differentiable=True) cannot be wrapped: the update is made in place "
             "behind autograd's back. Construct it with differentiable=False"
         )
+    if calls_closure(optimizer):
+        check_closure_optimizer(optimizer, steps, max_grad_norm)
 
 
 def check_steps(steps: object) -> int | None:
@@ -102,6 +107,23 @@ def check_rounding(stochastic_rounding: object, seed: object, master_weights: st
         )
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**64:
         raise ValueError(f"seed must be an int from 0 to 2**64 - 1, got {seed!r}")
+
+
+def check_scaler(grad_scaler: object, fused_unscale: object, steps: int | None) -> None:
+    """Validate `grad_scaler` and `fused_unscale`."""
+    if grad_scaler is not None and not isinstance(grad_scaler, torch.amp.GradScaler):
+        raise TypeError(
+            f"grad_scaler must be a torch.amp.GradScaler or None, got {type(grad_scaler).__name__}"
+        )
+    if not isinstance(fused_unscale, bool):
+        raise TypeError(f"fused_unscale must be True or False, got {fused_unscale!r}")
+    if fused_unscale and (grad_scaler is not None or steps is not None):
+        raise ValueError(
+            "fused_unscale=True is for gradient_accumulation_steps=None and a GradScaler that a "
+            "framework keeps; with grad_scaler=scaler gradients are unscaled as they are added "
+            f"already; got gradient_accumulation_steps={steps} and "
+            f"grad_scaler={type(grad_scaler).__name__}"
+        )
 
 
 def calls_closure(optimizer: Optimizer) -> bool:

@@ -56,6 +56,7 @@ def save(inner: StateDict, updater: Updater) -> StateDict:
                 entry[name] = entry[name].detach().cpu()  # where torch keeps them by default
         if segment.step is not None and "step" not in segment.numbers:
             steps[index] = float(segment.step)
+    overflow = collector.scaling.overflow
     extra: StateDict = {
         "version": VERSION,
         "gradient_accumulation_steps": window.steps,
@@ -64,6 +65,7 @@ def save(inner: StateDict, updater: Updater) -> StateDict:
             "total": window.total,
             "reference": window.reference,
             "is_explicit": window.is_explicit,
+            "overflow": 0.0 if overflow is None else float(overflow),
         },
         "accumulators": {i: s.grad for i, s in segments.items() if _is_open(s, collector)},
         "steps": steps,
@@ -182,6 +184,7 @@ def load(state_dict: StateDict, updater: Updater) -> None:
         saved = extra["window"]
         window.micro_batches, window.total = saved["micro_batches"], saved["total"]
         window.reference, window.is_explicit = saved["reference"], saved["is_explicit"]
+        collector.scaling.restore(saved.get("overflow", 0.0))
         if scalars is not None:
             scalars.skipped.fill_(extra["skipped_steps"])
 

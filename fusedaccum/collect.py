@@ -24,6 +24,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from .backends import Backend
 from .buffers import Block, laid_out_like
+from .scaling import Scaling
 from .segments import Segment, check_param, master_kind
 from .window import Window
 
@@ -41,7 +42,8 @@ class Collector:
         bucket_bytes: fresh gradients take no more than this, with the one that autograd is making
             (or half of it and one gradient, where that is more).
         wants_norm: whether updates need the norm, so that the last accumulation leaves its sums.
-        master_weights: see `FusedAccumOptimizer`.
+        master_weights: see `FusedAccumOptimizer`, or "stochastic".
+        scaling: what a GradScaler does to the gradients.
     """
 
     def __init__(
@@ -52,10 +54,12 @@ class Collector:
         bucket_bytes: int,
         wants_norm: bool,
         master_weights: str | None,
+        scaling: Scaling,
     ) -> None:
         self.backend = backend
         self.window = window
-        self.wants_norm = wants_norm
+        self.wants_norm = wants_norm or scaling.needs_norm
+        self.scaling = scaling
         self.segments: dict[Tensor, Segment] = {}
         self.partials: Tensor | None = None
         self.failed: str | None = None  # why the open window cannot be used
@@ -183,6 +187,7 @@ class Collector:
 
     def _begin(self, task: int) -> None:
         self.window.check_arrival()
+        self.scaling.begin(next(iter(self.segments.values())).device)
         self._open.add(task)
 
         def finish() -> None:
@@ -220,15 +225,24 @@ class Collector:
         replaces = self.window.steps is None or segment.arrived
         if replaces:
             segment.filled = False
-        self._add([(segment, grad)], 1.0 if replaces else self.window.scale())
+            self._add([(segment, grad)], 1.0, is_scaled=False)
+        else:
+            self._add([(segment, grad)], self.window.scale())
 
     @torch.no_grad()
-    def _add(self, fresh: list[tuple[Segment, Tensor]], scale: float) -> None:
-        """Accumulate gradients: the tensors that start a window, then the others."""
-        with_sums = self.wants_norm and (self.window.steps is None or self.window.is_last)
+    def _add(
+        self, fresh: list[tuple[Segment, Tensor]], scale: float, is_scaled: bool = True
+    ) -> None:
+        """Accumulate gradients: the tensors that start a window, then the others.
+
+        `is_scaled`: whether they hold the scale of a GradScaler, if there is one.
+        """
+        window, scaling = self.window, self.scaling
+        is_last = window.steps is None or window.is_last or scaling.is_linked
+        with_sums = self.wants_norm and is_last
         cells = self.cells() if with_sums else None
-        starting: list[tuple[Segment, Tensor]] = []
-        adding: list[tuple[Segment, Tensor]] = []
+        # What starts the window, what starts the micro-batch, what has arrived in it already.
+        parts: tuple[list[tuple[Segment, Tensor]], ...] = ([], [], [])
         for segment, grad in fresh:
             if segment.grad is None:
                 segment.allocate()
@@ -236,16 +250,21 @@ class Collector:
                 grad = laid_out_like(grad, segment.acc)
             if grad.dtype is not segment.dtype and grad.dtype is not torch.float32:
                 grad = grad.float()
-            (adding if segment.filled else starting).append((segment, grad))
-        for members, first in ((starting, True), (adding, False)):
+            parts[int(segment.filled) + int(segment.filled and segment.arrived)].append(
+                (segment, grad)
+            )
+        if not scaling.is_linked:  # the last two differ in what a GradScaler has to say
+            parts = (parts[0], parts[1] + parts[2], [])
+        for i, members in enumerate(parts):
             if members:
                 self.backend.accumulate(
                     [s.acc for s, _ in members],
                     [g for _, g in members],
                     scale,
-                    first,
+                    i == 0,
                     cells,
                     [s.cell for s, _ in members],
+                    scaling.control(i < 2) if is_scaled else None,
                 )
         for segment, _ in fresh:
             segment.filled = segment.arrived = True
@@ -259,6 +278,12 @@ class Collector:
     def has_arrivals(self) -> bool:
         """Whether the open micro-batch has contributed anything."""
         return any(s.arrived for s in self.segments.values())
+
+    def unclosed(self) -> str | None:
+        """What the open micro-batch was left by, in words; None where none is open."""
+        if self._open or self.failed is not None:
+            return "a failed backward()"
+        return "backward() without step()" if self.has_arrivals else None
 
     def check(self) -> None:
         """Raise if the open window holds half a micro-batch.
@@ -292,6 +317,7 @@ class Collector:
 
     def close_micro_batch(self) -> None:
         """The open micro-batch is over."""
+        self.scaling.close_micro_batch()
         self.window.close_micro_batch()
         for segment in self.segments.values():
             segment.arrived = False
@@ -306,6 +332,7 @@ class Collector:
             segment.arrived = False
             if self.window.steps is not None:
                 segment.filled = False
+        self.scaling.reset()
         self.window.reset()
 
     def discard(self) -> None:
@@ -316,6 +343,7 @@ class Collector:
         self.failed = None
         for segment in self.segments.values():
             segment.filled = segment.arrived = segment.pending = False
+        self.scaling.reset()
         self.window.reset()
 
     def cells(self) -> Tensor:
@@ -326,6 +354,13 @@ class Collector:
             for segment in self.segments.values():
                 segment.sums_version, segment.has_sums = None, False
         return self.partials
+
+    def forgive_unit_pass(self) -> None:
+        """Somebody multiplied every `p.grad` by 1: the partial sums still hold."""
+        for segment in self.segments.values():
+            grad = segment.grad
+            if grad is not None and segment.sums_version == grad._version - 1:
+                segment.sums_version = grad._version
 
     @torch.no_grad()
     def sums_of_squares(self) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from . import arguments, backends, checkpoint, describe
 from .collect import Collector
+from .scaling import Scaling
 from .sharing import SharingOptimizer
 from .update import Updater
 from .window import Window
@@ -48,6 +49,12 @@ class FusedAccumOptimizer(SharingOptimizer):
         stochastic_rounding: with master_weights="none", round bf16 parameters up or down at random,
             right on average, so that small updates are not lost; needs a fused rule.
         seed: of that; the same seed draws the same bits on every backend and after a resume.
+        grad_scaler: the GradScaler of fp16 training. Needed where the wrapper counts the window;
+            call `scaler.scale(loss).backward(); scaler.step(opt); scaler.update()` for each
+            micro-batch. Gradients are unscaled as they are added; a window with an overflow is
+            skipped.
+        fused_unscale: where the loop owns the window and a framework the GradScaler: `step()`
+            divides by the scale, without a pass and without waiting for the device.
         bucket_cap_mb: MiB of micro-gradients that wait to be added in one launch, all that they
             take beside the accumulators. None: 128, but 16 on a CPU, which has them in its cache.
 
@@ -83,24 +90,24 @@ class FusedAccumOptimizer(SharingOptimizer):
         bucket_cap_mb: float | None = None,
         stochastic_rounding: bool = False,
         seed: int = 0,
+        grad_scaler: torch.amp.GradScaler | None = None,
+        fused_unscale: bool = False,
     ) -> None:
-        arguments.check_optimizer(optimizer, FusedAccumOptimizer)
         steps = arguments.check_steps(gradient_accumulation_steps)
         if max_grad_norm is not None:
             max_grad_norm = arguments.check_positive("max_grad_norm", max_grad_norm)
+        arguments.check_optimizer(optimizer, FusedAccumOptimizer, steps, max_grad_norm)
         if bucket_cap_mb is None:
             bucket_cap_mb = 16 if optimizer.param_groups[0]["params"][0].is_cpu else 128
         self.bucket_cap_mb = arguments.check_positive("bucket_cap_mb", bucket_cap_mb)
-        if arguments.calls_closure(optimizer):
-            arguments.check_closure_optimizer(optimizer, steps, max_grad_norm)
         arguments.check_rounding(stochastic_rounding, seed, master_weights)
+        arguments.check_scaler(grad_scaler, fused_unscale, steps)
         self.optimizer = optimizer
-        self.gradient_accumulation_steps = steps
-        self.max_grad_norm = max_grad_norm
-        self.master_weights = master_weights
-        self.skip_nonfinite = skip_nonfinite
+        self.gradient_accumulation_steps, self.max_grad_norm = steps, max_grad_norm
+        self.master_weights, self.skip_nonfinite = master_weights, skip_nonfinite
         self.backend = backend
         self.stochastic_rounding, self.seed = stochastic_rounding, seed
+        self.grad_scaler, self.fused_unscale = grad_scaler, fused_unscale
         self._next_max_norm: float | None = None
         self.window_closed = False
         self._build()
@@ -108,12 +115,16 @@ class FusedAccumOptimizer(SharingOptimizer):
     def _build(self) -> None:
         """Accumulators, hooks and tables for the parameters as they are now."""
         self._window = Window(self.gradient_accumulation_steps)
+        self._scaling = Scaling(
+            self.gradient_accumulation_steps, self.grad_scaler, self.fused_unscale
+        )
         self._collector = Collector(
             backends.get(self.backend, self.param_groups[0]["params"][0].device),
             self._window,
             bucket_bytes=int(self.bucket_cap_mb * 2**20),
             wants_norm=self.skip_nonfinite or self.max_grad_norm is not None,
             master_weights="stochastic" if self.stochastic_rounding else self.master_weights,
+            scaling=self._scaling,
         )
         self._updater = Updater(self.optimizer, self._collector, self.skip_nonfinite, self.seed)
         if self.stochastic_rounding:
@@ -203,21 +214,18 @@ class FusedAccumOptimizer(SharingOptimizer):
             RuntimeError: if a backward raised half-way, or a parameter changed its dtype, shape or
                 device since it was wrapped. Nothing is updated then.
         """
-        self._refuse_scaler()
+        if self._scaling.receive(self):
+            self._collector.forgive_unit_pass()
         loss = None
         if arguments.calls_closure(self.optimizer):
-            if closure is None:
-                raise TypeError(f"{type(self.optimizer).__name__}.step() needs a closure")
             return self._step_with_closure(closure)
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         self._collect()
-        if self.gradient_accumulation_steps is None:
-            self._update()
-            return loss
-        closing = self._window.is_last
-        self._collector.close_micro_batch()
+        closing = self._window.steps is None or self._window.is_last
+        if self._window.steps is not None:
+            self._collector.close_micro_batch()
         self.window_closed = False
         if closing:
             self._update()
@@ -251,21 +259,18 @@ class FusedAccumOptimizer(SharingOptimizer):
         again: the whole window is discarded then, with a warning. The same recovers from a
         backward that raised half-way.
         """
-        window, collector = self._window, self._collector
-        if window.steps is not None:
-            is_broken = bool(collector._open) or collector.failed is not None
-            if is_broken or collector.has_arrivals:
-                if window.micro_batches:
-                    why = "a failed backward()" if is_broken else "backward() without step()"
-                    warnings.warn(
-                        f"zero_grad() after {why} discards the whole window: "
-                        f"{window.micro_batches} closed micro-batches",
-                        RuntimeWarning,
-                        stacklevel=2,
-                    )
-            elif window.micro_batches:
+        if self._window.steps is not None:
+            unclosed = self._collector.unclosed()
+            if unclosed and self.micro_batches:
+                warnings.warn(
+                    f"zero_grad() after {unclosed} discards the whole window: "
+                    f"{self.micro_batches} closed micro-batches",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
+            elif self.micro_batches:
                 return
-        collector.discard()
+        self._collector.discard()
         for group in self.param_groups:
             for param in group["params"]:
                 if set_to_none or param.grad is None:
@@ -296,10 +301,7 @@ class FusedAccumOptimizer(SharingOptimizer):
         """Remove every hook and give the plain optimizer and model back.
 
         Masters are dropped; states of bf16 and fp16 parameters are rounded to the parameter's
-        dtype, as plain torch keeps them.
-
-        Returns:
-            The wrapped optimizer.
+        dtype, as plain torch keeps them. Returns the wrapped optimizer.
 
         Raises:
             RuntimeError: inside a window, whose gradients would be lost.
@@ -337,6 +339,12 @@ class FusedAccumOptimizer(SharingOptimizer):
     def __repr__(self) -> str:
         return describe.describe(self._updater, self.backend, self.max_grad_norm)
 
+    def _found_inf_per_device(self) -> dict[torch.device, Tensor]:
+        """What a linked GradScaler asks instead of unscaling `p.grad`, which is unscaled."""
+        self._collect()
+        sums = self._collector.sums_of_squares()
+        return {sums.device: self._scaling.found_inf(sums)}
+
     def _collect(self) -> None:
         """Have every gradient in its accumulator, or raise before anything is updated."""
         self._collector.check()
@@ -354,17 +362,19 @@ class FusedAccumOptimizer(SharingOptimizer):
             self._collector.refuse_changed()
 
     def _reattach(self) -> None:
-        """Build everything anew for parameters that moved; optimizer states move with them."""
+        """Build everything anew for parameters that moved; states move with them."""
         state = checkpoint.save(self.optimizer.state_dict(), self._updater)
         self._collector.detach()
         self._build()
         checkpoint.load(state, self._updater)
 
-    def _step_with_closure(self, closure: Closure) -> Any:
+    def _step_with_closure(self, closure: Closure | None) -> Any:
         """Let an optimizer that evaluates the closure several times (LBFGS) do so.
 
         The gradients it reads are the fp32 accumulators; there is no window to normalise or clip.
         """
+        if closure is None:
+            raise TypeError(f"{type(self.optimizer).__name__}.step() needs a closure")
 
         def evaluate() -> Any:
             with torch.enable_grad():
@@ -381,11 +391,9 @@ class FusedAccumOptimizer(SharingOptimizer):
         """One update; then the window is over."""
         max_norm = self.max_grad_norm if self._next_max_norm is None else self._next_max_norm
         self._next_max_norm = None
-        correction = self._window.correction()
-        if self._updater.is_fused:
-            with self._step_hooks():
-                self._updater.run(correction, max_norm)
-        else:  # the wrapped optimizer's own step() runs them
+        correction = self._scaling.correction(self._window.correction())
+        # The wrapped optimizer's own step() runs the hooks itself.
+        with self._step_hooks() if self._updater.is_fused else nullcontext():
             self._updater.run(correction, max_norm)
         self.window_closed = True
         self._collector.end_window()

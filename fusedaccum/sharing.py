@@ -75,21 +75,10 @@ class SharingOptimizer(Optimizer):
     def _step_supports_amp_scaling(self) -> bool:
         """Asked by GradScaler: False lets it unscale `p.grad`, once per window, before step().
 
-        Where the wrapper counts the window it would do so at every micro-batch, to the whole sum;
-        True has it hand over its scale instead, and `_refuse_scaler` sees that.
+        True has it hand over its scale instead (`scaling.py`).
         """
-        return getattr(self, "gradient_accumulation_steps", None) is not None
-
-    def _refuse_scaler(self) -> None:
-        """Raise if a GradScaler called step() where the wrapper counts the window."""
-        if "found_inf" in self.__dict__:
-            del self.found_inf, self.grad_scale
-            raise RuntimeError(
-                "GradScaler.step() is called at every micro-batch and does not know of the window "
-                "that gradient_accumulation_steps=N counts; nothing was updated. Use "
-                "gradient_accumulation_steps=None, divide the loss by N, and call scaler.step() "
-                "once per window. bf16 needs no GradScaler"
-            )
+        scaling = self.__dict__.get("_scaling")
+        return scaling is not None and bool(scaling.takes_scale)
 
     @contextmanager
     def _step_hooks(self) -> Iterator[None]:

@@ -79,25 +79,33 @@ class Updater:
         return self.scalars
 
     @torch.no_grad()
-    def run(self, correction: float, max_norm: float | None) -> None:
+    def run(self, correction: float | Tensor, max_norm: float | None) -> None:
         """One update with what the window holds.
 
         Args:
-            correction: makes the accumulated sum the mean.
+            correction: makes the accumulated sum the mean; a tensor where a GradScaler takes part,
+                NaN after an overflow: the update is skipped then in any case.
             max_norm: clip to it, or None.
         """
         if not self.collector.segments:
             return
-        needs_norm = max_norm is not None or self.skip_nonfinite
+        skip = self.skip_nonfinite or isinstance(correction, Tensor)
+        needs_norm = max_norm is not None or skip
         partials = self.collector.sums_of_squares() if needs_norm else None
         if self.is_fused:
-            self._fused(correction, max_norm, partials)
+            self._fused(correction, max_norm, partials, skip)
         else:
-            self._native(correction, max_norm, partials)
+            self._native(float(correction), max_norm, partials, skip)
 
     # --- the fused step ---
 
-    def _fused(self, correction: float, max_norm: float | None, partials: Tensor | None) -> None:
+    def _fused(
+        self,
+        correction: float | Tensor,
+        max_norm: float | None,
+        partials: Tensor | None,
+        skip: bool,
+    ) -> None:
         scalars = self.prepared_scalars()
         groups = self.optimizer.param_groups
         batches: dict[tuple[str, torch.dtype, str], StepBatch] = {}
@@ -127,7 +135,7 @@ class Updater:
             return  # torch's step() without a gradient does nothing either
         first = next(iter(batches.values())).rule.family
         hyper = [(rules.sign(group), *first.hyper(group)) for group in groups]
-        request = UpdateRequest(first, hyper, partials, correction, max_norm, self.skip_nonfinite)
+        request = UpdateRequest(first, hyper, partials, correction, max_norm, skip)
         backend = self.collector.backend
         backend.finalize(request, list(batches.values()), scalars)
         for batch in batches.values():
@@ -181,7 +189,9 @@ class Updater:
 
     # --- the wrapped optimizer's own step ---
 
-    def _native(self, correction: float, max_norm: float | None, partials: Tensor | None) -> None:
+    def _native(
+        self, correction: float, max_norm: float | None, partials: Tensor | None, skip: bool
+    ) -> None:
         filled = self.collector.filled()
         if any(segment.kind == "stochastic" for segment in filled):
             self.refuse_native("stochastic_rounding=True")
@@ -191,7 +201,7 @@ class Updater:
             self.grad_norm = scalars.norm.copy_(norm)
             # The one wait of this library, and only here: a foreign step() cannot be skipped on
             # the device.
-            if self.skip_nonfinite and not bool(norm.isfinite()):
+            if skip and not bool(norm.isfinite()):
                 scalars.skipped += 1
                 return
             coef = torch.full_like(norm, correction)

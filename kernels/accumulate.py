@@ -2,6 +2,9 @@
 
     acc = (0 if IS_FIRST else acc) + scale * float32(grad)
 
+With HAS_CONTROL two more numbers are read on the device: a factor on `scale` (a GradScaler's
+1/scale), and 0 to start afresh, as IS_FIRST does (after a micro-batch that overflowed).
+
 Gradients are loaded as bf16, fp16 or fp32 and computed in fp32; accumulators are fp32. The first
 micro-batch of a window stores, so nobody ever zeroes an accumulator. With HAS_NORM each program
 also leaves the sum of squares of what it wrote in its own cell of `partials` (a cell has one
@@ -25,7 +28,16 @@ COLUMNS = tl.constexpr(4)
 
 
 @triton.jit
-def _accumulate_block(grad_ptr, acc_ptr, scale, offsets, mask, IS_FIRST: tl.constexpr):
+def _accumulate_block(
+    grad_ptr,
+    acc_ptr,
+    scale,
+    keeps,
+    offsets,
+    mask,
+    IS_FIRST: tl.constexpr,
+    HAS_CONTROL: tl.constexpr,
+):
     """Add one block and return what it wrote; a mask of None means a full block."""
     # `other` is an error without a mask, so the two forms are spelled out.
     if mask is None:
@@ -35,9 +47,12 @@ def _accumulate_block(grad_ptr, acc_ptr, scale, offsets, mask, IS_FIRST: tl.cons
     acc = grad.to(tl.float32) * scale
     if not IS_FIRST:
         if mask is None:
-            acc += tl.load(acc_ptr + offsets)
+            old = tl.load(acc_ptr + offsets)
         else:
-            acc += tl.load(acc_ptr + offsets, mask=mask, other=0.0)
+            old = tl.load(acc_ptr + offsets, mask=mask, other=0.0)
+        if HAS_CONTROL:
+            old = tl.where(keeps, old, 0.0)  # not a product: what is left behind may be inf
+        acc += old
     tl.store(acc_ptr + offsets, acc, mask=mask)
     return acc
 
@@ -47,10 +62,12 @@ def accumulate_kernel(
     table_ptr,  # int64 [n_tensors, COLUMNS]
     chunks_ptr,  # int32 [n_chunks, 2]: row of the table, chunk within the tensor
     partials_ptr,  # fp32, read only with HAS_NORM
+    control_ptr,  # fp32 [2], read only with HAS_CONTROL
     scale,
     GRAD_DTYPE: tl.constexpr,
     IS_FIRST: tl.constexpr,
     HAS_NORM: tl.constexpr,
+    HAS_CONTROL: tl.constexpr,
     IS_ALIGNED: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -68,12 +85,19 @@ def accumulate_kernel(
     grad_ptr += start
     acc_ptr += start
 
+    keeps = True
+    if HAS_CONTROL:
+        scale *= tl.load(control_ptr)
+        keeps = tl.load(control_ptr + 1) != 0.0
+
     total = tl.zeros([BLOCK], tl.float32)
     if start + CHUNK <= n_elements:
         # A full chunk is its own branch: a mask, even an all-true one, costs the vector access.
         for block in range(0, CHUNK, BLOCK):
             offsets = block + tl.arange(0, BLOCK)
-            acc = _accumulate_block(grad_ptr, acc_ptr, scale, offsets, None, IS_FIRST)
+            acc = _accumulate_block(
+                grad_ptr, acc_ptr, scale, keeps, offsets, None, IS_FIRST, HAS_CONTROL
+            )
             if HAS_NORM:
                 total += acc * acc
     else:
@@ -81,7 +105,9 @@ def accumulate_kernel(
         for block in range(0, rest, BLOCK):
             offsets = block + tl.arange(0, BLOCK)
             mask = offsets < rest
-            acc = _accumulate_block(grad_ptr, acc_ptr, scale, offsets, mask, IS_FIRST)
+            acc = _accumulate_block(
+                grad_ptr, acc_ptr, scale, keeps, offsets, mask, IS_FIRST, HAS_CONTROL
+            )
             if HAS_NORM:
                 # Masked lanes hold scale * 0: only a scale that is not finite would show.
                 total += acc * acc

@@ -115,14 +115,21 @@ def _tensor(dtype: torch.dtype, is_aligned: bool) -> Tensor:
 
 
 def _accumulate(backend: Any) -> Launched:
-    for dtype, first, has_norm, is_aligned in itertools.product(
-        GRAD_DTYPES, (True, False), (False, True), (True, False)
+    for dtype, first, (has_norm, has_control), is_aligned in itertools.product(
+        GRAD_DTYPES,
+        (True, False),
+        # A linked GradScaler, whose numbers are read, needs the norm at every micro-batch.
+        ((False, False), (True, False), (True, True)),
+        (True, False),
     ):
         acc, grad = _tensor(torch.float32, is_aligned), _tensor(dtype, is_aligned)
-        backend.accumulate([acc], [grad], 1.0, first, torch.zeros(2) if has_norm else None)
+        partials = torch.zeros(2) if has_norm else None
+        control = torch.ones(2) if has_control else None
+        backend.accumulate([acc], [grad], 1.0, first, partials, None, control)
         name = f"accumulate-{_DTYPE_NAMES[dtype]}-{'first' if first else 'later'}"
+        name += ("-norm" if has_norm else "") + ("-control" if has_control else "")
         loads = (dtype.itemsize,) if first else (dtype.itemsize, _FP32_BYTES)
-        yield name + ("-norm" if has_norm else ""), is_aligned, loads, (_FP32_BYTES,)
+        yield name, is_aligned, loads, (_FP32_BYTES,)
 
 
 def _sum_of_squares(backend: Any) -> Launched:

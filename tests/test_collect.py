@@ -234,18 +234,30 @@ def test_user_hooks_see_the_fresh_gradient() -> None:
     assert opt.param_groups[0]["params"][0].grad.dtype == torch.float32
 
 
-def test_nothing_waits_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("scaler", ["no-scaler", "linked-scaler"])
+def test_nothing_waits_for_the_device(monkeypatch: pytest.MonkeyPatch, scaler: str) -> None:
     """A window on the kernels' path never reads a device value on the host."""
     model = small_model(torch.bfloat16)
+    linked = torch.amp.GradScaler("cpu") if scaler == "linked-scaler" else None
     opt = FusedAccumOptimizer(
-        torch.optim.AdamW(model.parameters()), 4, max_grad_norm=1.0, backend="triton"
+        torch.optim.AdamW(model.parameters()),
+        4,
+        max_grad_norm=1.0,
+        backend="triton",
+        grad_scaler=linked,
     )
     x = torch.randn(3, 7, dtype=torch.bfloat16)
 
     def window() -> None:
         for _ in range(4):
-            model(x).sum().backward()
-            opt.step()
+            loss = model(x).sum()
+            if linked is None:
+                loss.backward()
+                opt.step()
+            else:
+                linked.scale(loss).backward()
+                linked.step(opt)
+                linked.update()
             opt.zero_grad()
 
     window()  # state is made, tables are uploaded

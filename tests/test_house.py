@@ -36,6 +36,7 @@ LEVELS = {
     "fusedaccum.registry": 3,
     "fusedaccum.backends": 4,
     "fusedaccum.functional": 5,
+    "fusedaccum.scaling": 5,
     "fusedaccum.segments": 5,
     "fusedaccum.window": 5,
     "fusedaccum.collect": 6,

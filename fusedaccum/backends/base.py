@@ -84,7 +84,7 @@ class UpdateRequest:
         hyper: a row per param group: sign of the gradient, then the family's hyper-parameters,
             each a number or a tensor.
         partials: fp32 sums of squares of all accumulators of the update, or None for no norm.
-        correction: factor on the accumulated sum (normalisation).
+        correction: factor on the accumulated sum (normalisation), maybe a 0-d tensor.
         max_norm: clip to it, or None.
         skip_nonfinite: whether a non-finite norm leaves everything as it was.
     """
@@ -92,7 +92,7 @@ class UpdateRequest:
     family: Family
     hyper: list[tuple[Any, ...]]
     partials: Tensor | None
-    correction: float
+    correction: float | Tensor
     max_norm: float | None
     skip_nonfinite: bool
 
@@ -110,10 +110,13 @@ class Backend(Protocol):
         first: bool,
         partials: Tensor | None = None,
         cells: Sequence[int] | None = None,
+        control: Tensor | None = None,
     ) -> None:
         """`acc = (0 if first else acc) + scale * grad` for each pair, in place.
 
         With `partials`, tensor i's sums of squares go to `partials[cells[i]:]`, one per chunk.
+        With `control`, fp32 [2] on the device, `scale` is multiplied by `control[0]`, and a
+        `control[1]` of 0 means `first`.
         """
 
     def sum_of_squares(
@@ -148,6 +151,7 @@ class TableBackend:
         first: bool,
         partials: Tensor | None = None,
         cells: Sequence[int] | None = None,
+        control: Tensor | None = None,
     ) -> None:
         cells = cells or [0] * len(accs)
         for dtype, members in _by_dtype(grads).items():
@@ -161,7 +165,7 @@ class TableBackend:
             key = ("accumulate", dtype, acc_addresses.tobytes(), tuple(numels), tuple(own_cells))
             table = self._tables.get(key, rows, numels, (0, 1), self.device)
             if table.n_chunks:
-                self._launch_accumulate(table, dtype, scale, first, partials)
+                self._launch_accumulate(table, dtype, scale, first, partials, control)
 
     def sum_of_squares(
         self, tensors: Sequence[Tensor], partials: Tensor, cells: Sequence[int]
@@ -201,6 +205,7 @@ class TableBackend:
         scale: float,
         first: bool,
         partials: Tensor | None,
+        control: Tensor | None,
     ) -> None:
         raise AssertionError("a subclass launches")
 

@@ -82,8 +82,12 @@ class TorchBackend:
         first: bool,
         partials: Tensor | None = None,
         cells: Sequence[int] | None = None,
+        control: Tensor | None = None,
     ) -> None:
         """See `Backend.accumulate`."""
+        if control is not None:
+            factor, keeps = control.tolist()
+            scale, first = float(torch.tensor(scale) * factor), first or not keeps
         if loops := self._reduce_loops(grads):
             loops.accumulate(accs, grads, scale, first, partials, cells)
             return
@@ -110,11 +114,11 @@ class TorchBackend:
         self, request: UpdateRequest, batches: Sequence[StepBatch], scalars: UpdateScalars
     ) -> None:
         """See `Backend.finalize`; in Python floats, which are float64."""
-        coef = request.correction
+        correction = coef = float(request.correction)
         skip = False
         if request.partials is not None:
             total = float(request.partials.cpu().double().sum())
-            norm = request.correction * math.sqrt(total) if total == total else math.nan
+            norm = correction * math.sqrt(total) if total == total else math.nan
             coef *= reference.clip_coefficient(norm, request.max_norm)
             skip = request.skip_nonfinite and not math.isfinite(norm)
             scalars.norm.fill_(norm)
@@ -176,6 +180,7 @@ class _NativeLoops(TableBackend):
         scale: float,
         first: bool,
         partials: Tensor | None,
+        control: Tensor | None,
     ) -> None:
         name = cgen.accumulate_name(dtype, first, partials is not None)
         _run(_reduce_library(dtype), name, table, partials, scale)

@@ -77,15 +77,18 @@ class TritonBackend(TableBackend):
         scale: float,
         first: bool,
         partials: Tensor | None,
+        control: Tensor | None,
     ) -> None:
         accumulate_kernel[(table.n_chunks,)](
             table.rows,
             table.chunks,
             self._nothing if partials is None else partials,
+            self._nothing if control is None else control,
             float(scale),
             GRAD_DTYPE=_TRITON_DTYPES[dtype],
             IS_FIRST=first,
             HAS_NORM=partials is not None,
+            HAS_CONTROL=control is not None,
             IS_ALIGNED=table.is_aligned,
             CHUNK=CHUNK,
             BLOCK=ACCUMULATE_BLOCK,
@@ -148,10 +151,13 @@ class TritonBackend(TableBackend):
         A hyper-parameter that is a tensor (lr under a CUDA graph) is copied on the device.
         """
         host = np.zeros((1 + len(request.hyper), 1 + request.family.n_hyper))
-        host[0, :2] = request.correction, request.max_norm or 0.0
+        correction = request.correction
+        host[0, :2] = 0 if isinstance(correction, Tensor) else correction, request.max_norm or 0.0
         for i, row in enumerate(request.hyper, start=1):
             host[i] = [0.0 if isinstance(x, Tensor) else x for x in row]
         table = scalars.hyper.set(host)
+        if isinstance(correction, Tensor):
+            table[0, 0].copy_(correction, non_blocking=True)
         for i, row in enumerate(request.hyper, start=1):
             for j, value in enumerate(row):
                 if isinstance(value, Tensor):

@@ -1,0 +1,205 @@
+"""torch.amp.GradScaler and a window of micro-batches.
+
+GradScaler multiplies the loss by a scale that it lowers after an overflow and raises after a while
+without one, so the micro-batches of a window may have different scales. Three ways to serve it:
+
+linked (`grad_scaler=`)
+    Gradients are divided by the scale of their own micro-batch as they are added: no pass, and
+    `p.grad` is unscaled at all times. What GradScaler asks of the gradients (`unscale_`, the inf
+    check of `step`) is answered from the sums of squares that the accumulation leaves. An
+    overflowed micro-batch lowers the scale once; the next one starts the accumulators afresh, and
+    the window is skipped when it ends. All of it on the device.
+handed over (`fused_unscale=True`, the loop owns the window)
+    GradScaler hands its scale to `step()`, which divides in registers, as torch's fused optimizers
+    do. Its own check for inf stays.
+stock (neither, the loop owns the window)
+    GradScaler unscales `p.grad` in a pass and does not call `step()` after an overflow.
+"""
+
+from __future__ import annotations
+
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class Scaling:
+    """What one optimizer knows of GradScaler.
+
+    Args:
+        steps: micro-batches per window, or None where the loop owns it.
+        scaler: the linked GradScaler, or None.
+        fused_unscale: whether `step()` takes the scale over.
+
+    Attributes:
+        overflow: 0-d fp32 on the device, above 0 once a micro-batch of the open window overflowed;
+            None without a linked scaler that is in use.
+    """
+
+    def __init__(
+        self, steps: int | None, scaler: torch.amp.GradScaler | None, fused_unscale: bool
+    ) -> None:
+        self._steps = steps
+        self._scaler = scaler
+        self._fused_unscale = fused_unscale
+        self._control: Tensor | None = None
+        self._divisor: Tensor | None = None  # the scale that step() was handed
+        self._found_inf: Tensor | None = None
+        self.overflow: Tensor | None = None
+        if scaler is not None:
+            _link(scaler)
+
+    @property
+    def is_linked(self) -> bool:
+        """Whether gradients are unscaled as they are added. A disabled scaler scales nothing."""
+        return self._scaler is not None and self._scaler.is_enabled()
+
+    @property
+    def takes_scale(self) -> bool:
+        """What `_step_supports_amp_scaling` says: True has GradScaler hand its scale to step().
+
+        Where the wrapper counts the window without a linked scaler, that is how a GradScaler is
+        noticed: it would unscale the whole sum at every micro-batch.
+        """
+        return self._steps is not None or self._scaler is not None or self._fused_unscale
+
+    @property
+    def needs_norm(self) -> bool:
+        """Whether every accumulation leaves its sums of squares."""
+        return self._scaler is not None or self._fused_unscale
+
+    # --- the backward ---
+
+    def begin(self, device: torch.device) -> None:
+        """A backward begins: read the scale, on the device.
+
+        Raises:
+            RuntimeError: if nothing was scaled yet.
+        """
+        if not self.is_linked:
+            return
+        scale = self._scaler._scale  # type: ignore[union-attr]
+        if scale is None:
+            raise RuntimeError(
+                "grad_scaler was given, but backward() ran on a loss that it did not scale: call "
+                "scaler.scale(loss).backward()"
+            )
+        if self._control is None:
+            self._control = torch.ones(2, 2, device=device)
+            overflow = self.overflow
+            self.overflow = torch.zeros((), device=device)
+            if overflow is not None:
+                self.overflow.copy_(overflow)
+        self._control[:, 0] = scale.to(device, non_blocking=True).double().reciprocal().float()
+
+    def control(self, is_first: bool) -> Tensor | None:
+        """What an accumulation reads on the device: fp32 [2], a factor, and 0 to start afresh.
+
+        Args:
+            is_first: whether these tensors have not been added to in the open micro-batch.
+        """
+        if self._control is None or not self.is_linked:
+            return None
+        return self._control[0 if is_first else 1]
+
+    def found_inf(self, sums: Tensor) -> Tensor:
+        """1 where the sums of squares of all accumulators are not finite, else 0; 0-d fp32."""
+        return (~sums.double().sum().isfinite()).float()
+
+    # --- the step ---
+
+    def receive(self, owner: Any) -> bool:
+        """See who calls `owner.step()`: take what GradScaler has set on it, refuse what is wrong.
+
+        Returns:
+            Whether GradScaler has just passed over the gradients, multiplying by 1.
+
+        Raises:
+            RuntimeError: for a GradScaler that cannot come out right, and for a missing one.
+        """
+        self._found_inf = self._divisor = None
+        if "found_inf" not in owner.__dict__:
+            if self.is_linked:
+                raise RuntimeError(
+                    "step() was called directly, but the gradients belong to the grad_scaler that "
+                    "was given; nothing was updated. Call scaler.step(optimizer)"
+                )
+            return False
+        found_inf, scale = owner.found_inf, owner.grad_scale
+        if self._scaler is None and not self._fused_unscale:
+            del owner.found_inf, owner.grad_scale
+            raise RuntimeError(
+                "GradScaler.step() is called at every micro-batch and does not know of the window "
+                "that gradient_accumulation_steps=N counts; nothing was updated. Wrap with "
+                "FusedAccumOptimizer(..., grad_scaler=scaler), or use "
+                "gradient_accumulation_steps=None, divide the loss by N, and call scaler.step() "
+                "once per window. bf16 needs no GradScaler"
+            )
+        self._found_inf = found_inf
+        if self._scaler is None:
+            self._divisor = scale  # None after unscale_()
+        return self._divisor is not None
+
+    def close_micro_batch(self) -> None:
+        """Remember whether it overflowed; the next one then starts the accumulators afresh."""
+        if self._control is not None and self.overflow is not None and self._found_inf is not None:
+            found_inf = self._found_inf.to(self._control.device, non_blocking=True)
+            self.overflow.add_(found_inf)
+            self._control[0, 1] = found_inf == 0
+            self._found_inf = None
+
+    def correction(self, correction: float) -> float | Tensor:
+        """The factor on the accumulated sum: NaN, which has it skipped, after an overflow.
+
+        Returns:
+            A 0-d tensor where a scaler takes part: nothing is read on the host.
+        """
+        self.close_micro_batch()  # where the loop owns the window it was not
+        factor: float | Tensor = correction
+        if self._divisor is not None:
+            factor = correction * self._divisor.double().reciprocal()
+        overflow = self._found_inf if self.overflow is None else self.overflow
+        self._found_inf = self._divisor = None
+        if overflow is None:
+            return factor
+        nan = torch.full((), torch.nan, dtype=torch.float64, device=overflow.device)
+        return torch.where(overflow > 0, nan, factor)
+
+    def restore(self, overflow: float) -> None:
+        """Go on with a window of a checkpoint."""
+        if overflow:
+            self.overflow = torch.tensor(overflow)
+
+    def reset(self) -> None:
+        """The window is over, or was discarded."""
+        if self._control is not None and self.overflow is not None:
+            self._control[0, 1] = 1.0
+            self.overflow.zero_()
+        else:
+            self.overflow = None
+
+
+def _link(scaler: torch.amp.GradScaler) -> None:
+    """Have `scaler` ask linked optimizers whether they found inf, instead of unscaling `p.grad`.
+
+    `_unscale_grads_` is what GradScaler's subclasses override for this (torch's ShardedGradScaler,
+    say). A bound method on the instance: other optimizers of the same scaler stay with the stock
+    one, and a pickled scaler comes back stock.
+    """
+    scaler._unscale_grads_ = MethodType(_unscale_grads_, scaler)  # type: ignore[method-assign]
+
+
+def _unscale_grads_(
+    scaler: torch.amp.GradScaler,
+    optimizer: Any,
+    inv_scale: Tensor,
+    found_inf: Tensor,
+    allow_fp16: bool,
+) -> dict[torch.device, Tensor]:
+    """`GradScaler._unscale_grads_`, with linked optimizers answered for."""
+    if getattr(optimizer, "grad_scaler", None) is scaler:
+        found: dict[torch.device, Tensor] = optimizer._found_inf_per_device()
+        return found
+    return type(scaler)._unscale_grads_(scaler, optimizer, inv_scale, found_inf, allow_fp16)
