@@ -24,6 +24,8 @@ CHUNK = 8192
 VECTOR_BYTES = 16
 # Columns of a row of an update's scalars before the rule's own, as in kernels/norm.py.
 OWN = 2
+# Pinned memory for the tables of captured CUDA graphs: 32 bytes a tensor and micro-batch.
+ARENA_BYTES = 4 << 20
 # Tables kept per backend. A model needs one per bucket and one per step launch.
 MAX_TABLES = 512
 
@@ -35,22 +37,37 @@ def count_chunks(numel: int) -> int:
     return -(-numel // CHUNK)
 
 
-def upload(host: npt.NDArray[Any], device_tensor: Tensor, keep: list[Tensor]) -> None:
-    """Copy `host` into `device_tensor` without waiting for the device.
+class _Staging:
+    """Pinned memory that uploads are made from.
 
-    The pinned staging block comes from torch's caching host allocator, which reuses it only after
-    the copy has run. A copy captured in a CUDA graph reads its source at every replay, so then the
-    block is added to `keep`, which must live as long as the graph.
+    Outside of a capture it comes from torch's caching host allocator, which reuses a block only
+    after its copy has run. A copy captured in a CUDA graph reads its source at every replay, so
+    that is a slice of `arena`, never used again; and it was allocated before, because pinned memory
+    may not be allocated during a capture.
     """
-    source = torch.from_numpy(host)
-    if device_tensor.device.type != "cuda":
-        device_tensor.copy_(source)
-        return
-    staging = torch.empty(source.shape, dtype=source.dtype, pin_memory=True)
-    staging.copy_(source)
-    device_tensor.copy_(staging, non_blocking=True)
-    if torch.cuda.is_current_stream_capturing():
-        keep.append(staging)
+
+    def __init__(self) -> None:
+        self._arena: Tensor | None = None
+        self._used = 0
+
+    def stage(self, source: Tensor, capturing: bool) -> Tensor:
+        """A pinned copy of `source`."""
+        if self._arena is None and not capturing:
+            self._arena = torch.empty(ARENA_BYTES, dtype=torch.uint8, pin_memory=True)
+        if not capturing:
+            return torch.empty_like(source, pin_memory=True).copy_(source)
+        start, self._used = self._used, self._used + -(-source.nbytes // 64) * 64
+        if self._arena is None or self._used > ARENA_BYTES:
+            raise RuntimeError(
+                f"no pinned memory left for the tables of captured CUDA graphs ({ARENA_BYTES} "
+                "bytes for all graphs of the process), or a capture without a window before it: "
+                "run at least one window before the capture, and capture fewer graphs"
+            )
+        piece = self._arena[start : start + source.nbytes].view(source.dtype)
+        return piece.view(source.shape).copy_(source)
+
+
+_staging = _Staging()
 
 
 class Mirror:
@@ -59,18 +76,31 @@ class Mirror:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._host: npt.NDArray[Any] | None = None
-        self._keep: list[Tensor] = []
         self.tensor = torch.empty(0, device=device)
 
     def set(self, host: npt.NDArray[Any]) -> Tensor:
-        """The device copy of `host`."""
-        if self._host is None or not np.array_equal(self._host, host):
-            if self._host is None or self._host.shape != host.shape:
-                dtype = torch.from_numpy(host).dtype
-                self.tensor = torch.empty(host.shape, dtype=dtype, device=self._device)
-            self._host = host.copy()
-            upload(self._host, self.tensor, self._keep)
+        """The device copy of `host`. Nothing waits for the device.
+
+        In a CUDA graph's capture it is always uploaded, and afterwards once more: the captured copy
+        runs at replays only, and a replay may follow an upload of other numbers.
+        """
+        capturing = self._is_capturing()
+        if capturing or self._host is None or not np.array_equal(self._host, host):
+            source = torch.from_numpy(host)
+            if self.tensor.shape != source.shape or self.tensor.dtype != source.dtype:
+                self.tensor = torch.empty_like(source, device=self._device)
+            if self._device.type == "cuda":
+                source = _staging.stage(source, capturing)
+            self.tensor.copy_(source, non_blocking=True)
+            self._host = None if capturing else host.copy()
         return self.tensor
+
+    def keep(self, host: npt.NDArray[Any]) -> Tensor:
+        """The same for numbers that never change, without comparing them."""
+        return self.set(host) if self._host is None or self._is_capturing() else self.tensor
+
+    def _is_capturing(self) -> bool:
+        return self._device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 class LaunchTable:
@@ -97,7 +127,7 @@ class LaunchTable:
         chunks[:, 0] = np.repeat(np.arange(len(counts)), counts)
         if self.n_chunks:
             chunks[:, 1] = np.concatenate([np.arange(n) for n in counts])
-        self.chunks = Mirror(device).set(chunks)
+        self._host_chunks, self._chunks = chunks, Mirror(device)
         self._address_columns = list(address_columns)
         self._rows = Mirror(device)
         self.update(rows)
@@ -105,6 +135,7 @@ class LaunchTable:
     def update(self, rows: Rows) -> None:
         """Give the rows new contents; nothing moves when they are the old ones."""
         self.rows = self._rows.set(rows)
+        self.chunks = self._chunks.keep(self._host_chunks)
         addresses = rows[:, self._address_columns]
         self.is_aligned = not bool((addresses & (VECTOR_BYTES - 1)).any())
 

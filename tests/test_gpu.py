@@ -141,6 +141,45 @@ def test_offsets_beyond_int32() -> None:
     assert functional.global_norm([grad]).item() == pytest.approx(10**0.5)
 
 
+def test_whole_windows_in_a_graph_with_a_changing_rate() -> None:
+    """Forward, backward, accumulation, norm, clip and step of four micro-batches, replayed."""
+    models = [small_model(BF16).cuda() for _ in range(2)]
+    rates = [torch.tensor(1e-2, device="cuda") for _ in models]
+    opts = [
+        FusedAccumOptimizer(
+            torch.optim.AdamW(model.parameters(), lr=rate, capturable=True), 4, max_grad_norm=1.0
+        )
+        for model, rate in zip(models, rates, strict=True)
+    ]
+    static = inputs(4)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for model, opt in zip(models, opts, strict=True):
+            train(model, opt, static * 3)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        train(models[0], opts[0], static)
+    data = inputs(20)
+    for window, rate in enumerate((1e-2, 5e-3, 1e-1)):
+        xs = data[4 * window : 4 * window + 4]
+        for place, x in zip(static, xs, strict=True):
+            place.copy_(x)
+        for own in rates:
+            own.fill_(rate)
+        graph.replay()
+        train(models[1], opts[1], xs)
+        for p, q in zip(*(m.parameters() for m in models), strict=True):
+            assert equal_bits(p.detach(), q.detach())
+    for model, opt in zip(models, opts, strict=True):  # and eager windows after it
+        train(model, opt, data[12:])
+    graph.replay()
+    train(models[1], opts[1], static)
+    for p, q in zip(*(m.parameters() for m in models), strict=True):
+        assert equal_bits(p.detach(), q.detach())
+
+
 def test_accumulate_in_a_graph() -> None:
     """The kernels capture and replay; addresses are those of the capture."""
     accs = [torch.zeros(n, device="cuda") for n in (5, 9000)]
