@@ -58,6 +58,9 @@ class Collector:
         self.segments: dict[Tensor, Segment] = {}
         self.partials: Tensor | None = None
         self.failed: str | None = None  # why the open window cannot be used
+        # Whether a GradScaler asked about the coming step, or did about the last one: what it
+        # divides moves no version counter, so sums from before may be of the scaled gradient.
+        self.scaler_asked, self.scaler_is_likely = False, True
         self.n_cells = 0
         self._bucket_bytes = bucket_bytes
         self._queue_bytes = bucket_bytes
@@ -278,6 +281,7 @@ class Collector:
             if self.window.steps is not None:
                 segment.filled = False
         self.window.reset()
+        self.scaler_asked, self.scaler_is_likely = False, self.scaler_asked
 
     def discard(self) -> None:
         """Forget the window. The accumulators' next use stores, so nothing is written."""
@@ -302,7 +306,8 @@ class Collector:
     def sums_of_squares(self) -> Tensor:
         """Partial sums of all filled accumulators, zero elsewhere; reads only what changed."""
         cells = self.cells()
-        stale = [s for s in self.filled() if not s.sums_are_current]
+        unsure = self.window.steps is None and (self.scaler_asked or self.scaler_is_likely)
+        stale = [s for s in self.filled() if unsure or not s.sums_are_current]
         if stale:
             self.backend.sum_of_squares([s.acc for s in stale], cells, [s.cell for s in stale])
             for segment in stale:

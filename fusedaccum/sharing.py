@@ -107,8 +107,12 @@ class SharingOptimizer(Optimizer):
         """Asked by GradScaler: False lets it unscale `p.grad`, once per window, before step().
 
         Where the wrapper counts the window it would do so at every micro-batch, to the whole sum;
-        True has it hand over its scale instead, and `_refuse_scaler` sees that.
+        True has it hand over its scale instead, and `_refuse_scaler` sees that. To be asked tells
+        that a scaler divides `p.grad`, which otherwise nothing shows.
         """
+        collector = self.__dict__.get("_collector")
+        if collector is not None:
+            collector.scaler_asked = True
         return getattr(self, "gradient_accumulation_steps", None) is not None
 
     def _refuse_scaler(self) -> None:
