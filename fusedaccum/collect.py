@@ -156,6 +156,8 @@ class Collector:
         self._queued_bytes += segment.nbytes
 
     def _begin(self, task: int) -> None:
+        if not self._open and self._is_discarded():
+            self.window.restart()
         self.window.check_arrival()
         self._open.add(task)
 
@@ -164,6 +166,13 @@ class Collector:
             self._open.discard(task)
 
         Variable._execution_engine.queue_callback(finish)
+
+    def _is_discarded(self) -> bool:
+        """Whether model.zero_grad() took away all that a loop's weighted window had gathered."""
+        if self.window.steps is not None or not self.window.micro_batches:
+            return False
+        filled = (s.param.grad for s in self.segments.values() if s.filled)
+        return next(filled, self) is None and all(grad is None for grad in filled)
 
     @torch.no_grad()
     def flush(self) -> None:
