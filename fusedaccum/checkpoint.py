@@ -67,16 +67,26 @@ def save(inner: StateDict, updater: Updater) -> StateDict:
             "is_explicit": window.is_explicit,
             "overflow": 0.0 if overflow is None else float(overflow),
         },
-        "accumulators": {i: s.grad for i, s in segments.items() if _is_open(s, collector)},
+        "accumulators": _open_accumulators(segments, collector),
         "steps": steps,
         "skipped_steps": 0 if updater.scalars is None else int(updater.scalars.skipped),
     }
     return {**inner, "state": state, KEY: extra}
 
 
-def _is_open(segment: Segment, collector: Collector) -> bool:
-    """Whether the accumulator belongs to a window that is still to be updated."""
-    return segment.filled and (collector.window.steps is not None or segment.param.grad is not None)
+def _open_accumulators(segments: dict[int, Segment], collector: Collector) -> dict[int, Tensor]:
+    """The accumulators of a window that is still to be updated.
+
+    Where the loop owns the window, `param.grad` may still show the last one, which it need not.
+    """
+    window = collector.window
+    if window.steps is None and not window.micro_batches and not collector.has_arrivals:
+        return {}
+    return {
+        i: s.grad
+        for i, s in segments.items()
+        if s.filled and s.grad is not None and (window.steps or s.param.grad is not None)
+    }
 
 
 def check(state_dict: StateDict, updater: Updater) -> None:
@@ -159,6 +169,7 @@ def load(state_dict: StateDict, updater: Updater) -> None:
     scalars = updater.prepared_scalars() if collector.segments else None
     accumulators = extra.get("accumulators", {})
     steps = extra.get("steps", {})
+    is_weighted = bool(extra) and extra["window"]["micro_batches"] > 0
     for index, param in zip(ids, params, strict=True):
         param.grad = None
         segment = collector.segments.get(param)
@@ -178,6 +189,8 @@ def load(state_dict: StateDict, updater: Updater) -> None:
             assert segment.grad is not None
             segment.acc.copy_(accumulated)
             segment.filled, segment.sums_version = True, None
+            # Of the micro-batch that a loop with its own window never closes.
+            segment.arrived = collector.window.steps is None and not is_weighted
             param.grad = segment.grad
     window = collector.window
     if extra:

@@ -186,6 +186,8 @@ class Collector:
         self._queued_bytes += segment.nbytes
 
     def _begin(self, task: int) -> None:
+        if not self._open and self._is_discarded():
+            self.window.restart()
         self.window.check_arrival()
         self.scaling.begin(next(iter(self.segments.values())).device)
         self._open.add(task)
@@ -195,6 +197,13 @@ class Collector:
             self._open.discard(task)
 
         Variable._execution_engine.queue_callback(finish)
+
+    def _is_discarded(self) -> bool:
+        """Whether model.zero_grad() took away all that a loop's weighted window had gathered."""
+        if self.window.steps is not None or not self.window.micro_batches:
+            return False
+        filled = (s.param.grad for s in self.segments.values() if s.filled)
+        return next(filled, self) is None and all(grad is None for grad in filled)
 
     @torch.no_grad()
     def flush(self) -> None:
@@ -332,7 +341,7 @@ class Collector:
             segment.arrived = False
             if self.window.steps is not None:
                 segment.filled = False
-        self.scaling.reset()
+        self.scaling.end_window()
         self.window.reset()
 
     def discard(self) -> None:
@@ -355,18 +364,12 @@ class Collector:
                 segment.sums_version, segment.has_sums = None, False
         return self.partials
 
-    def forgive_unit_pass(self) -> None:
-        """Somebody multiplied every `p.grad` by 1: the partial sums still hold."""
-        for segment in self.segments.values():
-            grad = segment.grad
-            if grad is not None and segment.sums_version == grad._version - 1:
-                segment.sums_version = grad._version
-
     @torch.no_grad()
     def sums_of_squares(self) -> Tensor:
         """Partial sums of all filled accumulators, zero elsewhere; reads only what changed."""
         cells = self.cells()
-        stale = [s for s in self.filled() if not s.sums_are_current]
+        unsure = self.scaling.may_have_divided
+        stale = [s for s in self.filled() if unsure or not s.sums_are_current]
         if stale:
             self.backend.sum_of_squares([s.acc for s in stale], cells, [s.cell for s in stale])
             for segment in stale:

@@ -214,8 +214,7 @@ class FusedAccumOptimizer(SharingOptimizer):
             RuntimeError: if a backward raised half-way, or a parameter changed its dtype, shape or
                 device since it was wrapped. Nothing is updated then.
         """
-        if self._scaling.receive(self):
-            self._collector.forgive_unit_pass()
+        self._scaling.receive(self)
         loss = None
         if arguments.calls_closure(self.optimizer):
             return self._step_with_closure(closure)

@@ -47,6 +47,8 @@ class Scaling:
         self._control: Tensor | None = None
         self._divisor: Tensor | None = None  # the scale that step() was handed
         self._found_inf: Tensor | None = None
+        # Whether a GradScaler asked about the coming step, and whether one did about the last.
+        self._was_asked, self._is_likely = False, True
         self.overflow: Tensor | None = None
         if scaler is not None:
             _link(scaler)
@@ -56,19 +58,31 @@ class Scaling:
         """Whether gradients are unscaled as they are added. A disabled scaler scales nothing."""
         return self._scaler is not None and self._scaler.is_enabled()
 
-    @property
-    def takes_scale(self) -> bool:
+    def asked(self) -> bool:
         """What `_step_supports_amp_scaling` says: True has GradScaler hand its scale to step().
 
         Where the wrapper counts the window without a linked scaler, that is how a GradScaler is
-        noticed: it would unscale the whole sum at every micro-batch.
+        noticed: it would unscale the whole sum at every micro-batch. To be asked tells that one
+        takes part.
         """
+        self._was_asked = True
         return self._steps is not None or self._scaler is not None or self._fused_unscale
 
     @property
     def needs_norm(self) -> bool:
         """Whether every accumulation leaves its sums of squares."""
         return self._scaler is not None or self._fused_unscale
+
+    @property
+    def may_have_divided(self) -> bool:
+        """Whether a GradScaler may have divided `p.grad` unseen.
+
+        Its `unscale_` moves no version counter, so sums of squares from before may be those of the
+        scaled gradient.
+        """
+        if self._steps is not None or self._scaler is not None or self._divisor is not None:
+            return False
+        return self._was_asked or self._is_likely
 
     # --- the backward ---
 
@@ -110,11 +124,8 @@ class Scaling:
 
     # --- the step ---
 
-    def receive(self, owner: Any) -> bool:
+    def receive(self, owner: Any) -> None:
         """See who calls `owner.step()`: take what GradScaler has set on it, refuse what is wrong.
-
-        Returns:
-            Whether GradScaler has just passed over the gradients, multiplying by 1.
 
         Raises:
             RuntimeError: for a GradScaler that cannot come out right, and for a missing one.
@@ -126,7 +137,7 @@ class Scaling:
                     "step() was called directly, but the gradients belong to the grad_scaler that "
                     "was given; nothing was updated. Call scaler.step(optimizer)"
                 )
-            return False
+            return
         found_inf, scale = owner.found_inf, owner.grad_scale
         if self._scaler is None and not self._fused_unscale:
             del owner.found_inf, owner.grad_scale
@@ -140,7 +151,6 @@ class Scaling:
         self._found_inf = found_inf
         if self._scaler is None:
             self._divisor = scale  # None after unscale_()
-        return self._divisor is not None
 
     def close_micro_batch(self) -> None:
         """Remember whether it overflowed; the next one then starts the accumulators afresh."""
@@ -161,7 +171,7 @@ class Scaling:
         if self._divisor is not None:
             factor = correction * self._divisor.double().reciprocal()
         overflow = self._found_inf if self.overflow is None else self.overflow
-        self._found_inf = self._divisor = None
+        self._found_inf = None
         if overflow is None:
             return factor
         nan = torch.full((), torch.nan, dtype=torch.float64, device=overflow.device)
@@ -171,6 +181,11 @@ class Scaling:
         """Go on with a window of a checkpoint."""
         if overflow:
             self.overflow = torch.tensor(overflow)
+
+    def end_window(self) -> None:
+        """The window has been used."""
+        self._was_asked, self._is_likely = False, self._was_asked
+        self.reset()
 
     def reset(self) -> None:
         """The window is over, or was discarded."""

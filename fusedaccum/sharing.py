@@ -22,6 +22,19 @@ def _rebuild(kind: Any, optimizer: Optimizer, options: Any, state: Any) -> Any:
     return wrapper
 
 
+class _HandedOn:
+    """An attribute of a stand-in that is asked of, and set on, the optimizer behind it."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __get__(self, stand_in: Any, kind: Any = None) -> Any:
+        return self if stand_in is None else getattr(stand_in.optimizer, self.name)
+
+    def __set__(self, stand_in: Any, value: Any) -> None:
+        setattr(stand_in.optimizer, self.name, value)
+
+
 class SharingOptimizer(Optimizer):
     """Shows the wrapped optimizer's `param_groups`, `state`, `defaults` and hooks as its own.
 
@@ -30,6 +43,24 @@ class SharingOptimizer(Optimizer):
     """
 
     optimizer: Optimizer
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Make a class that only looks like ours hand on what it does not do itself.
+
+        Lightning puts an object before the optimizer and derives its class from the optimizer's
+        too, for `isinstance`. Our methods would run on that object, and what they set would stay
+        there, unseen by the optimizer. Such a class is known by its property `optimizer`, an
+        attribute that our constructor sets.
+        """
+        super().__init_subclass__(**kwargs)
+        if not isinstance(inspect.getattr_static(cls, "optimizer", None), property):
+            return
+        for base in cls.__mro__:
+            if base is not cls and issubclass(base, SharingOptimizer):
+                for name in vars(base):
+                    is_first = next(c for c in cls.__mro__ if name in vars(c)) is base
+                    if is_first and (name == "__repr__" or not name.startswith("__")):
+                        setattr(cls, name, _HandedOn(name))
 
     def __reduce__(self) -> Any:
         """Pickle and deepcopy: the wrapped optimizer wrapped anew, with its state."""
@@ -78,7 +109,7 @@ class SharingOptimizer(Optimizer):
         True has it hand over its scale instead (`scaling.py`).
         """
         scaling = self.__dict__.get("_scaling")
-        return scaling is not None and bool(scaling.takes_scale)
+        return scaling is not None and bool(scaling.asked())
 
     @contextmanager
     def _step_hooks(self) -> Iterator[None]:

@@ -86,6 +86,12 @@ class Window:
         assert self.reference is not None
         return self.reference / (self.total + weight)
 
+    def restart(self) -> None:
+        """Forget the closed micro-batches; the open one is now the first."""
+        weight = self.weight
+        self.reset()
+        self.weight = weight
+
     def reset(self) -> None:
         """Start the next window."""
         self.micro_batches, self.total = 0, 0.0

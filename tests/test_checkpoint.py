@@ -284,3 +284,41 @@ def test_kill_and_resume(tmp_path: Path) -> None:
     assert start("killed", -1) == 0
     ends = [torch.load(tmp_path / f"{n}.end", weights_only=True) for n in ("undisturbed", "killed")]
     assert all(equal_bits(a, b) for a, b in zip(*ends, strict=True))
+
+
+@pytest.mark.parametrize("weighted", [False, True], ids=["plain", "weighted"])
+def test_a_loops_open_window_is_saved_and_a_used_one_is_not(weighted: bool) -> None:
+    """Frameworks that zero gradients only when the next window starts (Lightning) save before."""
+
+    def micro_batch(model: Gradients, opt: FusedAccumOptimizer, value: float) -> None:
+        grads: list[Tensor | None] = [torch.full((3,), value)]
+        if weighted:
+            with opt.micro_batch(weight=value):
+                model.backward(grads)
+        else:
+            model.backward(grads)
+
+    def made() -> tuple[Gradients, FusedAccumOptimizer]:
+        model = Gradients([torch.zeros(3)])
+        return model, FusedAccumOptimizer(torch.optim.SGD(model.parameters(), lr=1.0))
+
+    model, opt = made()
+    micro_batch(model, opt, 1.0)
+    opt.step()
+    assert model.params[0].grad is not None
+    assert opt.state_dict()["fusedaccum"]["accumulators"] == {}
+    opt.zero_grad()
+    micro_batch(model, opt, 2.0)
+    other, resumed = made()
+    for _ in range(2):  # saved again just after it was loaded, as Accelerate does
+        weights, state = saved(model, opt)
+        assert len(state["fusedaccum"]["accumulators"]) == 1
+        other.load_state_dict(weights)
+        resumed.load_state_dict(state)
+        model, opt = other, resumed
+        other, resumed = made()
+    micro_batch(model, opt, 3.0)
+    opt.step()
+    # The first update was of 1; then the sum, or the mean weighted with the values themselves.
+    expected = -1 - (13 / 5 if weighted else 5.0)
+    torch.testing.assert_close(model.params[0].detach(), torch.full((3,), expected))

@@ -350,3 +350,40 @@ def test_wrong_options_are_refused(options: dict[str, Any], says: str) -> None:
     inner = torch.optim.SGD(small_model().parameters())
     with pytest.raises((TypeError, ValueError), match=says):
         FusedAccumOptimizer(inner, **options)
+
+
+@pytest.mark.parametrize("unscale", [True, False])
+@pytest.mark.parametrize("how", ["max_grad_norm", "clip_grad_norm_"])
+@pytest.mark.parametrize("mode", ["stock", "fused-unscale", "linked"])
+def test_the_norm_is_of_the_unscaled_gradient(mode: str, how: str, unscale: bool) -> None:
+    """unscale_ moves no version counter: the sums that the backward left went unnoticed as those
+    of the scaled gradient, and clipping was too tight by the scale."""
+    ours, exact = small_model(), small_model()
+    max_norm = 0.1 if how == "max_grad_norm" else None
+    plain = torch.optim.SGD(exact.parameters(), lr=0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
+    opt = FusedAccumOptimizer(
+        torch.optim.SGD(ours.parameters(), lr=0.1),
+        max_grad_norm=max_norm,
+        grad_scaler=scaler if mode == "linked" else None,
+        fused_unscale=mode == "fused-unscale",
+    )
+    for x in inputs(3, torch.float32):
+        opt.zero_grad()
+        plain.zero_grad()
+        scaler.scale(ours(x).square().mean()).backward()
+        exact(x).square().mean().backward()
+        norm = torch.nn.utils.clip_grad_norm_(exact.parameters(), 0.1)
+        if unscale:
+            scaler.unscale_(opt)
+        if how == "clip_grad_norm_":
+            returned = opt.clip_grad_norm_(0.1)
+            is_unscaled = unscale or mode == "linked"
+            torch.testing.assert_close(returned, norm if is_unscaled else norm * 64.0)
+        scaler.step(opt)
+        scaler.update()
+        plain.step()
+        assert norm > 0.1
+        torch.testing.assert_close(opt.grad_norm, norm)
+    for p, q in zip(ours.parameters(), exact.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
