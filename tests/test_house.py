@@ -2,8 +2,9 @@
 may be.
 
     cli, integrations → optimizer → {checkpoint, describe, distributed, linear} → update
-      → collect → {segments, window, functional} → backends → rules
+      → collect → {segments, window} → backends → rules
       → {kernels, tables, buffers, ...} → nothing of ours
+    functional → {adam_updates, updates} → apply → backends
 """
 
 from __future__ import annotations
@@ -32,10 +33,13 @@ LEVELS = {
     "fusedaccum.backends.torch": 3,
     "fusedaccum.backends.triton": 3,
     "fusedaccum.backends": 4,
-    "fusedaccum.functional": 5,
+    "fusedaccum.apply": 5,
     "fusedaccum.segments": 5,
     "fusedaccum.window": 5,
+    "fusedaccum.adam_updates": 6,
     "fusedaccum.collect": 6,
+    "fusedaccum.updates": 6,
+    "fusedaccum.functional": 7,
     "fusedaccum.update": 7,
     "fusedaccum.checkpoint": 8,
     "fusedaccum.describe": 8,
