@@ -21,11 +21,12 @@ MAX_LINES = 400
 
 # A module imports only from strictly lower levels. A new module has to be placed here.
 LEVELS = {
-    "fusedaccum.arguments": 0,
+    "fusedaccum.foreign": 0,
     "fusedaccum.reference": 0,
     "fusedaccum.sharing": 0,
     "fusedaccum.buffers": 0,
     "fusedaccum.tables": 0,
+    "fusedaccum.arguments": 1,
     "fusedaccum.rules": 1,
     "fusedaccum.backends.base": 2,
     "fusedaccum.backends.cgen": 2,
