@@ -9,6 +9,8 @@ import operator
 import torch
 from torch.optim import Optimizer
 
+from . import foreign
+
 
 def check_optimizer(
     optimizer: object, wrapper: type[Optimizer], steps: int | None, max_grad_norm: float | None
@@ -22,7 +24,7 @@ def check_optimizer(
 
     Raises:
         TypeError: for a wrapped wrapper and for something else than an optimizer.
-        ValueError: for `differentiable=True` and for bitsandbytes' optimizers.
+        ValueError: for `differentiable=True` and for what `foreign` refuses.
     """
     if isinstance(optimizer, wrapper):
         raise TypeError(
@@ -34,12 +36,8 @@ def check_optimizer(
             f"construct it first: {wrapper.__name__}(torch.optim.AdamW(model.parameters()))"
         )
     kind = type(optimizer)
-    if kind.__module__.split(".")[0] == "bitsandbytes":
-        raise ValueError(
-            f"{kind.__module__}.{kind.__name__} cannot be wrapped: it chooses its kernel by the "
-            "gradient's dtype alone, so an fp32 gradient of a bf16 parameter would make it treat "
-            "the parameter's memory as fp32. Use torch.optim.AdamW here, or bitsandbytes unwrapped"
-        )
+    if reason := foreign.refusal(optimizer):
+        raise ValueError(f"{kind.__module__}.{kind.__name__} cannot be wrapped: {reason}")
     if any(group.get("differentiable") for group in optimizer.param_groups):
         raise ValueError(
             f"{kind.__name__}(differentiable=True) cannot be wrapped: the update is made in place "

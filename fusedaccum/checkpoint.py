@@ -8,6 +8,8 @@ outlives the layout. Plain torch ignores both.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -42,12 +44,13 @@ def save(inner: StateDict, updater: Updater) -> StateDict:
     collector, window = updater.collector, updater.collector.window
     collector.check()
     segments = _indexed(updater.optimizer, collector)
-    state: dict[int, Any] = {i: dict(entry) for i, entry in inner["state"].items()}
+    # Some optimizers keep what belongs to no parameter under names of their own.
+    state: dict[Any, Any] = {
+        i: dict(entry) if isinstance(i, int) else entry for i, entry in inner["state"].items()
+    }
     steps: dict[int, float] = {}
     for index, segment in segments.items():
         entry = state.get(index)
-        if entry is None and segment.step is None:
-            continue
         precise = segment.precise()
         if precise is not None:
             state.setdefault(index, {})[MASTER] = precise
@@ -149,6 +152,33 @@ def _elementwise(updater: Updater) -> set[str]:
     return names
 
 
+@contextmanager
+def _fp32_stand_ins(updater: Updater) -> Iterator[None]:
+    """Show the wrapped optimizer fp32 parameters: loading rounds states to a parameter's dtype.
+
+    Not those whose native step really runs in low precision.
+    """
+    optimizer, segments = updater.optimizer, updater.collector.segments
+    is_fused = updater.is_fused
+    originals = {
+        torch.zeros((), device=s.device).expand(s.shape): s.param
+        for s in segments.values()
+        if s.dtype != torch.float32 and (is_fused or s.kind != "none")
+    }
+    stand_ins = {param: stand_in for stand_in, param in originals.items()}
+    for group in optimizer.param_groups:
+        group["params"] = [stand_ins.get(p, p) for p in group["params"]]
+    try:
+        yield
+    finally:
+        for group in optimizer.param_groups:
+            group["params"] = [originals.get(p, p) for p in group["params"]]
+        for stand_in, param in originals.items():
+            updater.has_own_states.add(segments[param])
+            if stand_in in optimizer.state:
+                optimizer.state[param] = optimizer.state.pop(stand_in)
+
+
 @torch.no_grad()
 def load(state_dict: StateDict, updater: Updater) -> None:
     """Take over a state dict of the wrapper, or of the plain optimizer. Call `check` first.
@@ -160,9 +190,13 @@ def load(state_dict: StateDict, updater: Updater) -> None:
     entries = state_dict["state"]
     plain = {
         **{k: v for k, v in state_dict.items() if k != KEY},
-        "state": {i: {k: v for k, v in e.items() if k != MASTER} for i, e in entries.items()},
+        "state": {
+            i: {k: v for k, v in e.items() if k != MASTER} if isinstance(i, int) else e
+            for i, e in entries.items()
+        },
     }
-    optimizer.load_state_dict(plain)
+    with _fp32_stand_ins(updater):
+        optimizer.load_state_dict(plain)
     collector.discard()
     ids = [index for group in state_dict["param_groups"] for index in group["params"]]
     params = [p for group in optimizer.param_groups for p in group["params"]]
@@ -179,8 +213,8 @@ def load(state_dict: StateDict, updater: Updater) -> None:
         for name, value in entry.items():
             if name == MASTER:
                 segment.loaded_master = value.to(param.device, torch.float32)
-            elif name in optimizer.state[param] and _was_cast(value, param):
-                optimizer.state[param][name] = value.to(param.device, torch.float32, copy=True)
+            elif optimizer.state[param].get(name) is value and type(value) is Tensor:
+                optimizer.state[param][name] = value.clone()  # the caller's; a step would write it
         segment.states, segment.step = (), None
         scalars.steps[segment.row] = float(steps.get(index, 0.0))
         accumulated = accumulators.get(index)
@@ -214,8 +248,3 @@ def release_states(updater: Updater) -> None:
                 entry[name] = value.detach().clone().cpu()
             elif value.is_floating_point():
                 entry[name] = value.to(segment.dtype, copy=True)
-
-
-def _was_cast(value: Any, param: Tensor) -> bool:
-    """Whether torch's loading rounded this state to a low-precision parameter's dtype."""
-    return isinstance(value, Tensor) and value.is_floating_point() and param.dtype != torch.float32

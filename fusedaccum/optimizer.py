@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from . import arguments, backends, checkpoint, describe
+from . import arguments, backends, checkpoint, describe, foreign
 from .collect import Collector
 from .scaling import Scaling
 from .sharing import SharingOptimizer
@@ -123,7 +123,9 @@ class FusedAccumOptimizer(SharingOptimizer):
             self._window,
             bucket_bytes=int(self.bucket_cap_mb * 2**20),
             wants_norm=self.skip_nonfinite or self.max_grad_norm is not None,
-            master_weights="stochastic" if self.stochastic_rounding else self.master_weights,
+            master_weights="stochastic"
+            if self.stochastic_rounding
+            else foreign.master_weights(self.optimizer, self.master_weights),
             scaling=self._scaling,
         )
         self._updater = Updater(self.optimizer, self._collector, self.skip_nonfinite, self.seed)

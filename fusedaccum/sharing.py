@@ -6,6 +6,7 @@ import inspect
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -100,7 +101,10 @@ class SharingOptimizer(Optimizer):
         # Hook dicts, and whatever a subclass has; asked only for what is not ours.
         if name == "optimizer":
             raise AttributeError(name)
-        return getattr(self.optimizer, name)
+        value = getattr(self.optimizer, name)
+        if name in ("train", "eval") and callable(value):
+            return partial(self.__dict__["_updater"].on_masters, value)
+        return value
 
     @property
     def _step_supports_amp_scaling(self) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from . import rules
+from . import foreign, rules
 from .backends import StepBatch, UpdateRequest, UpdateScalars
 from .collect import Collector
 from .rounding import tensor_key
@@ -43,6 +43,7 @@ class Updater:
         self.scalars: UpdateScalars | None = None
         self.grad_norm: Tensor | None = None
         self._native_masters: dict[Segment, torch.nn.Parameter] = {}
+        self.has_own_states: set[Segment] = set()  # whose native states were made for fp32
 
     @property
     def is_fused(self) -> bool:
@@ -217,6 +218,13 @@ class Updater:
         with self.substituted_masters(filled):
             self.optimizer.step()
 
+    @torch.no_grad()
+    def on_masters(self, method: Callable[[], Any]) -> Any:
+        """Call a method that rewrites parameters (schedule-free optimizers' train() and eval())."""
+        segments = [s for s in self.collector.segments.values() if s.kind != "none"]
+        with self.substituted_masters([] if self.is_fused else segments):
+            return method()
+
     @contextmanager
     def substituted_masters(self, filled: list[Segment]) -> Iterator[None]:
         """Let the wrapped optimizer step fp32 masters instead of bf16 and fp16 parameters.
@@ -224,6 +232,7 @@ class Updater:
         Its states are then fp32 too. For the time of the step the masters stand in `param_groups`
         and `state`; afterwards the parameters do again, rounded from them.
         """
+        new = {s.param for s in filled if s not in self.has_own_states}
         masters = {s.param: self._native_master(s) for s in filled if s.has_master}
         plain = [s for s in filled if not s.has_master]
         for segment in plain:
@@ -233,10 +242,12 @@ class Updater:
         for param, master in masters.items():
             if param in state:
                 state[master] = state.pop(param)
-                # Made in the parameter's dtype, by a constructor (Adagrad) or by a plain run.
-                for name, value in state[master].items():
+                # Made in the parameter's dtype, by a constructor (Adagrad) or by a plain run. What
+                # it made, or loaded, for fp32 parameters is in the dtype that it wants.
+                for name, value in state[master].items() if param in new else ():
                     if isinstance(value, Tensor) and value.dim() and value.dtype == param.dtype:
                         state[master][name] = value.float()
+        self.has_own_states.update(filled)
         for group in groups:
             group["params"] = [masters.get(p, p) for p in group["params"]]
         try:
@@ -256,7 +267,8 @@ class Updater:
     def _native_grad(self, segment: Segment) -> Tensor | None:
         """The accumulator in the form that the wrapped optimizer takes."""
         grad = segment.grad
-        if not segment.has_master and segment.dtype != torch.float32:
+        converts = not foreign.reads_fp32_gradients(self.optimizer)
+        if not segment.has_master and segment.dtype != torch.float32 and converts:
             grad = segment.acc.to(segment.dtype)
         if isinstance(self.optimizer, torch.optim.SparseAdam):
             # It takes nothing else, and touches only these rows: those with a gradient.
