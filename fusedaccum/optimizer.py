@@ -83,9 +83,7 @@ class FusedAccumOptimizer(SharingOptimizer):
         steps = arguments.check_steps(gradient_accumulation_steps)
         if max_grad_norm is not None:
             max_grad_norm = arguments.check_positive("max_grad_norm", max_grad_norm)
-        if bucket_cap_mb is None:
-            bucket_cap_mb = 16 if optimizer.param_groups[0]["params"][0].is_cpu else 128
-        self.bucket_cap_mb = arguments.check_positive("bucket_cap_mb", bucket_cap_mb)
+        self.bucket_cap_mb = arguments.check_positive_or_none("bucket_cap_mb", bucket_cap_mb)
         if arguments.calls_closure(optimizer):
             arguments.check_closure_optimizer(optimizer, steps, max_grad_norm)
         self.optimizer = optimizer
@@ -100,11 +98,12 @@ class FusedAccumOptimizer(SharingOptimizer):
 
     def _build(self) -> None:
         """Accumulators, hooks and tables for the parameters as they are now."""
+        device = self.param_groups[0]["params"][0].device
         self._window = Window(self.gradient_accumulation_steps)
         self._collector = Collector(
-            backends.get(self.backend, self.param_groups[0]["params"][0].device),
+            backends.get(self.backend, device),
             self._window,
-            bucket_bytes=int(self.bucket_cap_mb * 2**20),
+            bucket_bytes=int((self.bucket_cap_mb or (16 if device.type == "cpu" else 128)) * 2**20),
             wants_norm=self.skip_nonfinite or self.max_grad_norm is not None,
             master_weights=self.master_weights,
         )
@@ -323,6 +322,8 @@ class FusedAccumOptimizer(SharingOptimizer):
                 difference; nothing is loaded then.
         """
         checkpoint.check(state_dict, self._updater)
+        self._collector.discard()
+        self._check_params(reattach=True)  # Accelerate moves the model, then loads state_dict()
         checkpoint.load(state_dict, self._updater)
 
     def __repr__(self) -> str:
