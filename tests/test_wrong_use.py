@@ -233,6 +233,25 @@ def test_a_backward_that_raised_half_way(owner: int | None, bucket: float) -> No
         assert equal_bits(a.detach(), b.detach())
 
 
+@pytest.mark.parametrize("bucket", [1e-6, 128])
+def test_where_the_loop_owns_the_window_the_models_zero_grad_recovers(bucket: float) -> None:
+    """All that the Trainer calls before it tries again with smaller batches."""
+    model, clean = small_model(torch.bfloat16), small_model(torch.bfloat16)
+    opt = FusedAccumOptimizer(sgd(model), bucket_cap_mb=bucket)
+    other = FusedAccumOptimizer(sgd(clean))
+    x = torch.randn(3, 7, dtype=torch.bfloat16)
+    model(x).sum().backward()  # is in the accumulators when the next one raises
+    with pytest.raises(MemoryError):
+        model[3:](Explodes.apply(model[:3](x))).sum().backward()
+    model.zero_grad()
+    for net, optimizer in ((model, opt), (clean, other)):
+        for _ in range(2):
+            net(x).square().mean().backward()
+        optimizer.step()
+    for a, b in zip(model.parameters(), clean.parameters(), strict=True):
+        assert equal_bits(a.detach(), b.detach())
+
+
 def test_a_block_that_raised_after_its_backward() -> None:
     model = Gradients([torch.zeros(3)])
     opt = FusedAccumOptimizer(sgd(model), 2)
