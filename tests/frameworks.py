@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -94,6 +95,17 @@ class Nudged(torch.optim.AdamW):
         for p, old in zip(params, before, strict=True):
             direction = 2 * torch.rand(p.shape, generator=generator) - 1
             p += direction * STEP_ROUNDINGS * U * (p.abs() + (p - old).abs())
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Models this small only wait for more."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @dataclass

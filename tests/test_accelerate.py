@@ -27,8 +27,8 @@ RATE = 1e-2
 @pytest.fixture(autouse=True)
 def _own_state() -> Any:
     """Accelerate keeps its settings per process; each test has its own."""
-    reset()
-    yield
+    with fw.one_thread():
+        yield
     reset()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +22,23 @@ from fusedaccum import FusedAccumOptimizer  # noqa: E402
 from tests.tolerances import equal_bits  # noqa: E402
 
 RATE = 1e-2
+UNUSED = tempfile.TemporaryDirectory()  # the Trainer makes its folder, saved to or not
 
 
 @pytest.fixture(autouse=True)
 def _own_state() -> Any:
     """Accelerate keeps its settings per process; each test has its own."""
-    yield
+    with fw.one_thread():
+        yield
+    reset()
+
+
+def reset() -> None:
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
 
 
-def arguments(out: Path | str = "unused", **changes: Any) -> Any:
+def arguments(out: Path | None = None, **changes: Any) -> Any:
     """Training arguments of a short run on the CPU, with everything logged."""
     defaults: dict[str, Any] = {
         "use_cpu": True,
@@ -47,10 +54,14 @@ def arguments(out: Path | str = "unused", **changes: Any) -> Any:
         "lr_scheduler_type": "linear",
         "seed": 0,
     }
-    return transformers.TrainingArguments(output_dir=str(out), **(defaults | changes))
+    return transformers.TrainingArguments(
+        output_dir=str(out or UNUSED.name), **(defaults | changes)
+    )
 
 
-def trainer(model: Any, wrap: fw.Wrap | None = None, out: Any = "unused", **changes: Any) -> Any:
+def trainer(
+    model: Any, wrap: fw.Wrap | None = None, out: Path | None = None, **changes: Any
+) -> Any:
     """A Trainer; `wrap` gets the optimizer that the Trainer itself would use."""
     kwargs = {k: changes.pop(k) for k in ("eval_dataset", "callbacks") if k in changes}
     data = changes.pop("data", None) or fw.sequences()
@@ -97,7 +108,7 @@ def run(
     made = trainer(model, wraps[how], bf16=autocast, **settings)
     result = finished(made)
     assert made.state.global_step == fw.UPDATES == len(result.losses)
-    AcceleratorState._reset_state(reset_partial_state=True)
+    reset()
     return result
 
 
