@@ -337,6 +337,18 @@ def test_accumulate_divides_a_partial_window_by_n() -> None:
         assert loop.result.norms[1] == pytest.approx(float(size) / 2, rel=fw.GRADIENT_RTOL)
 
 
+def test_two_who_count_are_refused() -> None:
+    """A wrapper of N in a loop that calls step() once per accumulate() window."""
+    model = fw.tiny_llama()
+    opt = FusedAccumOptimizer(adamw(model), 4)
+    accelerator = accelerate.Accelerator(gradient_accumulation_steps=2, cpu=True)
+    words = r"steps=4\) counts .* Accelerator\(gradient_accumulation_steps=2\).*steps=None"
+    with pytest.raises(ValueError, match=words):
+        accelerator.prepare(model, opt)
+    reset()
+    accelerate.Accelerator(cpu=True).prepare(model, opt)  # the wrapper alone counts
+
+
 def test_a_model_that_moved_after_it_was_wrapped() -> None:
     """prepare(model, optimizer) moves the model to a GPU; another dtype does the same to hooks."""
     results = []

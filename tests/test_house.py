@@ -24,6 +24,7 @@ LEVELS = {
     "fusedaccum.reference": 0,
     "fusedaccum.sharing": 0,
     "fusedaccum.buffers": 0,
+    "fusedaccum.frameworks": 0,
     "fusedaccum.tables": 0,
     "fusedaccum.rules": 1,
     "fusedaccum.backends.base": 2,

@@ -307,6 +307,21 @@ def test_load_best_model_at_end(tmp_path: Path) -> None:
     assert fw.distance(made.model, stored) == 0
 
 
+@pytest.mark.parametrize("n", [1, 4], ids="n{}".format)
+def test_a_wrapper_that_counts_too_is_refused(n: int) -> None:
+    """It would update at every fourth step() of the Trainer, which clips and counts each."""
+    made = trainer(
+        fw.tiny_llama(), lambda o: FusedAccumOptimizer(o, 4), gradient_accumulation_steps=n
+    )
+    with pytest.raises(ValueError, match=r"steps=4\) counts .* the Trainer.*steps=None"):
+        made.train()
+    AcceleratorState._reset_state(reset_partial_state=True)
+    one = trainer(
+        fw.tiny_llama(), lambda o: FusedAccumOptimizer(o, 1), gradient_accumulation_steps=n
+    )
+    assert finished(one).losses == run("ours", n).losses  # a window of one step() is no other count
+
+
 def test_a_model_that_moved_after_it_was_wrapped() -> None:
     """On a GPU the Trainer's constructor moves the model; another dtype does the same to hooks."""
     model = fw.tiny_llama()
