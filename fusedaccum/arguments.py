@@ -124,6 +124,11 @@ def check_scaler(grad_scaler: object, fused_unscale: object, steps: int | None) 
         )
 
 
+def check_positive_or_none(name: str, value: object) -> float | None:
+    """Validate a positive number that may be left out."""
+    return None if value is None else check_positive(name, value)
+
+
 def calls_closure(optimizer: Optimizer) -> bool:
     """Whether its step() must be given a closure, which it evaluates several times (LBFGS)."""
     closure = inspect.signature(optimizer.step).parameters.get("closure")

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .collect import Collector
+from .frameworks import refuse_second_count
 from .segments import Segment
 from .update import Updater
 
@@ -93,12 +94,13 @@ def _open_accumulators(segments: dict[int, Segment], collector: Collector) -> di
 
 
 def check(state_dict: StateDict, updater: Updater) -> None:
-    """Refuse a checkpoint of something else, before anything is changed.
+    """Refuse a checkpoint of something else, and a second count, before anything is changed.
 
     Raises:
-        ValueError: naming the difference.
+        ValueError: naming the difference, or who counts.
     """
     optimizer, window = updater.optimizer, updater.collector.window
+    refuse_second_count(window.steps)
     for key in ("state", "param_groups"):
         if key not in state_dict:
             raise ValueError(f"not an optimizer's state dict: it has no {key!r}")

@@ -152,6 +152,10 @@ class Collector:
         segment.hook = segment.node.register_prehook(prehook)
         _owners[param] = collector_ref
 
+    def _shows_grads(self) -> bool:
+        """Whether any parameter has a gradient, as it does since the first one arrived."""
+        return any(param.grad is not None for param in self.segments)
+
     def detach(self) -> None:
         """Remove every hook and give `grad` its usual dtype again."""
         for segment in self.segments.values():
@@ -186,7 +190,12 @@ class Collector:
         self._queued_bytes += segment.nbytes
 
     def _begin(self, task: int) -> None:
-        if not self._open and self._is_discarded():
+        is_broken = bool(self._open) or self.failed is not None
+        if is_broken and self.window.steps is None and not self._shows_grads():
+            # model.zero_grad() after a backward that raised: all that the Trainer calls before it
+            # tries again with smaller batches.
+            self.discard()
+        elif not self._open and self._is_discarded():
             self.window.restart()
         self.window.check_arrival()
         self.scaling.begin(next(iter(self.segments.values())).device)

@@ -94,12 +94,9 @@ class FusedAccumOptimizer(SharingOptimizer):
         fused_unscale: bool = False,
     ) -> None:
         steps = arguments.check_steps(gradient_accumulation_steps)
-        if max_grad_norm is not None:
-            max_grad_norm = arguments.check_positive("max_grad_norm", max_grad_norm)
+        max_grad_norm = arguments.check_positive_or_none("max_grad_norm", max_grad_norm)
         arguments.check_optimizer(optimizer, FusedAccumOptimizer, steps, max_grad_norm)
-        if bucket_cap_mb is None:
-            bucket_cap_mb = 16 if optimizer.param_groups[0]["params"][0].is_cpu else 128
-        self.bucket_cap_mb = arguments.check_positive("bucket_cap_mb", bucket_cap_mb)
+        self.bucket_cap_mb = arguments.check_positive_or_none("bucket_cap_mb", bucket_cap_mb)
         arguments.check_rounding(stochastic_rounding, seed, master_weights)
         arguments.check_scaler(grad_scaler, fused_unscale, steps)
         self.optimizer = optimizer
@@ -114,14 +111,15 @@ class FusedAccumOptimizer(SharingOptimizer):
 
     def _build(self) -> None:
         """Accumulators, hooks and tables for the parameters as they are now."""
+        device = self.param_groups[0]["params"][0].device
         self._window = Window(self.gradient_accumulation_steps)
         self._scaling = Scaling(
             self.gradient_accumulation_steps, self.grad_scaler, self.fused_unscale
         )
         self._collector = Collector(
-            backends.get(self.backend, self.param_groups[0]["params"][0].device),
+            backends.get(self.backend, device),
             self._window,
-            bucket_bytes=int(self.bucket_cap_mb * 2**20),
+            bucket_bytes=int((self.bucket_cap_mb or (16 if device.type == "cpu" else 128)) * 2**20),
             wants_norm=self.skip_nonfinite or self.max_grad_norm is not None,
             master_weights="stochastic"
             if self.stochastic_rounding
@@ -335,6 +333,8 @@ class FusedAccumOptimizer(SharingOptimizer):
                 difference; nothing is loaded then.
         """
         checkpoint.check(state_dict, self._updater)
+        self._collector.discard()
+        self._check_params(reattach=True)  # Accelerate moves the model, then loads state_dict()
         checkpoint.load(state_dict, self._updater)
 
     def __repr__(self) -> str:

@@ -16,9 +16,15 @@ from torch.optim import Optimizer
 from torch.optim import optimizer as torch_optimizer
 
 
+def _wrapper(kind: type[Any]) -> type[Any]:
+    """The class whose constructor takes the optimizer to wrap; a subclass may take parameters."""
+    return next(k for k in kind.__mro__ if SharingOptimizer in k.__bases__)
+
+
 def _rebuild(kind: Any, optimizer: Optimizer, options: Any, state: Any) -> Any:
     """What `__reduce__` asks for."""
-    wrapper = kind(optimizer, **options)
+    wrapper = kind.__new__(kind)
+    _wrapper(kind).__init__(wrapper, optimizer, **options)
     wrapper.load_state_dict(state)
     return wrapper
 
@@ -66,7 +72,7 @@ class SharingOptimizer(Optimizer):
     def __reduce__(self) -> Any:
         """Pickle and deepcopy: the wrapped optimizer wrapped anew, with its state."""
         # The constructor keeps each of its options under its own name.
-        _, *names = inspect.signature(type(self)).parameters
+        _, *names = inspect.signature(_wrapper(type(self))).parameters
         options = {name: getattr(self, name) for name in names}
         return _rebuild, (type(self), self.optimizer, options, self.state_dict())
 

@@ -237,6 +237,26 @@ def test_copies_go_on_by_themselves(how: str) -> None:
     assert_same_models(model, other)
 
 
+class FusedAdamW(FusedAccumOptimizer):
+    """One that takes parameters, for frameworks that make the optimizer themselves."""
+
+    def __init__(self, params: Any, **options: Any) -> None:
+        super().__init__(torch.optim.AdamW(params, **options))
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickle"])
+def test_subclasses_with_a_constructor_of_their_own_are_copied(how: str) -> None:
+    model = small_model(torch.bfloat16)
+    opt = FusedAdamW(model.parameters(), lr=0.01)
+    run(model, opt, 0, 2, torch.bfloat16)
+    both = {"model": model, "opt": opt}
+    copied = copy.deepcopy(both) if how == "deepcopy" else pickle.loads(pickle.dumps(both))
+    assert type(copied["opt"]) is FusedAdamW
+    run(model, opt, 2, 4, torch.bfloat16)
+    run(copied["model"], copied["opt"], 2, 4, torch.bfloat16)
+    assert_same_models(model, copied["model"])
+
+
 SCRIPT = """
 import os, sys, signal, torch
 from fusedaccum import FusedAccumOptimizer

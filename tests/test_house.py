@@ -26,6 +26,7 @@ LEVELS = {
     "fusedaccum.sharing": 0,
     "fusedaccum.buffers": 0,
     "fusedaccum.rule_text": 0,
+    "fusedaccum.frameworks": 0,
     "fusedaccum.tables": 0,
     "fusedaccum.rounding": 1,
     "fusedaccum.arguments": 1,

@@ -35,11 +35,13 @@ def test_accumulation_steps(steps: Any, error: type[Exception], words: str) -> N
 
 
 @pytest.mark.parametrize("value", [0, -1.0, float("nan"), "1", True])
-def test_max_grad_norm(value: Any) -> None:
+def test_max_grad_norm_and_bucket_cap(value: Any) -> None:
     if value == "1":
         value = "one"
     with pytest.raises(ValueError, match="max_grad_norm must be a positive number"):
         FusedAccumOptimizer(sgd(small_model()), 2, max_grad_norm=value)
+    with pytest.raises(ValueError, match="bucket_cap_mb must be a positive number"):
+        FusedAccumOptimizer(sgd(small_model()), 2, bucket_cap_mb=value)
 
 
 def test_what_is_wrapped() -> None:
@@ -231,6 +233,25 @@ def test_a_backward_that_raised_half_way(owner: int | None, bucket: float) -> No
         assert equal_bits(a.detach(), b.detach())
 
 
+@pytest.mark.parametrize("bucket", [1e-6, 128])
+def test_where_the_loop_owns_the_window_the_models_zero_grad_recovers(bucket: float) -> None:
+    """All that the Trainer calls before it tries again with smaller batches."""
+    model, clean = small_model(torch.bfloat16), small_model(torch.bfloat16)
+    opt = FusedAccumOptimizer(sgd(model), bucket_cap_mb=bucket)
+    other = FusedAccumOptimizer(sgd(clean))
+    x = torch.randn(3, 7, dtype=torch.bfloat16)
+    model(x).sum().backward()  # is in the accumulators when the next one raises
+    with pytest.raises(MemoryError):
+        model[3:](Explodes.apply(model[:3](x))).sum().backward()
+    model.zero_grad()
+    for net, optimizer in ((model, opt), (clean, other)):
+        for _ in range(2):
+            net(x).square().mean().backward()
+        optimizer.step()
+    for a, b in zip(model.parameters(), clean.parameters(), strict=True):
+        assert equal_bits(a.detach(), b.detach())
+
+
 def test_a_block_that_raised_after_its_backward() -> None:
     model = Gradients([torch.zeros(3)])
     opt = FusedAccumOptimizer(sgd(model), 2)
@@ -289,9 +310,11 @@ def test_a_parameter_that_changed_is_not_ignored(change: str) -> None:
         assert equal_bits(a, b.detach())
 
 
+@pytest.mark.parametrize("how", ["zero_grad", "load_state_dict"])
 @pytest.mark.parametrize("owner", [2, None])
-def test_a_converted_model_is_taken_up_again_by_zero_grad(owner: int | None) -> None:
-    """`model.to()` after wrapping, then a loop that begins with zero_grad(): nothing is lost."""
+def test_a_converted_model_is_taken_up_again(owner: int | None, how: str) -> None:
+    """`model.to()` after wrapping, then zero_grad(), or Accelerate's prepare(), which loads what
+    it has just saved: nothing is lost."""
     moved, direct = small_model(), small_model()
     x = torch.randn(4, 7)
     opt = FusedAccumOptimizer(torch.optim.AdamW(moved.parameters(), lr=0.1), owner)
@@ -312,7 +335,10 @@ def test_a_converted_model_is_taken_up_again_by_zero_grad(owner: int | None) -> 
     fresh.load_state_dict(state)
     for _ in range(2):
         for model, optimizer in ((moved, opt), (direct, fresh)):
-            optimizer.zero_grad()
+            if how == "zero_grad":
+                optimizer.zero_grad()
+            else:
+                optimizer.load_state_dict(optimizer.state_dict())
             window(model, optimizer, x.bfloat16())
     for a, b in zip(moved.parameters(), direct.parameters(), strict=True):
         assert a.dtype == torch.bfloat16

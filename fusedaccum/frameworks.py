@@ -1,0 +1,45 @@
+"""Whether a training framework that counts windows itself is taking the optimizer over."""
+
+from __future__ import annotations
+
+import inspect
+
+
+def refuse_second_count(steps: int | None) -> None:
+    """Raise where a framework and the wrapper would both count micro-batches.
+
+    The framework calls step() once per window of its own, so that the wrapper would update after N
+    of those, the framework clip a sum that is not complete, and the schedule run N times too fast,
+    without a word. Accelerate, and with it the Trainer, loads the state dict of every optimizer
+    that it prepares: that is where to ask who is calling. Nothing is imported, and a step costs
+    nothing.
+
+    Args:
+        steps: the wrapper's `gradient_accumulation_steps`.
+
+    Raises:
+        ValueError: naming both.
+    """
+    if steps is None or steps == 1:
+        return  # a step() is an update
+    frame = inspect.currentframe()
+    try:
+        counting = None
+        while frame is not None:
+            module = frame.f_globals.get("__name__")
+            if module == "transformers.trainer":
+                counting = "the Trainer, which divides the loss, clips and counts updates"
+            elif module == "accelerate.optimizer":
+                state = getattr(frame.f_locals.get("self"), "gradient_state", None)
+                n = getattr(state, "num_steps", 1)
+                if n > 1:
+                    counting = f"Accelerator(gradient_accumulation_steps={n})"
+            frame = frame.f_back
+    finally:
+        del frame  # or it would keep every local of the caller alive
+    if counting is not None:
+        raise ValueError(
+            f"FusedAccumOptimizer(gradient_accumulation_steps={steps}) counts micro-batches, and "
+            f"so does {counting}: one of the two has to. Wrap with "
+            "gradient_accumulation_steps=None, and every step() is an update"
+        )
