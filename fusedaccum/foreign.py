@@ -21,7 +21,7 @@ _GRAPH = (
 )
 _IN_BACKWARD = "updates each parameter inside the backward, from one micro-batch's gradient"
 # "*": all classes of the package.
-_REFUSED = {
+REFUSED = {
     "bitsandbytes": {
         "*": (
             "chooses its kernel by the gradient's dtype alone, so an fp32 gradient of a bf16 "
@@ -62,7 +62,7 @@ def _values(optimizer: Optimizer) -> Iterable[Any]:
 def refusal(optimizer: Optimizer) -> str | None:
     """Why `optimizer` cannot be wrapped, or None if it can."""
     for package, name in _names(optimizer):
-        reasons = _REFUSED.get(package, {})
+        reasons = REFUSED.get(package, {})
         if reason := reasons.get(name) or reasons.get("*"):
             return f"it {reason}"
     releases = getattr(optimizer, "_gradient_release", False)  # flashoptim
