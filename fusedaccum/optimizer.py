@@ -195,6 +195,8 @@ class FusedAccumOptimizer(SharingOptimizer):
                 device since it was wrapped. Nothing is updated then.
         """
         self._refuse_scaler()
+        if closure is None and checkpoint.only_initialises(self._updater):
+            return None
         loss = None
         if arguments.calls_closure(self.optimizer):
             if closure is None:

@@ -39,6 +39,9 @@ class Updater:
         self.grad_norm: Tensor | None = None
         self._native_masters: dict[Segment, torch.nn.Parameter] = {}
         self.has_own_states: set[Segment] = set()  # whose native states were made for fp32
+        # Whether states are there for their names and shapes only, made with a learning rate of 0,
+        # from which some start.
+        self.is_provisional = False
 
     @property
     def is_fused(self) -> bool:
@@ -75,12 +78,22 @@ class Updater:
         """
         if not self.collector.segments:
             return
+        if self.is_provisional:
+            self._forget_states()
         needs_norm = max_norm is not None or self.skip_nonfinite
         partials = self.collector.sums_of_squares() if needs_norm else None
         if self.is_fused:
             self._fused(correction, max_norm, partials)
         else:
             self._native(correction, max_norm, partials)
+
+    def _forget_states(self) -> None:
+        """Let the states start as if there had been none."""
+        self.is_provisional = False
+        self.optimizer.state.clear()
+        self.prepared_scalars().steps.zero_()
+        for segment in self.collector.segments.values():
+            segment.states, segment.step = (), None
 
     # --- the fused step ---
 
