@@ -4,6 +4,10 @@
 accumulators, and step counts of optimizers that keep none. Masters are saved as fp32
 `master_param` beside a parameter's other states, whatever the layout inside, so that a checkpoint
 outlives the layout. Plain torch ignores both.
+
+torch.distributed.checkpoint takes "state" and "param_groups" alone. So an open window is beside a
+parameter's states too (`window_*`), and its number of micro-batches always is: what is loaded into
+another optimizer's state dict has that one's keys, and must not lose a window in silence.
 """
 
 from __future__ import annotations
@@ -16,14 +20,24 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from . import rules
 from .collect import Collector
 from .frameworks import refuse_second_count
 from .segments import Segment
 from .update import Updater
+from .window import Window
 
 VERSION = 1
 KEY = "fusedaccum"
 MASTER = "master_param"
+GRAD = "window_grad"
+MICRO_BATCHES = "window_micro_batches"
+# Numbers of an open window, 0-d; the last is the parameter's step count when it was saved.
+NUMBERS = (
+    "window_total", "window_reference", "window_is_explicit", "window_overflow", "window_steps",
+    "window_step",
+)  # fmt: skip
+OURS = frozenset((MASTER, GRAD, MICRO_BATCHES, *NUMBERS))
 
 StateDict = dict[str, Any]
 
@@ -45,10 +59,9 @@ def save(inner: StateDict, updater: Updater) -> StateDict:
     collector, window = updater.collector, updater.collector.window
     collector.check()
     segments = _indexed(updater.optimizer, collector)
-    # Some optimizers keep what belongs to no parameter under names of their own.
-    state: dict[Any, Any] = {
-        i: dict(entry) if isinstance(i, int) else entry for i, entry in inner["state"].items()
-    }
+    state = _without_ours(inner)
+    accumulators = _open_accumulators(segments, collector)
+    overflow = 0.0 if collector.scaling.overflow is None else float(collector.scaling.overflow)
     steps: dict[int, float] = {}
     for index, segment in segments.items():
         entry = state.get(index)
@@ -60,7 +73,10 @@ def save(inner: StateDict, updater: Updater) -> StateDict:
                 entry[name] = entry[name].detach().cpu()  # where torch keeps them by default
         if segment.step is not None and "step" not in segment.numbers:
             steps[index] = float(segment.step)
-    overflow = collector.scaling.overflow
+        if window.micro_batches and index in accumulators:
+            state.setdefault(index, {}).update(_open_window(segment, window, overflow))
+        if index in state:
+            state[index][MICRO_BATCHES] = _number(window.micro_batches)
     extra: StateDict = {
         "version": VERSION,
         "gradient_accumulation_steps": window.steps,
@@ -69,9 +85,9 @@ def save(inner: StateDict, updater: Updater) -> StateDict:
             "total": window.total,
             "reference": window.reference,
             "is_explicit": window.is_explicit,
-            "overflow": 0.0 if overflow is None else float(overflow),
+            "overflow": overflow,
         },
-        "accumulators": _open_accumulators(segments, collector),
+        "accumulators": accumulators,
         "steps": steps,
         "skipped_steps": 0 if updater.scalars is None else int(updater.scalars.skipped),
     }
@@ -93,6 +109,77 @@ def _open_accumulators(segments: dict[int, Segment], collector: Collector) -> di
     }
 
 
+def _without_ours(state_dict: StateDict) -> dict[Any, Any]:
+    """A state dict's states without what this module added, also to one that torch loaded."""
+    params = {index for group in state_dict["param_groups"] for index in group["params"]}
+    # Some optimizers keep what belongs to no parameter under names of their own.
+    return {
+        key: {k: v for k, v in entry.items() if k not in OURS} if key in params else entry
+        for key, entry in state_dict["state"].items()
+    }
+
+
+def _without_gaps(state_dict: StateDict) -> StateDict:
+    """Without the empty dicts that DCP's unflattening has for states which are not in the file."""
+    if KEY in state_dict:
+        return state_dict
+    state = {
+        key: {k: v for k, v in entry.items() if not (isinstance(v, dict) and not v)}
+        for key, entry in state_dict["state"].items()
+        if isinstance(entry, dict)
+    }
+    return {**state_dict, "state": {**state_dict["state"], **state}}
+
+
+def _number(value: float) -> Tensor:
+    return torch.tensor(float(value), dtype=torch.float64)
+
+
+def _open_window(segment: Segment, window: Window, overflow: float) -> StateDict:
+    """What a parameter's states tell of the open window."""
+    step = -1.0 if segment.step is None else float(segment.step)
+    reference = -1.0 if window.reference is None else window.reference
+    explicit = bool(window.is_explicit)
+    values = (window.total, reference, explicit, overflow, window.steps or 0, step)
+    return {GRAD: segment.grad, **dict(zip(NUMBERS, map(_number, values), strict=True))}
+
+
+def _extra(state_dict: StateDict) -> StateDict:
+    """What the key "fusedaccum" holds; where it is gone, what the states tell of it.
+
+    A window whose parameter has been updated since is not open any more: plain torch loaded it,
+    trained on, and saved it along.
+    """
+    if KEY in state_dict:
+        return dict(state_dict[KEY])
+    extra: StateDict = {}
+    for group in state_dict["param_groups"]:
+        for index in group["params"]:
+            entry = state_dict["state"].get(index, {})
+            if not float(entry.get(MICRO_BATCHES, 0)):
+                continue
+            if GRAD not in entry:
+                extra.setdefault("lost", int(entry[MICRO_BATCHES]))
+                continue
+            numbers = (float(entry[name]) for name in NUMBERS)
+            total, reference, is_explicit, overflow, steps, step = numbers
+            if step >= 0 and float(entry.get("step", step)) != step:
+                continue
+            extra |= {
+                "version": VERSION,
+                "gradient_accumulation_steps": int(steps) or None,
+                "window": {
+                    "micro_batches": int(entry[MICRO_BATCHES]),
+                    "total": total,
+                    "reference": None if reference < 0 else reference,
+                    "is_explicit": bool(is_explicit),
+                    "overflow": overflow,
+                },
+            }
+            extra.setdefault("accumulators", {})[index] = entry[GRAD]
+    return extra
+
+
 def check(state_dict: StateDict, updater: Updater) -> None:
     """Refuse a checkpoint of something else, and a second count, before anything is changed.
 
@@ -104,6 +191,7 @@ def check(state_dict: StateDict, updater: Updater) -> None:
     for key in ("state", "param_groups"):
         if key not in state_dict:
             raise ValueError(f"not an optimizer's state dict: it has no {key!r}")
+    state_dict = _without_gaps(state_dict)
     saved, here = state_dict["param_groups"], optimizer.param_groups
     if len(saved) != len(here):
         raise ValueError(f"the checkpoint has {len(saved)} param groups, the optimizer {len(here)}")
@@ -115,7 +203,7 @@ def check(state_dict: StateDict, updater: Updater) -> None:
             )
     ids = [index for group in saved for index in group["params"]]
     params = [p for group in here for p in group["params"]]
-    extra = state_dict.get(KEY, {})
+    extra = _extra(state_dict)
     accumulators = extra.get("accumulators", {})
     for index, param in zip(ids, params, strict=True):
         entries = {**state_dict["state"].get(index, {}), "accumulator": accumulators.get(index)}
@@ -127,6 +215,12 @@ def check(state_dict: StateDict, updater: Updater) -> None:
                     f"{name} of parameter {index} has shape {tuple(value.shape)} in the "
                     f"checkpoint, the parameter has {tuple(param.shape)}"
                 )
+    if "lost" in extra and not accumulators:
+        raise ValueError(
+            f"the checkpoint was saved inside a window of {extra['lost']} micro-batches, but their "
+            "gradients were not loaded: torch.distributed.checkpoint loads what the state dict it "
+            "is given has. Save between windows (window_closed), or load without a template"
+        )
     if not extra:
         return
     if extra.get("version") != VERSION:
@@ -145,8 +239,6 @@ def check(state_dict: StateDict, updater: Updater) -> None:
 
 def _elementwise(updater: Updater) -> set[str]:
     """Names of the states that have the parameter's shape."""
-    from . import rules
-
     names: set[str] = set()
     for group in updater.optimizer.param_groups:
         rule = rules.select(updater.optimizer, group)
@@ -165,7 +257,7 @@ def _fp32_stand_ins(updater: Updater) -> Iterator[None]:
     originals = {
         torch.zeros((), device=s.device).expand(s.shape): s.param
         for s in segments.values()
-        if s.dtype != torch.float32 and (is_fused or s.kind != "none")
+        if s.dtype != torch.float32 and (is_fused or s.has_master)
     }
     stand_ins = {param: stand_in for stand_in, param in originals.items()}
     for group in optimizer.param_groups:
@@ -188,17 +280,14 @@ def load(state_dict: StateDict, updater: Updater) -> None:
     torch casts states to the parameter's dtype as it loads; here they stay fp32.
     """
     optimizer, collector = updater.optimizer, updater.collector
-    extra = state_dict.get(KEY, {})
+    state_dict = _without_gaps(state_dict)
+    extra = _extra(state_dict)
     entries = state_dict["state"]
-    plain = {
-        **{k: v for k, v in state_dict.items() if k != KEY},
-        "state": {
-            i: {k: v for k, v in e.items() if k != MASTER} if isinstance(i, int) else e
-            for i, e in entries.items()
-        },
-    }
+    plain = {k: v for k, v in state_dict.items() if k != KEY}
+    plain["state"] = _without_ours(state_dict)
     with _fp32_stand_ins(updater):
         optimizer.load_state_dict(plain)
+    updater.is_provisional = False
     collector.discard()
     ids = [index for group in state_dict["param_groups"] for index in group["params"]]
     params = [p for group in optimizer.param_groups for p in group["params"]]
@@ -235,12 +324,52 @@ def load(state_dict: StateDict, updater: Updater) -> None:
         window.reference, window.is_explicit = saved["reference"], saved["is_explicit"]
         collector.scaling.restore(saved.get("overflow", 0.0))
         if scalars is not None:
-            scalars.skipped.fill_(extra["skipped_steps"])
+            scalars.skipped.fill_(extra.get("skipped_steps", 0))
+
+
+@torch.no_grad()
+def only_initialises(updater: Updater) -> bool:
+    """Whether this step() is made for the sake of states alone; then they are there, and no more.
+
+    torch.distributed.checkpoint calls step() of an optimizer without states with lr 0 and zeros
+    assigned to every gradient, to have a state dict with all keys. That is no micro-batch, and
+    must not count as one.
+    """
+    optimizer, collector = updater.optimizer, updater.collector
+    segments, groups = collector.segments.values(), optimizer.param_groups
+    if optimizer.state or collector.has_arrivals or not segments:
+        return False
+    if any(group.get("lr", 0.0) != 0.0 for group in groups):
+        return False
+    for segment in segments:
+        grad = segment.param.grad
+        if grad is None or grad is segment.grad or bool(grad.any()):
+            return False
+    if updater.is_fused:
+        for group in groups:
+            rule = rules.select(optimizer, group)
+            for param in group["params"]:
+                segment_or_none = collector.segments.get(param)
+                if segment_or_none is not None and rule is not None:
+                    updater.bind(segment_or_none, rule, group)
+    elif not collector.window.micro_batches:
+        collector.adopt_assigned()
+        updater.run(1.0, None)
+        collector.discard()
+    updater.is_provisional = True
+    for segment in segments:
+        segment.param.grad = segment.grad if segment.filled else None
+        if segment.param in optimizer.state:
+            # DCP's unflattening takes from a file what the optimizer has names for.
+            optimizer.state[segment.param].update(dict.fromkeys(OURS))
+    return True
 
 
 @torch.no_grad()
 def release_states(updater: Updater) -> None:
     """Give the wrapped optimizer states of its own, in the dtypes plain torch would have."""
+    if updater.is_provisional:
+        updater.optimizer.state.clear()
     for param, segment in updater.collector.segments.items():
         entry = updater.optimizer.state.get(param, {})
         for name, value in entry.items():

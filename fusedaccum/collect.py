@@ -179,7 +179,7 @@ class Collector:
         if segment.pending:
             self.flush()  # it arrives twice in one backward: add the first gradient first
         elif grad is not None and grad is not segment.grad:
-            self.adopt(segment, grad)
+            self.adopt([(segment, grad)])
         elif grad is None and self.window.steps is None:
             segment.filled = False  # zero_grad(), the optimizer's or the model's
         param.grad = None
@@ -233,19 +233,21 @@ class Collector:
                 fresh.append((segment, grad))
         self._add(fresh, self.window.scale())
 
-    def adopt(self, segment: Segment, grad: Tensor) -> None:
-        """Take a gradient that did not come through the hook: somebody assigned `param.grad`.
+    def adopt(self, assigned: list[tuple[Segment, Tensor]]) -> None:
+        """Take gradients that did not come through the hook: somebody assigned `param.grad`.
 
-        It replaces the accumulator where it stands in for it (the loop owns the window, or this
+        One replaces the accumulator where it stands in for it (the loop owns the window, or this
         micro-batch has arrived already: `p.grad = p.grad * 0.5`); else it is this micro-batch's
         gradient and is added.
         """
-        replaces = self.window.steps is None or segment.arrived
-        if replaces:
+        loop_owned = self.window.steps is None
+        replacing = [(s, grad) for s, grad in assigned if loop_owned or s.arrived]
+        adding = [(s, grad) for s, grad in assigned if not (loop_owned or s.arrived)]
+        for segment, _ in replacing:
             segment.filled = False
-            self._add([(segment, grad)], 1.0, is_scaled=False)
-        else:
-            self._add([(segment, grad)], self.window.scale())
+        self._add(replacing, 1.0, is_scaled=False)
+        if adding:
+            self._add(adding, self.window.scale())
 
     @torch.no_grad()
     def _add(
@@ -321,13 +323,16 @@ class Collector:
     def adopt_assigned(self) -> None:
         """Take gradients that somebody assigned, and notice those that somebody removed."""
         loop_owned = self.window.steps is None
+        assigned: list[tuple[Segment, Tensor]] = []
         for segment in self.segments.values():
             grad = segment.param.grad
             if grad is None:
                 if loop_owned:
                     segment.filled = False
             elif grad is not segment.grad:
-                self.adopt(segment, grad)
+                assigned.append((segment, grad))
+        if assigned:
+            self.adopt(assigned)
 
     def filled(self) -> list[Segment]:
         """The parameters that the open window holds a gradient for."""

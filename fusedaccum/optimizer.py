@@ -214,13 +214,13 @@ class FusedAccumOptimizer(SharingOptimizer):
             RuntimeError: if a backward raised half-way, or a parameter changed its dtype, shape or
                 device since it was wrapped. Nothing is updated then.
         """
+        if closure is None and checkpoint.only_initialises(self._updater):
+            return None
         self._scaling.receive(self)
-        loss = None
         if arguments.calls_closure(self.optimizer):
             return self._step_with_closure(closure)
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        with torch.enable_grad():
+            loss = None if closure is None else closure()
         self._collect()
         closing = self._window.steps is None or self._window.is_last
         if self._window.steps is not None:

@@ -44,6 +44,9 @@ class Updater:
         self.grad_norm: Tensor | None = None
         self._native_masters: dict[Segment, torch.nn.Parameter] = {}
         self.has_own_states: set[Segment] = set()  # whose native states were made for fp32
+        # Whether states are there for their names and shapes only, made with a learning rate of 0,
+        # from which some start.
+        self.is_provisional = False
 
     @property
     def is_fused(self) -> bool:
@@ -90,6 +93,8 @@ class Updater:
         """
         if not self.collector.segments:
             return
+        if self.is_provisional:
+            self._forget_states()
         skip = self.skip_nonfinite or isinstance(correction, Tensor)
         needs_norm = max_norm is not None or skip
         partials = self.collector.sums_of_squares() if needs_norm else None
@@ -97,6 +102,14 @@ class Updater:
             self._fused(correction, max_norm, partials, skip)
         else:
             self._native(float(correction), max_norm, partials, skip)
+
+    def _forget_states(self) -> None:
+        """Let the states start as if there had been none."""
+        self.is_provisional = False
+        self.optimizer.state.clear()
+        self.prepared_scalars().steps.zero_()
+        for segment in self.collector.segments.values():
+            segment.states, segment.step = (), None
 
     # --- the fused step ---
 
@@ -221,7 +234,7 @@ class Updater:
     @torch.no_grad()
     def on_masters(self, method: Callable[[], Any]) -> Any:
         """Call a method that rewrites parameters (schedule-free optimizers' train() and eval())."""
-        segments = [s for s in self.collector.segments.values() if s.kind != "none"]
+        segments = [s for s in self.collector.segments.values() if s.has_master]
         with self.substituted_masters([] if self.is_fused else segments):
             return method()
 

@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fusedaccum import FusedAccumOptimizer
+from fusedaccum import FusedAccumOptimizer, checkpoint
 from tests.cases import CASES, Case, Gradients, case_id, small_model
 from tests.tolerances import equal_bits
 
@@ -159,12 +159,14 @@ def test_the_format() -> None:
     run(model, opt, 0, 5, torch.bfloat16)
     state = opt.state_dict()
     assert set(state) == {"state", "param_groups", "fusedaccum"}
-    assert set(state["state"][0]) == {"step", "exp_avg", "exp_avg_sq", "master_param"}
+    states = {"step", "exp_avg", "exp_avg_sq", "master_param", "window_micro_batches"}
+    assert set(state["state"][0]) == states | {"window_grad", *checkpoint.NUMBERS}
     extra = state["fusedaccum"]
     assert extra["version"] == 1 and extra["window"]["micro_batches"] == 1
     assert set(extra["accumulators"]) == set(range(8))
     run(model, opt, 5, 8, torch.bfloat16)
-    assert opt.state_dict()["fusedaccum"]["accumulators"] == {}
+    state = opt.state_dict()
+    assert state["fusedaccum"]["accumulators"] == {} and set(state["state"][0]) == states
 
 
 def everything(model: Model, opt: FusedAccumOptimizer) -> list[Tensor]:
