@@ -13,6 +13,7 @@ half-way is remembered.
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Iterable
 
@@ -152,7 +153,16 @@ class Collector:
         self._queue.append(segment)
         self._queued_bytes += segment.nbytes
 
+    # Not traced: compiled autograd would stop at the code below the error, and not say why.
+    @torch._disable_dynamo  # type: ignore[attr-defined]
     def _begin(self, task: int) -> None:
+        compiled = sys.modules.get("torch._dynamo.compiled_autograd")
+        if getattr(compiled, "in_compiled_autograd_region", False):
+            raise RuntimeError(
+                "compiled autograd makes one graph of the backward, in which no gradient can be "
+                "taken as it arrives; it is not supported. Compile the model "
+                "(torch.compile(model)) and leave torch._dynamo.config.compiled_autograd off"
+            )
         self.window.check_arrival()
         self._open.add(task)
 
