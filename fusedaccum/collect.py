@@ -5,35 +5,28 @@ away, so that autograd keeps the fresh gradient without a copy. The parameter is
 queue would exceed the bucket, and when the backward ends, one launch adds the whole queue, the
 fresh gradients are freed and `param.grad` shows the accumulator again.
 
-The hook is on the node and not on the tensor: a tensor's hook also fires in `autograd.grad`.
-Autograd holds that node weakly, so the segment holds it. A backward is known by its graph task, so
-reentrant checkpoints and a parameter that arrives twice come out right, and a backward that raised
-half-way is remembered.
+A backward is known by its graph task, so reentrant checkpoints and a parameter that arrives twice
+come out right, and a backward that raised half-way is remembered.
 """
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Iterable, Sequence
-from typing import Any
+import sys
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 from torch.autograd import Variable
-from torch.utils.weak import WeakTensorKeyDictionary
 
+from .attached import Attached
 from .backends import Backend
-from .buffers import Block, laid_out_like
+from .buffers import laid_out_like
 from .scaling import Scaling
-from .segments import Segment, check_param, master_kind
+from .segments import Segment
 from .window import Window
 
-# Which live collector has hooks on a parameter: two would take each other's accumulators for
-# gradients.
-_owners: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
-
-class Collector:
+class Collector(Attached):
     """The accumulators of one optimizer and the hooks that fill them.
 
     Args:
@@ -56,116 +49,27 @@ class Collector:
         master_weights: str | None,
         scaling: Scaling,
     ) -> None:
+        super().__init__(master_weights)
         self.backend = backend
         self.window = window
         self.wants_norm = wants_norm or scaling.needs_norm
         self.scaling = scaling
-        self.segments: dict[Tensor, Segment] = {}
         self.partials: Tensor | None = None
         self.failed: str | None = None  # why the open window cannot be used
-        self.n_cells = 0
         self._bucket_bytes = bucket_bytes
         self._queue_bytes = bucket_bytes
-        self._master_weights = master_weights
         self._open: set[int] = set()  # graph tasks of backwards that have not ended
         self._queue: list[Segment] = []
         self._queued_bytes = 0
 
-    # --- parameters ---
-
     def attach(self, named_params: Iterable[tuple[str, Tensor]]) -> None:
-        """Give each named parameter a segment and a hook. All of them, or none if one is wrong."""
-        named = list(named_params)
-        if not named:
-            return
-        device = next(iter(self.segments.values())).device if self.segments else named[0][1].device
-        for name, param in named:
-            check_param(name, param)
-            master_kind(self._master_weights, param.dtype)
-            owner = _owners.get(param, lambda: None)()
-            if owner is not None and owner is not self:
-                raise ValueError(
-                    f"{name} of shape {tuple(param.shape)} already belongs to another "
-                    "FusedAccumOptimizer; call its detach(), or delete it, first"
-                )
-            if param.device != device:
-                raise ValueError(
-                    f"{name} is on {param.device} but others are on {device}; one wrapper serves "
-                    "one device: make an optimizer, and wrap it, for each device"
-                )
-        for dtype in dict.fromkeys(param.dtype for _, param in named):
-            kind = master_kind(self._master_weights, dtype)
-            params = [param for _, param in named if param.dtype is dtype]
-            block = Block(params)
-            for position, param in enumerate(params):
-                segment = Segment(param, block, position, len(self.segments), self.n_cells, kind)
-                self.n_cells += segment.n_cells
-                self.segments[param] = segment
-                self._hook(segment)
-        self.partials = None  # made again, larger, when first needed
-        largest = max(s.nbytes for s in self.segments.values())
-        self._queue_bytes = self._bucket_bytes - min(largest, self._bucket_bytes // 2)
-
-    def attach_groups(self, groups: Sequence[dict[str, Any]]) -> None:
-        """Attach parameters of param groups that need a gradient and have no segment yet."""
-        self.attach(
-            (f"param_groups[{i}]['params'][{j}]", param)
-            for i, group in enumerate(groups)
-            for j, param in enumerate(group["params"])
-            if param.requires_grad and param not in self.segments
-        )
-
-    def changed(self) -> Segment | None:
-        """A parameter that is not what it was when it was attached, if there is one."""
-        return next((s for s in self.segments.values() if s.difference()), None)
-
-    def refuse_changed(self) -> None:
-        """Raise if a parameter changed.
-
-        Raises:
-            RuntimeError: naming one, and the way out.
-        """
-        first = self.changed()
-        if first is not None:
-            n = sum(1 for s in self.segments.values() if s.difference())
-            raise RuntimeError(
-                f"{n} parameters changed after they were wrapped (one of shape "
-                f"{tuple(first.shape)}: {first.difference()}) and lost their hooks; nothing was "
-                "updated. Call zero_grad() after moving or converting the model, or wrap after it"
-            )
-
-    def _hook(self, segment: Segment) -> None:
-        param = segment.param
-        if segment.dtype != torch.float32:
-            # Since torch 2.10 this lets `grad` have another dtype than the parameter.
-            param.grad_dtype = None
-        segment.node = torch.autograd.graph.get_gradient_edge(param).node
-        # The node holds the hook and the segment the node: a strong reference back would be a
-        # cycle that Python's collector cannot see.
-        segment_ref, collector_ref = weakref.ref(segment), weakref.ref(self)
-
-        def prehook(_: tuple[Tensor, ...]) -> None:
-            arriving, collector = segment_ref(), collector_ref()
-            if arriving is not None and collector is not None:
-                collector._arrive(arriving)
-
-        segment.hook = segment.node.register_prehook(prehook)
-        _owners[param] = collector_ref
-
-    def _shows_grads(self) -> bool:
-        """Whether any parameter has a gradient, as it does since the first one arrived."""
-        return any(param.grad is not None for param in self.segments)
-
-    def detach(self) -> None:
-        """Remove every hook and give `grad` its usual dtype again."""
-        for segment in self.segments.values():
-            segment.hook.remove()
-            segment.node = None
-            _owners.pop(segment.param, None)
-            segment.param.grad = None
-            if segment.dtype != torch.float32:
-                segment.param.grad_dtype = segment.dtype
-        self.segments.clear()
+        """See `Attached.attach`."""
+        before = len(self.segments)
+        super().attach(named_params)
+        if len(self.segments) > before:
+            self.partials = None  # made again, larger, when first needed
+            largest = max(s.nbytes for s in self.segments.values())
+            self._queue_bytes = self._bucket_bytes - min(largest, self._bucket_bytes // 2)
 
     # --- the backward ---
 
@@ -189,7 +93,16 @@ class Collector:
         self._queue.append(segment)
         self._queued_bytes += segment.nbytes
 
+    # Not traced: compiled autograd would stop at the code below the error, and not say why.
+    @torch._disable_dynamo  # type: ignore[attr-defined]
     def _begin(self, task: int) -> None:
+        compiled = sys.modules.get("torch._dynamo.compiled_autograd")
+        if getattr(compiled, "in_compiled_autograd_region", False):
+            raise RuntimeError(
+                "compiled autograd makes one graph of the backward, in which no gradient can be "
+                "taken as it arrives; it is not supported. Compile the model "
+                "(torch.compile(model)) and leave torch._dynamo.config.compiled_autograd off"
+            )
         is_broken = bool(self._open) or self.failed is not None
         if is_broken and self.window.steps is None and not self._shows_grads():
             # model.zero_grad() after a backward that raised: all that the Trainer calls before it
@@ -206,6 +119,10 @@ class Collector:
             self._open.discard(task)
 
         Variable._execution_engine.queue_callback(finish)
+
+    def _shows_grads(self) -> bool:
+        """Whether any parameter has a gradient, as it does since the first one arrived."""
+        return any(param.grad is not None for param in self.segments)
 
     def _is_discarded(self) -> bool:
         """Whether model.zero_grad() took away all that a loop's weighted window had gathered."""

@@ -156,3 +156,18 @@ class Gradients(torch.nn.Module):
         pairs = [(p, g) for p, g in zip(self.params, grads, strict=True) if g is not None]
         if pairs:
             torch.autograd.backward([p.view_as(p) for p, _ in pairs], [g.to(p) for p, g in pairs])
+
+
+def batches(n: int, dtype: torch.dtype = torch.float32, size: int = 4) -> list[Tensor]:
+    """Inputs of `small_model`."""
+    generator = torch.Generator().manual_seed(7)
+    return [torch.randn(size, 7, generator=generator).to(dtype) for _ in range(n)]
+
+
+def loss(model: torch.nn.Module, x: Tensor) -> Tensor:
+    return model(x).float().square().mean()
+
+
+def assert_models_close(a: torch.nn.Module, b: torch.nn.Module, rtol: float = 1e-5) -> None:
+    for p, q in zip(a.parameters(), b.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=rtol, atol=1e-7)

@@ -12,8 +12,16 @@ from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from fusedaccum import FusedAccumOptimizer
-from tests.cases import CASES, Case, Gradients, case_id, small_model
-from tests.tolerances import U, equal_bits
+from tests.cases import (
+    CASES,
+    Case,
+    Gradients,
+    assert_models_close,
+    batches,
+    case_id,
+    loss,
+    small_model,
+)
 
 
 class Native(torch.optim.RMSprop):
@@ -22,20 +30,6 @@ class Native(torch.optim.RMSprop):
 
 class NativeAdagrad(torch.optim.Adagrad):
     """One that makes its states in its constructor, in the parameter's dtype."""
-
-
-def batches(n: int, dtype: torch.dtype = torch.float32, size: int = 4) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(7)
-    return [torch.randn(size, 7, generator=generator).to(dtype) for _ in range(n)]
-
-
-def loss(model: torch.nn.Module, x: Tensor) -> Tensor:
-    return model(x).float().square().mean()
-
-
-def assert_models_close(a: torch.nn.Module, b: torch.nn.Module, rtol: float = 1e-5) -> None:
-    for p, q in zip(a.parameters(), b.parameters(), strict=True):
-        torch.testing.assert_close(p, q, rtol=rtol, atol=1e-7)
 
 
 def test_the_readme_loop() -> None:
@@ -95,293 +89,6 @@ def test_it_is_the_wrapped_optimizer() -> None:
     assert opt.param_groups is inner.param_groups
     assert opt.state is inner.state and opt.defaults is inner.defaults
     assert issubclass(type("Sub", (FusedAccumOptimizer,), {}), torch.optim.Optimizer)
-
-
-def test_the_loop_owns_the_window() -> None:
-    """None: step() takes the sum; zero_grad() of the optimizer and of the model both discard."""
-    for by_model in (False, True):
-        model = Gradients([torch.zeros(3)])
-        opt = FusedAccumOptimizer(torch.optim.SGD(model.parameters(), lr=1.0))
-        model.backward([torch.ones(3)])
-        (model if by_model else opt).zero_grad()
-        for value in (1.0, 2.0):
-            model.backward([torch.full((3,), value)])
-        opt.step()
-        assert opt.window_closed
-        assert model.params[0].tolist() == [-3.0] * 3
-        model.backward([torch.full((3,), 4.0)])  # no zero_grad: torch goes on adding
-        opt.step()
-        assert model.params[0].tolist() == [-10.0] * 3
-
-
-@pytest.mark.parametrize("set_to_none", [True, False])
-def test_zero_grad_inside_a_window_keeps_it(set_to_none: bool) -> None:
-    model = Gradients([torch.zeros(3)])
-    opt = FusedAccumOptimizer(torch.optim.SGD(model.parameters(), lr=1.0), 2)
-    opt.zero_grad(set_to_none)
-    for value in (1.0, 2.0):
-        model.backward([torch.full((3,), value)])
-        opt.step()
-        model.zero_grad()  # as Trainer does: must not lose what was accumulated either
-        opt.zero_grad(set_to_none)
-    assert model.params[0].tolist() == [-1.5] * 3
-    model.backward([torch.ones(3)])
-    opt.flush()
-    opt.zero_grad(set_to_none)
-    grad = model.params[0].grad
-    assert grad is None if set_to_none else not grad.any()
-
-
-def test_without_zero_grad_the_next_window_starts_afresh() -> None:
-    model = Gradients([torch.zeros(3)])
-    opt = FusedAccumOptimizer(torch.optim.SGD(model.parameters(), lr=1.0), 2)
-    for value in (1.0, 3.0, 5.0, 7.0):
-        model.backward([torch.full((3,), value)])
-        opt.step()
-    assert model.params[0].tolist() == [-8.0] * 3
-
-
-def test_grad_is_the_accumulator() -> None:
-    model = Gradients([torch.zeros(3, dtype=torch.bfloat16)])
-    (param,) = model.params
-    opt = FusedAccumOptimizer(torch.optim.SGD(model.parameters(), lr=1.0), 2)
-    addresses = set()
-    for value in (1.0, 3.0, 1.0, 3.0):
-        model.backward([torch.full((3,), value)])
-        assert param.grad.dtype == torch.float32
-        addresses.add(param.grad.data_ptr())
-        opt.step()
-        opt.zero_grad()
-    assert len(addresses) == 1
-    model.backward([torch.full((3,), 4.0)])
-    assert param.grad.tolist() == [2.0] * 3
-
-
-def test_what_people_do_to_gradients_works() -> None:
-    """Clip in place, replace, assign, remove: what p.grad shows at step() is what is used."""
-    model = Gradients([torch.zeros(2), torch.zeros(2), torch.zeros(2)])
-    a, b, c = model.params
-    opt = FusedAccumOptimizer(torch.optim.SGD(model.parameters(), lr=1.0), max_grad_norm=1e6)
-    model.backward([torch.ones(2), torch.ones(2), torch.ones(2)])
-    a.grad.mul_(5)
-    b.grad = b.grad * 7
-    c.grad = None
-    opt.step()
-    assert a.tolist() == [-5.0] * 2 and b.tolist() == [-7.0] * 2 and c.tolist() == [0.0] * 2
-    assert opt.grad_norm.item() == pytest.approx((2 * 25 + 2 * 49) ** 0.5)
-    opt.zero_grad()
-    c.grad = torch.full((2,), 3.0)  # assigned without any backward
-    opt.step()
-    assert c.tolist() == [-3.0] * 2 and a.tolist() == [-5.0] * 2
-    opt.zero_grad()
-    model.backward([torch.ones(2), None, None])
-    torch.nn.utils.clip_grad_value_(model.parameters(), 0.25)
-    opt.step()
-    assert a.tolist() == [-5.25] * 2
-
-
-def test_assigned_gradients_are_micro_gradients_where_the_wrapper_counts() -> None:
-    model = Gradients([torch.zeros(2)])
-    opt = FusedAccumOptimizer(torch.optim.SGD(model.parameters(), lr=1.0), 2)
-    for value in (1.0, 3.0):
-        model.params[0].grad = torch.full((2,), value)
-        opt.step()
-        opt.zero_grad()
-    assert model.params[0].tolist() == [-2.0] * 2
-
-
-@pytest.mark.parametrize("owner", [2, None])
-def test_clip_grad_norm_(owner: int | None) -> None:
-    """Folded into the update, for this window only; the return value is the norm so far."""
-    ours, theirs = small_model(), small_model()
-    opt = FusedAccumOptimizer(torch.optim.SGD(ours.parameters(), lr=1.0), owner)
-    plain = torch.optim.SGD(theirs.parameters(), lr=1.0)
-    first, second = batches(2)
-    share = 1.0 if owner else 0.5
-    for x in (first, second):
-        (loss(ours, x) * share).backward()
-        norm = opt.clip_grad_norm_(1e-3)
-        if owner:
-            opt.step()
-            opt.zero_grad()
-    if owner is None:
-        opt.step()
-        opt.zero_grad()
-    (loss(theirs, first) / 2 + loss(theirs, second) / 2).backward()
-    expected = torch.nn.utils.clip_grad_norm_(theirs.parameters(), 1e-3)
-    torch.testing.assert_close(norm, expected, rtol=1e-5, atol=0)
-    plain.step()
-    assert_models_close(ours, theirs)
-    before = [p.clone() for p in ours.parameters()]
-    for _ in range(owner or 1):
-        loss(ours, first).backward()
-        opt.step()
-    moves = [(p - b).detach() for p, b in zip(ours.parameters(), before, strict=True)]
-    moved = sum(float(move.square().sum()) for move in moves)
-    assert moved**0.5 > 1e-2  # no longer clipped
-
-
-def test_flush_divides_by_what_arrived() -> None:
-    model = Gradients([torch.zeros(3)])
-    opt = FusedAccumOptimizer(torch.optim.SGD(model.parameters(), lr=1.0), 8)
-    opt.flush()  # nothing to do
-    assert not opt.window_closed
-    for value in (1.0, 2.0, 6.0):
-        model.backward([torch.full((3,), value)])
-        opt.step()
-    opt.flush()
-    assert opt.window_closed and opt.micro_batches == 0
-    torch.testing.assert_close(model.params[0].detach(), torch.full((3,), -3.0), rtol=4 * U, atol=0)
-
-
-def test_flush_counts_a_backward_without_step() -> None:
-    model = Gradients([torch.zeros(3)])
-    opt = FusedAccumOptimizer(torch.optim.SGD(model.parameters(), lr=1.0), 4)
-    model.backward([torch.full((3,), 1.0)])
-    opt.step()
-    model.backward([torch.full((3,), 5.0)])
-    opt.flush()
-    assert model.params[0].tolist() == [-3.0] * 3
-
-
-@pytest.mark.parametrize("owner", [3, None])
-def test_token_weights(owner: int | None) -> None:
-    """sum w g / sum w, whoever owns the window."""
-    model = Gradients([torch.zeros(3)])
-    opt = FusedAccumOptimizer(torch.optim.SGD(model.parameters(), lr=1.0), owner)
-    for _ in range(2):
-        for weight, value in ((2, 1.0), (5, 2.0), (1, 4.0)):
-            with opt.micro_batch(weight=weight):
-                model.backward([torch.full((3,), value)])
-            if owner:
-                opt.step()
-                opt.zero_grad()
-        if owner is None:
-            assert opt.micro_batches == 3
-            opt.step()
-            opt.zero_grad()
-    assert opt.window_closed
-    torch.testing.assert_close(model.params[0].detach(), torch.full((3,), -4.0), rtol=8 * U, atol=0)
-
-
-def test_token_weights_equal_the_token_mean() -> None:
-    """Padded micro-batches of different lengths against one batch of all tokens."""
-    ours, big = small_model(), small_model()
-    opt = FusedAccumOptimizer(torch.optim.SGD(ours.parameters(), lr=0.1), 3)
-    plain = torch.optim.SGD(big.parameters(), lr=0.1)
-    lengths = [3, 17, 6]
-    data = [torch.randn(n, 7) for n in lengths]
-    for x in data:
-        with opt.micro_batch(weight=len(x)):
-            loss(ours, x).backward()
-        opt.step()
-        opt.zero_grad()
-    loss(big, torch.cat(data)).backward()
-    plain.step()
-    assert_models_close(ours, big)
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=case_id)
-@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.Adafactor])
-def test_a_nonfinite_window_changes_nothing(value: float, dtype: torch.dtype, kind: Any) -> None:
-    model = Gradients([torch.ones(5), torch.ones(9)]).to(dtype)
-    opt = FusedAccumOptimizer(kind(model.parameters(), lr=0.1), 2, max_grad_norm=1.0)
-
-    def window(bad: float) -> None:
-        for grad in (1.0, bad):
-            model.backward([torch.full((5,), 1.0), torch.full((9,), grad)])
-            opt.step()
-            opt.zero_grad()
-
-    def everything() -> list[Tensor]:
-        state = opt.state_dict()["state"]
-        tensors = [v for e in state.values() for v in e.values() if isinstance(v, Tensor)]
-        return [t.clone() for t in [*model.parameters(), *tensors]]
-
-    window(1.0)
-    before = everything()
-    window(value)
-    assert int(opt.skipped_steps) == 1 and opt.window_closed
-    assert not opt.grad_norm.isfinite()
-    assert all(equal_bits(a, b) for a, b in zip(before, everything(), strict=True))
-    window(1.0)
-    assert int(opt.skipped_steps) == 1
-    assert not any(equal_bits(a, b) for a, b in zip(before[:2], everything()[:2], strict=True))
-
-
-def test_nonfinite_can_be_let_through() -> None:
-    model = Gradients([torch.ones(5, dtype=torch.bfloat16)])
-    opt = FusedAccumOptimizer(
-        torch.optim.AdamW(model.parameters()), 1, skip_nonfinite=False, max_grad_norm=1.0
-    )
-    model.backward([torch.tensor([1.0, float("nan"), 1.0, 1.0, 1.0])])
-    opt.step()
-    assert model.params[0].isnan().all()  # the norm is NaN, so all are, as in torch
-    assert int(opt.skipped_steps) == 0
-
-
-def test_a_first_window_that_is_skipped() -> None:
-    """Step counts and bias corrections start with the first update that is applied."""
-    ours, theirs = Gradients([torch.ones(5)]), Gradients([torch.ones(5)])
-    for kind, options in ((torch.optim.AdamW, {}), (torch.optim.SGD, {"momentum": 0.9})):
-        opt = FusedAccumOptimizer(kind(ours.parameters(), lr=0.1, **options), 1)
-        plain = kind(theirs.parameters(), lr=0.1, **options)
-        ours.backward([torch.full((5,), float("inf"))])
-        opt.step()
-        opt.zero_grad()
-        for model, optimizer in ((ours, opt), (theirs, plain)):
-            for value in (1.0, 3.0):
-                model.backward([torch.full((5,), value)])
-                optimizer.step()
-                optimizer.zero_grad()
-        opt.detach()
-    assert_models_close(ours, theirs)
-
-
-def test_missing_gradients_are_zero_and_absent_parameters_are_left_alone() -> None:
-    """As torch: no gradient in the whole window, no decay, no step count."""
-    model = Gradients([torch.ones(2), torch.ones(2)])
-    opt = FusedAccumOptimizer(torch.optim.AdamW(model.parameters(), lr=0.1), 2, max_grad_norm=9.0)
-    for grads in ([torch.ones(2), None], [None, None]):
-        model.backward(grads)
-        opt.step()
-    assert model.params[1].tolist() == [1.0, 1.0] and model.params[1] not in opt.state
-    assert float(opt.state[model.params[0]]["step"]) == 1
-    assert opt.grad_norm.item() == pytest.approx(0.5 * 2**0.5)
-    for _ in range(2):  # its history starts when it first takes part
-        model.backward([None, torch.ones(2)])
-        opt.step()
-    assert float(opt.state[model.params[1]]["step"]) == 1
-    assert float(opt.state[model.params[0]]["step"]) == 1
-    assert opt.grad_norm.item() == pytest.approx(2**0.5)
-
-
-@pytest.mark.parametrize("owner", [2, None])
-def test_a_step_without_any_gradient_does_nothing(owner: int | None) -> None:
-    model = small_model()
-    before = [p.clone() for p in model.parameters()]
-    opt = FusedAccumOptimizer(torch.optim.AdamW(model.parameters()), owner, max_grad_norm=1.0)
-    for _ in range(2):
-        opt.step()
-    assert opt.window_closed
-    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
-    assert not opt.state
-
-
-def test_a_closure_runs_before_gradients_are_read() -> None:
-    model = Gradients([torch.zeros(3)])
-    opt = FusedAccumOptimizer(torch.optim.SGD(model.parameters(), lr=1.0), 2)
-
-    def closure() -> str:
-        assert torch.is_grad_enabled()
-        model.backward([torch.ones(3)])
-        return "the loss"
-
-    with torch.no_grad():
-        assert opt.step(closure) == "the loss"
-        assert opt.step(closure) == "the loss"
-    assert model.params[0].tolist() == [-1.0] * 3
 
 
 def test_hooks_run_once_per_update() -> None:
@@ -475,25 +182,6 @@ def test_options_that_make_it_another_algorithm_take_the_native_step() -> None:
     assert "native step" in repr(odd)
 
 
-def test_lbfgs_evaluates_its_closure() -> None:
-    ours, theirs = small_model(), small_model()
-    x = batches(1)[0]
-    for model in (ours, theirs):
-        opt: torch.optim.Optimizer = torch.optim.LBFGS(model.parameters(), max_iter=5)
-        if model is ours:
-            opt = FusedAccumOptimizer(opt)
-
-        def closure(model: Any = model, opt: Any = opt) -> Tensor:
-            opt.zero_grad()
-            value = loss(model, x)
-            value.backward()
-            return value
-
-        for _ in range(2):
-            opt.step(closure)
-    assert_models_close(ours, theirs)
-
-
 def test_detach_gives_everything_back() -> None:
     model = small_model(torch.bfloat16)
     inner = torch.optim.AdamW(model.parameters(), lr=0.1)
@@ -524,17 +212,6 @@ def test_a_dropped_wrapper_is_freed() -> None:
     model.zero_grad()
     loss(model, batches(1)[0]).backward()
     assert all(p.grad is not None for p in model.parameters())
-
-
-def test_a_stale_backward_is_caught() -> None:
-    """The step writes behind autograd's back and says so."""
-    weight = torch.nn.Parameter(torch.ones(3, dtype=torch.bfloat16))
-    opt = FusedAccumOptimizer(torch.optim.SGD([weight], lr=1.0), 1)
-    out = (weight * weight).sum()
-    out.backward(retain_graph=True)
-    opt.step()
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        out.backward()
 
 
 def test_repr_explains_itself() -> None:

@@ -1,0 +1,118 @@
+"""torch.compile of the model: the same updates, one graph; compiled autograd: refused."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo import compiled_autograd
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from fusedaccum import FusedAccumOptimizer
+from tests.cases import case_id, small_model
+from tests.tolerances import equal_bits
+
+MICRO_BATCHES = 12
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def data(i: int, dtype: torch.dtype) -> Tensor:
+    return torch.randn(4, 7, generator=torch.Generator().manual_seed(i)).to(dtype)
+
+
+def run(
+    dtype: torch.dtype, n: int | None, compile_with: Any = None, *, checkpointed: bool = False
+) -> list[Tensor]:
+    """The parameters after three windows of four micro-batches, whoever counts them."""
+    model: Any = small_model(dtype)
+    opt = FusedAccumOptimizer(torch.optim.AdamW(model.parameters(), lr=1e-2), n, max_grad_norm=1.0)
+    call = model
+
+    def forward(x: Tensor) -> Tensor:
+        if checkpointed:
+            return torch.utils.checkpoint.checkpoint(model, x, use_reentrant=False)
+        return model(x)
+
+    if compile_with is not None:
+        call = torch.compile(forward if checkpointed else model, backend=compile_with)
+    elif checkpointed:
+        call = forward
+    for i in range(MICRO_BATCHES):
+        call(data(i, dtype)).float().square().mean().backward()
+        if n is not None or i % 4 == 3:
+            opt.step()
+            opt.zero_grad()
+    assert opt.window_closed
+    return [p.detach() for p in model.parameters()]
+
+
+@pytest.mark.parametrize("n", [4, None], ids=["wrapper-counts", "loop-counts"])
+@pytest.mark.parametrize("checkpointed", [False, True], ids=["", "checkpointed"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=case_id)
+def test_a_compiled_model_makes_the_same_updates(
+    dtype: torch.dtype, checkpointed: bool, n: int | None
+) -> None:
+    """aot_eager runs the same operations in compiled graphs, forward and backward: bit for bit."""
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = run(dtype, n, counter, checkpointed=checkpointed)
+    eager = run(dtype, n, checkpointed=checkpointed)
+    assert all(equal_bits(a, b) for a, b in zip(compiled, eager, strict=True))
+    # Neither accumulation nor zero_grad() compiles it anew (pytorch issue 118435).
+    assert counter.frame_count == 1
+
+
+def test_the_comparison_sees_another_window() -> None:
+    """The negative control."""
+    four, one = run(torch.bfloat16, 4, "aot_eager"), run(torch.bfloat16, 1)
+    assert not any(equal_bits(a, b) for a, b in zip(four, one, strict=True))
+
+
+def test_inductor() -> None:
+    """Fused kernels round in other places: in fp32, to a few units in the last place."""
+    counter = CompileCounterWithBackend("inductor")
+    compiled, eager = run(torch.float32, 4, counter), run(torch.float32, 4)
+    for a, b in zip(compiled, eager, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("how", ["context", "config"])
+@pytest.mark.parametrize("n", [4, None], ids=["wrapper-counts", "loop-counts"])
+def test_compiled_autograd_is_refused(n: int | None, how: str) -> None:
+    """It makes one graph of the backward; nothing is updated, and one goes on without it."""
+    model = small_model()
+    opt = FusedAccumOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), n)
+
+    def forward_and_backward(x: Tensor) -> None:
+        model(x).square().mean().backward()
+
+    def refused(x: Tensor) -> None:
+        if how == "config":
+            with torch._dynamo.config.patch(compiled_autograd=True):
+                torch.compile(forward_and_backward, backend="aot_eager")(x)
+        else:
+            with compiled_autograd._enable(torch.compile(backend="aot_eager")):
+                forward_and_backward(x)
+
+    before = [p.detach().clone() for p in model.parameters()]
+    with pytest.raises(RuntimeError, match="compiled autograd makes one graph"):
+        refused(data(0, torch.float32))
+    assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
+    opt.zero_grad()
+    plain = small_model()
+    for i in range(n or 1):
+        forward_and_backward(data(i, torch.float32))
+        opt.step()
+        (plain(data(i, torch.float32)).square().mean() / (n or 1)).backward()
+    with torch.no_grad():
+        for p, q in zip(model.parameters(), plain.parameters(), strict=True):
+            torch.testing.assert_close(p, q - 0.1 * q.grad, rtol=1e-5, atol=1e-6)
