@@ -104,7 +104,7 @@ class Form:
 
 def leaves(params: Iterable[Tensor]) -> list[Tensor]:
     """Copies that can be trained."""
-    return [p.detach().clone().requires_grad_() for p in params]
+    return [torch.nn.Parameter(p.detach().clone()) for p in params]
 
 
 class _Emit(torch.autograd.Function):
