@@ -81,7 +81,8 @@ class FusedBackend(FusedForm):
         return self.partials.double().sum().sqrt().float()
 
     @torch.no_grad()
-    def update(self) -> None:
+    def finalize(self) -> None:
+        """Norm, clip coefficient, skip flag, step counts and the rule's scalars."""
         family, max_norm = self.batch.rule.family, self.plan.max_norm
         request = backends.UpdateRequest(
             family,
@@ -92,6 +93,10 @@ class FusedBackend(FusedForm):
             skip_nonfinite=True,
         )
         self.backend.finalize(request, [self.batch], self.scalars)
+
+    @torch.no_grad()
+    def update(self) -> None:
+        self.finalize()
         self.backend.step(self.batch, self.scalars)
 
     def mean_grads(self) -> list[Tensor]:
