@@ -62,12 +62,16 @@ class Form:
         loss_is_divided: whether the training loop divides the loss by N, so that gradients arrive
             divided.
         is_exact: whether it sums in fp32; one that does not is timed with its error beside it.
+        precision: what it sums in and what it steps, in words.
         moved: see `Moved`; all tensors bf16 but accumulators, masters and states, which are fp32.
+        held: bytes per element that it keeps, parameters included.
     """
 
     loss_is_divided: ClassVar[bool] = False
     is_exact: ClassVar[bool] = True
+    precision: ClassVar[str] = "fp32 sum, fp32 states, fp32 masters"
     moved: ClassVar[Moved]
+    held: ClassVar[int] = 18
     plan: Plan
     params: list[Tensor]
 
@@ -100,7 +104,7 @@ class Form:
 
 def leaves(params: Iterable[Tensor]) -> list[Tensor]:
     """Copies that can be trained."""
-    return [p.detach().clone().requires_grad_() for p in params]
+    return [torch.nn.Parameter(p.detach().clone()) for p in params]
 
 
 class _Emit(torch.autograd.Function):
@@ -338,14 +342,20 @@ class PlainBF16(Form):
 
     loss_is_divided = True
     is_exact = False
+    precision = "bf16 sum, bf16 states, bf16 parameters"
     moved = Moved(first=4, later=6, norm=2, step=14, clip=4)
+    held = 8
 
     def __init__(self, params: Sequence[Tensor], plan: Plan) -> None:
         self.plan, self.params = plan, leaves(params)
         self.accs = [torch.zeros_like(p) for p in params]
         for param, acc in zip(self.params, self.accs, strict=True):
             param.grad = acc
-        self.optimizer = torch.optim.AdamW(self.params, fused=True, **plan.adamw())
+        self.optimizer = self.make(plan)
+
+    def make(self, plan: Plan) -> torch.optim.Optimizer:
+        """The optimizer of the parameters."""
+        return torch.optim.AdamW(self.params, fused=True, **plan.adamw())
 
     @torch.no_grad()
     def micro_batch(self, grads: Sequence[Tensor], index: int) -> None:
@@ -367,7 +377,7 @@ class PlainBF16(Form):
         return [p.detach() for p in self.params]
 
 
-# The strongest native form first, plain bf16 last.
+# The best known native form first, plain bf16 last.
 NATIVE: dict[str, type[Form]] = {
     "native_fp32": NativeFP32,
     "per_tensor_add": PerTensorAdd,

@@ -39,6 +39,22 @@ def llama_1b() -> Shapes:
     return [(vocabulary, dim), *block * layers, (dim,), (vocabulary, dim)]
 
 
+def llama_8b_slice() -> Shapes:
+    """Two of the 32 layers of an 8 B Llama, 436,224,000 parameters: few tensors, all large."""
+    dim, key_value, hidden = 4096, 1024, 14336
+    block: Shapes = [
+        *((dim, dim), (key_value, dim), (key_value, dim), (dim, dim)),  # q, k, v, o
+        *((hidden, dim), (hidden, dim), (dim, hidden)),  # gate, up, down
+        *((dim,), (dim,)),  # the two norms
+    ]
+    return block * 2
+
+
+def many_700() -> Shapes:
+    """700 matrices of 1,048,576 elements, 734,003,200 in all: a launch per tensor shows."""
+    return [(1024, 1024)] * 700
+
+
 def lora_500() -> Shapes:
     """500 low-rank matrices, 32,768,000 parameters: many tensors, little in each."""
     return [(16, 4096)] * 500
@@ -58,6 +74,11 @@ def odd() -> Shapes:
     return [(524309,), (1031, 257), (1,), (3,), (17,), (127, 129), (8191,), (8192,), (8193,)]
 
 
+def unaligned() -> Shapes:
+    """64 tensors of 1 Mi elements, whose gradients start one element into their memory."""
+    return [(1 << 20,)] * 64
+
+
 def tiny() -> Shapes:
     """For a dry run, where kernels are interpreted."""
     return [(1,), (17,), (3, 31), (8193,)]
@@ -65,8 +86,13 @@ def tiny() -> Shapes:
 
 SHAPES: dict[str, Callable[[], Shapes]] = {
     function.__name__: function
-    for function in (gpt2_small, llama_1b, lora_500, flat_64mi, odd, tiny)
+    for function in (
+        *(gpt2_small, llama_1b, llama_8b_slice, lora_500, many_700),
+        *(flat_64mi, odd, unaligned, tiny),
+    )
 }
+# Where a gradient of these shapes starts in its memory, in elements.
+OFFSETS = {"unaligned": 1}
 
 
 def count(shapes: Shapes) -> int:
@@ -93,3 +119,10 @@ def random(
         memory = torch.empty(offset + math.prod(shape), dtype=dtype, device=device)
         tensors.append(memory.normal_(std=std, generator=generator)[offset:].view(*shape))
     return tensors
+
+
+def gradients(
+    shape: str, dtype: torch.dtype, device: torch.device, *, seed: int = 2
+) -> list[Tensor]:
+    """Gradients for the shapes of that name, placed as `OFFSETS` says."""
+    return random(SHAPES[shape](), dtype, device, seed=seed, offset=OFFSETS.get(shape, 0))

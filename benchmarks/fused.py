@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,40 +13,64 @@ from fusedaccum.rules import RULES
 from fusedaccum.tables import count_chunks
 
 from .baselines import NATIVE, Form, Moved, Plan, backward, leaves
+from .rivals import RIVALS
 
 
 class FusedForm(Form):
     """What ours share: the last micro-batch leaves the norm, the step clips in registers."""
 
+    precision = "fp32 sum, fp32 states, fp32-precise split masters"
     moved = Moved(first=6, later=10, norm=0, step=28, clip=0)
+    held = 16
 
 
 class FusedBackend(FusedForm):
-    """The launches alone, without hooks and bookkeeping."""
+    """The launches alone, without hooks and bookkeeping.
 
-    def __init__(self, params: Sequence[Tensor], plan: Plan) -> None:
+    Args:
+        params, plan: as of every form.
+        rule: the update; the others than AdamW are for single steps (`test_micro.py`).
+        group: that rule's hyper-parameters, named as in a param group.
+    """
+
+    def __init__(
+        self,
+        params: Sequence[Tensor],
+        plan: Plan,
+        rule: str = "adam",
+        group: dict[str, Any] | None = None,
+    ) -> None:
         self.plan, self.params = plan, leaves(params)
+        self.group = group or {**plan.adamw(), "decoupled_weight_decay": True}
         device, n_tensors = params[0].device, len(params)
         self.backend = backends.get(plan.backend, device)
         self.accs = [torch.empty_like(p, dtype=torch.float32) for p in params]
         counts = [count_chunks(p.numel()) for p in params]
         self.cells = [sum(counts[:i]) for i in range(n_tensors)]
         self.partials = torch.zeros(sum(counts), device=device)
-        rule = RULES["adam"]
+        chosen = RULES[rule]
         self.kind = "none" if params[0].dtype == torch.float32 else "split"
         is_split = self.kind == "split"
         self.masters = [torch.zeros_like(p, dtype=torch.int16) for p in params if is_split]
         self.batch = backends.StepBatch(
-            rule,
+            chosen,
             self.kind,
             params=self.params,
             masters=self.masters,
             accs=self.accs,
-            states=[(torch.zeros_like(acc), torch.zeros_like(acc)) for acc in self.accs],
+            states=[
+                tuple(torch.full_like(a, chosen.start(name, self.group)) for name in chosen.states)
+                for a in self.accs
+            ],
             rows=list(range(n_tensors)),
             groups=[0] * n_tensors,
         )
-        self.scalars = backends.UpdateScalars(n_tensors, rule.family.n_scalars, device)
+        family = chosen.family
+        self.scalars = backends.UpdateScalars(
+            n_tensors, family.n_scalars, device, len(family.memory)
+        )
+        for column, (_, start) in enumerate(family.memory):
+            self.scalars.memory[:, column] = start(self.group)
 
     @torch.no_grad()
     def micro_batch(self, grads: Sequence[Tensor], index: int) -> None:
@@ -56,17 +81,22 @@ class FusedBackend(FusedForm):
         return self.partials.double().sum().sqrt().float()
 
     @torch.no_grad()
-    def update(self) -> None:
+    def finalize(self) -> None:
+        """Norm, clip coefficient, skip flag, step counts and the rule's scalars."""
         family, max_norm = self.batch.rule.family, self.plan.max_norm
         request = backends.UpdateRequest(
             family,
-            hyper=[(1.0, *family.hyper({**self.plan.adamw(), "decoupled_weight_decay": True}))],
+            hyper=[(1.0, *family.hyper(self.group))],
             partials=None if max_norm is None else self.partials,
             correction=1.0,
             max_norm=max_norm,
             skip_nonfinite=True,
         )
         self.backend.finalize(request, [self.batch], self.scalars)
+
+    @torch.no_grad()
+    def update(self) -> None:
+        self.finalize()
         self.backend.step(self.batch, self.scalars)
 
     def mean_grads(self) -> list[Tensor]:
@@ -128,4 +158,4 @@ FUSED: dict[str, type[Form]] = {
     "fused_hooks": FusedWrapper,
     "fused_assigned": FusedAssigned,
 }
-FORMS = {**FUSED, **NATIVE}
+FORMS = {**FUSED, **NATIVE, **RIVALS}

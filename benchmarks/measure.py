@@ -340,6 +340,20 @@ def environment(device: torch.device) -> Row:
     }
 
 
+def free_bytes(device: torch.device) -> int:
+    """Memory that is free on the device."""
+    if device.type == "cuda":
+        # What torch's allocator has cached is free to us too.
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + cached
+    try:
+        text = Path("/proc/meminfo").read_text(encoding="utf-8")
+    except OSError:
+        text = ""
+    found = re.search(r"^MemAvailable:\s*(\d+) kB", text, re.MULTILINE)
+    return 1024 * int(found[1]) if found else 1 << 62
+
+
 def results_folder(device: torch.device) -> Path:
     """Where results of this machine go: $OUT, else a folder named after the device."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import argparse
 import gc
+import itertools
 import json
 import os
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from . import cases, suites
+from . import cases, linear, suites
 from .baselines import Plan
+from .fused import FORMS
 from .measure import Row
 from .suites import COPY, Suite
 
@@ -40,7 +43,7 @@ N_GROUPS = {
     ("cycle", "compiled"): 1,
 }
 # Seconds for each of those groups.
-BUDGETS = {"micro": 8.0, "cycle": 60.0}
+BUDGETS = {"micro": 8.0, "cycle": 60.0, "linear": 2.0}
 # Targets, per device and operation: (column, bound, whether smaller is better). `ratio` is in units
 # of an fp32 copy, `copy_share` is of the copy's bandwidth, `speedup` over the best native form.
 TARGETS = {
@@ -53,12 +56,19 @@ TARGETS = {
 }
 
 
+def numbers(text: str) -> list[int]:
+    """The numbers of "1,4,8"."""
+    return [int(number) for number in text.split(",")]
+
+
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--only", choices=("micro", "cycle"))
+    parser.add_argument("--only", choices=("micro", "cycle", "linear"))
     parser.add_argument("--shapes", nargs="+", choices=sorted(cases.SHAPES))
-    parser.add_argument("--n", type=int, default=8, help="micro-batches per window")
+    parser.add_argument(
+        "--n", type=numbers, default=[8], help="micro-batches per window, as 8 or 1,4,8,16"
+    )
     parser.add_argument("--rounds", type=int, help="samples of each variant")
     parser.add_argument("--budget", type=float, help="seconds for each group of variants")
     parser.add_argument("--backend", choices=("triton", "torch"), help="fusedaccum's")
@@ -91,34 +101,45 @@ def measure_all(args: argparse.Namespace) -> Suite:
     """Run what the arguments ask for."""
     device = torch.device(args.device)
     warn_if_busy(device)
-    kinds = [args.only] if args.only else ["micro", "cycle"]
+    kinds = ["micro", "cycle"] if args.only is None else [args.only] * (args.only in KINDS)
     passes = [args.forms] if args.forms else ["eager"] if args.quick else ["eager", "compiled"]
     rounds = args.rounds or (3 if args.quick else 20 if device.type == "cuda" else 9)
 
     def shapes(kind: str) -> list[str]:
         return args.shapes or (["tiny"] if args.quick else SHAPES[device.type][kind])
 
+    def counts(kind: str) -> list[int]:
+        # A single operation is the same for any N.
+        return args.n if kind == "cycle" else [max(args.n)]
+
     # Shape by shape, so that what compiles for one is used while it is there.
     work = [
-        (forms_of, shape, kind)
+        (forms_of, shape, kind, n)
         for forms_of in passes
         for shape in sorted({shape for kind in kinds for shape in shapes(kind)})
         for kind in kinds
         if shape in shapes(kind)
+        for n in counts(kind)
     ]
-    bar = progress(rounds * sum(N_GROUPS[kind, forms_of] for forms_of, _, kind in work))
+    bar = progress(rounds * sum(N_GROUPS[kind, forms_of] for forms_of, _, kind, _ in work))
     suite = Suite(
         device,
-        Plan(n=args.n, backend=args.backend),
+        Plan(backend=args.backend),
         rounds=rounds,
         budget_s=0.0,
         gate_shapes=cases.tiny() if args.quick else cases.odd(),
         name="-".join(filter(None, (args.only or "all", args.forms, args.quick and "quick"))),
         tick=bar.update if bar is not None else lambda n: None,
     )
-    for forms_of, shape, kind in work:
+    if args.only == "linear" or (args.only is None and device.type == "cuda"):
+        layers = ["linear_tiny"] if args.quick else [n for n in linear.LAYERS if n != "linear_tiny"]
+        suite.budget_s = args.budget or BUDGETS["linear"]
+        for layer, tokens in itertools.product(layers, [64] if args.quick else linear.TOKENS):
+            linear.linear(suite, layer, tokens)
+    for forms_of, shape, kind, n in work:
         if bar is not None:
-            bar.set_description(f"{kind} {shape} {forms_of}")
+            bar.set_description(f"{kind} {shape} {forms_of} N={n}")
+        suite.plan = replace(suite.plan, n=n)
         suite.budget_s = args.budget or BUDGETS[kind]
         KINDS[kind](suite, shape, forms_of)
         gc.collect()
@@ -132,9 +153,10 @@ def measure_all(args: argparse.Namespace) -> Suite:
 def table(rows: Sequence[Row]) -> str:
     """One group: variants measured in turns, fastest first, ceilings on top."""
     head = rows[0]
+    tokens = f", {head['tokens']} tokens" if head.get("tokens") else ""
     lines = [
         f"{head['operation']}, {head['shape']} ({head['n_elements']:,} {head['dtype']} elements), "
-        f"N={head['n']}, {head['samples']} samples, load {head['load']}",
+        f"N={head['n']}{tokens}, {head['samples']} samples, load {head['load']}",
         f"  {'':<22}{'B/elem':>7}{'p20':>10}{'p50':>10}{'p80':>10} ms{'x copy':>8}"
         f"{'GB/s':>8}{'% of copy':>11}{'host ms':>10}{'error':>10}",
     ]
@@ -150,6 +172,12 @@ def table(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
+def is_exact(variant: str) -> bool:
+    """Whether a rival of that name does what ours do."""
+    form = FORMS.get(variant.removesuffix("_graph"))
+    return form is None or form.is_exact
+
+
 def judge(rows: Sequence[Row], device: str) -> list[str]:
     """What the rows say about the targets; wins and losses alike."""
     lines = []
@@ -160,7 +188,7 @@ def judge(rows: Sequence[Row], device: str) -> list[str]:
         rivals = {
             name: row
             for name, row in group.items()
-            if row["grad_error"] is not None and name not in ours and name != "plain_bf16"
+            if row["grad_error"] is not None and name not in ours and is_exact(name)
         }
         if not ours or not rivals:
             continue
@@ -206,6 +234,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     report(suite.rows, torch.device(args.device).type, targets=not args.quick)
     for name, why in suite.refused.items():
         print(f"REFUSED {name}: {why}")
+    for name, why in suite.skipped.items():
+        print(f"SKIPPED {name}: {why}")
     print(f"{len(suite.rows)} rows: {suite.path.name}")
     return 1 if suite.refused else 0
 

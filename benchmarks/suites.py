@@ -17,6 +17,7 @@ from . import cases, measure
 from .baselines import NATIVE, Form, Masters, NativeForm, Plan
 from .fused import FORMS
 from .measure import Gate, Refused, Row
+from .rivals import RIVALS, Missing
 
 BF16, FP32 = torch.bfloat16, torch.float32
 COPY = "copy"
@@ -25,11 +26,11 @@ EAGER = [name for name in NATIVE if name not in ("compiled", "plain_bf16")]
 # Forms that are measured in turns. What has to compile comes apart and last: where that fails or
 # takes too long, the other rows are there already.
 MICRO = {
-    "eager": ["fused_backend", *EAGER, "plain_bf16"],
+    "eager": ["fused_backend", *EAGER, "plain_bf16", *RIVALS],
     "compiled": ["fused_backend", "compiled"],
 }
 CYCLE = {
-    "eager": ["fused_backend", "fused_hooks", "fused_assigned", *EAGER, "plain_bf16"],
+    "eager": ["fused_backend", "fused_hooks", *EAGER, "plain_bf16", "fused_assigned", *RIVALS],
     "compiled": ["fused_backend", "fused_hooks", "compiled"],
 }
 # Which forms are also replayed from a CUDA graph, for shapes where launches are what costs.
@@ -84,6 +85,7 @@ class Suite:
         self.path = measure.new_path(measure.results_folder(device), f"{name}.json")
         self.rows: list[Row] = []
         self.refused: dict[str, str] = {}
+        self.skipped: dict[str, str] = {}
         self.groups = 0
         self._gates: dict[tuple[str, torch.dtype, Plan], Gate] = {}
 
@@ -96,25 +98,39 @@ class Suite:
     def gate(self, name: str, dtype: torch.dtype, plan: Plan) -> Gate | None:
         """The form's correctness check, once per run; None and a remark where it is refused."""
         key = (name, dtype, plan)
-        if key not in self._gates and name not in self.refused:
+        known = {*self.refused, *self.skipped}
+        if key not in self._gates and name not in known:
             try:
                 self._gates[key] = measure.gate(
                     FORMS[name], self.gate_shapes, dtype, plan, self.device
                 )
+            except Missing as error:
+                self.skipped[name] = str(error)
             except Exception as error:  # a baseline that cannot run here must not cost the others
                 self.refuse(name, error)
         return self._gates.get(key)
 
     def build(self, names: Iterable[str], params: Sequence[Tensor], plan: Plan) -> dict[str, Form]:
-        """The forms that passed. Native fp32 ones share masters, accumulators and states."""
+        """The forms that passed and fit. Native fp32 ones share masters, accumulators, states."""
         forms: dict[str, Form] = {}
         shared: Masters | None = None
+        n_elements = sum(p.numel() for p in params)
+        # Two for the ceilings, each 4 bytes per element, and a tenth for temporary tensors.
+        room = 0.9 * measure.free_bytes(self.device) - 8 * n_elements
         for name in names:
             if name == "blocked_add" and self.device.type != "cpu":
                 continue
             if self.gate(name, params[0].dtype, plan) is None:
                 continue
             make = FORMS[name]
+            is_native = issubclass(make, NativeForm)
+            need = 0 if is_native and shared else make.held * n_elements
+            if need > room:
+                self.skipped[f"{name}, {n_elements:,} elements"] = (
+                    f"needs {need / 2**30:.0f} GiB beside the others"
+                )
+                continue
+            room -= need
             if issubclass(make, NativeForm):
                 shared = shared or Masters(params, plan)
                 forms[name] = make(params, plan, shared)
@@ -136,10 +152,23 @@ class Suite:
     # --- time ---
 
     def time(
-        self, operation: str, shape: str, dtype: torch.dtype, variants: dict[str, Variant]
+        self,
+        operation: str,
+        shape: str,
+        dtype: torch.dtype,
+        variants: dict[str, Variant],
+        *,
+        n_elements: int | None = None,
+        tokens: int | None = None,
     ) -> None:
-        """Time variants in turns beside the ceilings, and keep their rows."""
-        n_elements = cases.count(cases.SHAPES[shape]())
+        """Time variants in turns beside the ceilings, and keep their rows.
+
+        Args:
+            operation, shape, dtype, tokens: what the rows say.
+            variants: by name.
+            n_elements: of all tensors; None: of `cases.SHAPES[shape]`.
+        """
+        n_elements = n_elements or cases.count(cases.SHAPES[shape]())
         source, target = (torch.ones(n_elements, device=self.device) for _ in range(2))
         copy = Variant(lambda: target.copy_(source), 8)
         ceilings = {
@@ -176,6 +205,7 @@ class Suite:
                     "shape": shape,
                     "dtype": str(dtype).removeprefix("torch."),
                     "n": self.plan.n,
+                    "tokens": tokens,
                     "n_elements": n_elements,
                     "bytes": round(variant.moved * n_elements),
                     "samples": len(timed.times),
@@ -185,6 +215,7 @@ class Suite:
                     "host_ms": round(timed.host, 5) if self.device.type == "cuda" else None,
                     "ratio": round(p50 / copy_ms, 4),
                     "copy_share": round(variant.moved / 8 * copy_ms / p50, 4),
+                    "precision": variant.form.precision if variant.form else None,
                     "grad_error": gate.grad_error if gate else None,
                     "update_error": gate.update_error if gate else None,
                     "gate_s": round(gate.seconds, 2) if gate else None,
@@ -202,7 +233,7 @@ def micro(suite: Suite, shape: str, forms_of: str) -> None:
     """Accumulate first, later, and last with its norm; then the norm alone and the step."""
     plan, shapes = suite.plan, cases.SHAPES[shape]()
     params = cases.random(shapes, BF16, suite.device, seed=1)
-    grads = cases.random(shapes, BF16, suite.device, seed=2)
+    grads = cases.gradients(shape, BF16, suite.device)
     forms = suite.build(MICRO[forms_of], params, plan)
     last = plan.n - 1
 
@@ -230,7 +261,7 @@ def micro(suite: Suite, shape: str, forms_of: str) -> None:
     if forms_of == "eager":
         norm(suite, shape)
         step(suite, shape, FP32, ["fused_backend", "native_fp32"])
-        step(suite, shape, BF16, ["fused_backend", "native_fp32", "plain_bf16"])
+        step(suite, shape, BF16, ["fused_backend", "native_fp32", "plain_bf16", *RIVALS])
     else:
         step(suite, shape, BF16, MICRO[forms_of])
 
@@ -272,7 +303,7 @@ def step(suite: Suite, shape: str, dtype: torch.dtype, names: Sequence[str]) -> 
     """AdamW without clipping, on what one window accumulated."""
     plan, shapes = replace(suite.plan, max_norm=None), cases.SHAPES[shape]()
     params = cases.random(shapes, dtype, suite.device, seed=1)
-    grads = cases.random(shapes, dtype, suite.device, seed=2)
+    grads = cases.gradients(shape, dtype, suite.device)
     forms = suite.build(names, params, plan)
     for form in forms.values():
         form.micro_batch(grads, 0)
@@ -288,8 +319,10 @@ def cycle(suite: Suite, shape: str, forms_of: str) -> None:
     """A whole window: N accumulations, norm, clip, AdamW, and what zeroing it takes."""
     plan, shapes = suite.plan, cases.SHAPES[shape]()
     params = cases.random(shapes, BF16, suite.device, seed=1, std=0.02)
-    grads = cases.random(shapes, BF16, suite.device, seed=2)
-    divided = [grad / plan.n for grad in grads]
+    grads = cases.gradients(shape, BF16, suite.device)
+    divided = cases.gradients(shape, BF16, suite.device)
+    for grad in divided:
+        grad /= plan.n
     forms = suite.build(CYCLE[forms_of], params, plan)
 
     def window(form: Form) -> tuple[Callable[[], object], int]:

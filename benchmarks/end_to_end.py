@@ -1,0 +1,362 @@
+"""`python -m benchmarks.end_to_end`: what accumulating and updating cost a real training loop.
+
+Each loop of `loops.py` trains the same Llama on the same micro-batches. The headline is the
+*accumulation tax*: the time of a window above that of N forwards and backwards alone, in percent of
+those. All loops run in turns in one process; a tax is of two times of the same round.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.utils import clip_grad_norm_
+
+from . import decoder, measure
+from .baselines import Plan
+from .loops import LOOPS, Loop
+from .measure import MAX_GRAD_ERROR, MAX_ROUNDING, MAX_UPDATE_ERROR, Row, Samples
+from .memory import footprint
+from .run import numbers, warn_if_busy
+
+FLOOR = "floor"
+# Longest sequence; larger micro-batches hold several.
+MAX_LENGTH = 2048
+# Per device: the model, micro-batch sizes in tokens, N.
+DEFAULTS: dict[str, tuple[str, list[int], list[int]]] = {
+    "cpu": ("llama_11m", [512, 1024, 2048], [1, 4, 8]),
+    "cuda": ("llama_1b", [512, 2048, 8192], [1, 4, 8, 16]),
+}
+# Two losses of the same weights and tokens.
+MAX_LOSS_ERROR = 1e-5
+
+
+class WaitingClock(measure.Clock):
+    """Seconds of the wall, as a training run sees them: until the device has finished.
+
+    The host's own time is part of it, unlike in the rows of single operations.
+    """
+
+    warm_calls = 1
+
+    def time(self, run: Callable[[], object], lead: float) -> tuple[float, float]:
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        run()
+        host = 1e3 * (time.perf_counter() - began)
+        torch.cuda.synchronize()
+        return 1e3 * (time.perf_counter() - began), host
+
+
+def batches(
+    n: int, tokens: int, vocabulary: int, device: torch.device, *, seed: int = 0
+) -> list[Tensor]:
+    """N micro-batches of random tokens, as few sequences as `MAX_LENGTH` allows."""
+    length = min(tokens, MAX_LENGTH)
+    generator = torch.Generator(device).manual_seed(seed)
+    return [
+        torch.randint(vocabulary, (tokens // length, length), generator=generator, device=device)
+        for _ in range(n)
+    ]
+
+
+# --- correctness ---
+
+
+def gate(make: type[Loop], model: nn.Module, vocabulary: int, plan: Plan) -> dict[str, float]:
+    """Run two windows beside AdamW in float64, whose gradients are of the loop's own weights.
+
+    Returns:
+        Errors, as columns of a row: of the mean gradient, relative, and of the weights, in
+        learning rates; and `noise`, how far two backwards of the same micro-batch are apart.
+
+    Raises:
+        measure.Refused: if a loop that claims to be exact is not, or a loss differs.
+    """
+    device = next(model.parameters()).device
+    loop, twin = make(model, plan), Loop(model, plan).model
+    params: list[Tensor] = list(twin.parameters())
+    for param in params:
+        # Some operations make fp32 gradients of bf16 weights (rms_norm on a CPU): unrounded, as
+        # the exact loops see them.
+        param.grad_dtype = None
+    exact = [p.detach().double().requires_grad_() for p in params]
+    optimizer = torch.optim.AdamW(exact, **plan.adamw())
+    noise = grad_error = loss_error = 0.0
+
+    def grads(ids: Tensor) -> tuple[Tensor, list[Tensor]]:
+        loss = decoder.loss(twin, ids)
+        return loss.detach(), [g.double() for g in torch.autograd.grad(loss, params)]
+
+    # Of the ways to compute attention, the one whose backward is the same in each run.
+    with sdpa_kernel(SDPBackend.MATH):
+        for window in range(2):
+            with torch.no_grad():
+                for param, own in zip(params, loop.params, strict=True):
+                    param.copy_(own)
+            ids = batches(plan.n, 32, vocabulary, device, seed=window)
+            first, second = grads(ids[0])[1], grads(ids[0])[1]
+            noise = max(noise, _distance(first, second))
+            means = [torch.zeros_like(p) for p in exact]
+            for index, tokens in enumerate(ids):
+                loss, found = grads(tokens)
+                torch._foreach_add_(means, found, alpha=1 / plan.n)
+                own_loss = loop.micro_batch(tokens, index)
+                loss_error = max(loss_error, float((own_loss - loss).abs() / loss.abs()))
+            if make is not LOOPS[FLOOR]:
+                grad_error = max(grad_error, _distance(loop.mean_grads(), means))
+                loop.update()
+            for param, mean in zip(exact, means, strict=True):
+                param.grad = mean
+            if plan.max_norm is not None:
+                clip_grad_norm_(exact, plan.max_norm)
+            optimizer.step()
+    errors = {"grad_error": grad_error, "noise": noise, "loss_error": loss_error}
+    if not loss_error <= max(MAX_LOSS_ERROR, noise):
+        raise measure.Refused(f"loss off by {loss_error:.1e}")
+    if make is LOOPS[FLOOR]:
+        return errors
+    values = [value.double() for value in loop.values()]
+    rounding = max(
+        float(((p.detach().double() - v).abs() / v.abs().clamp(min=1e-30)).max())
+        for p, v in zip(loop.params, values, strict=True)
+    )
+    errors["update_error"] = (
+        max(float((v - e.detach()).abs().max()) for v, e in zip(values, exact, strict=True))
+        / plan.lr
+    )
+    # AdamW's first steps are of the gradient's sign: they can only be judged where two backwards
+    # agree to the bit.
+    is_right = grad_error <= MAX_GRAD_ERROR + 4 * noise and rounding <= MAX_ROUNDING
+    if make.is_exact and not (
+        is_right and (noise > 0 or errors["update_error"] <= MAX_UPDATE_ERROR)
+    ):
+        raise measure.Refused(
+            f"mean gradient off by {grad_error:.1e}, parameters by {errors['update_error']:.1e} "
+            f"learning rates, their rounding by {rounding:.1e}"
+        )
+    return errors
+
+
+def _distance(found: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
+    """Relative L2 distance of two lists of tensors."""
+    apart = sum(float((a.double() - b).square().sum()) for a, b in zip(found, exact, strict=True))
+    return float((apart / sum(float(b.square().sum()) for b in exact)) ** 0.5)
+
+
+# --- time ---
+
+
+def paired(times: Sequence[float], floor: Sequence[float]) -> Samples:
+    """The tax of each round, in percent."""
+    return Samples(0.0, 0.0, [100 * (t / f - 1) for t, f in zip(times, floor, strict=True)])
+
+
+class Run:
+    """Measures and keeps the rows. Arguments as of the command line."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.device = torch.device(args.device)
+        self.args = args
+        self.sizes = decoder.SIZES[args.size]
+        self.environment = measure.environment(self.device)
+        name = "end-to-end-quick.json" if args.quick else "end-to-end.json"
+        self.path = measure.new_path(measure.results_folder(self.device), name)
+        self.clock = WaitingClock() if self.device.type == "cuda" else measure.Clock()
+        self.rows: list[Row] = []
+        self.refused: dict[str, str] = {}
+        self.skipped: dict[str, str] = {}
+        self.groups = 0
+        self.model, self.model_name = decoder.build(self.sizes, self.device, args.model)
+        self.errors = self._gates()
+
+    def _gates(self) -> dict[str, dict[str, float]]:
+        """The loops that passed, with their errors. Of a small model: fp64 copies are large."""
+        sizes = decoder.SIZES["llama_tiny"]
+        model, _ = decoder.build(sizes, self.device, self.args.model)
+        found = {}
+        for name, make in LOOPS.items():
+            try:
+                found[name] = gate(make, model, sizes.vocabulary, Plan(n=4))
+            except Exception as error:  # one that cannot run here must not cost the others
+                self.refused[name] = f"{type(error).__name__}: {error}"
+        return found
+
+    def refuse(self, name: str, error: Exception) -> None:
+        """No number for this loop; a lack of memory is no fault of its own."""
+        kept = self.skipped if isinstance(error, torch.OutOfMemoryError) else self.refused
+        kept[name] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+
+    def measure(self, tokens: int, n: int) -> None:
+        """All loops at one micro-batch size and one N."""
+        plan = Plan(n=n, backend=self.args.backend)
+        ids = batches(n, tokens, self.sizes.vocabulary, self.device)
+        loops: dict[str, Loop] = {}
+        memory: dict[str, tuple[int, int]] = {}
+        last: dict[str, Tensor] = {}
+
+        def use(name: str, loop: Loop) -> None:
+            last[name] = loop.window(ids)
+
+        for name in self.errors:
+            try:
+                loops[name], *counted = footprint(
+                    self.device,
+                    partial(LOOPS[name], self.model, plan),
+                    partial(use, name),
+                )
+                memory[name] = (counted[0], counted[1])
+            except Exception as error:
+                self.refuse(f"{name}, {tokens} tokens", error)
+                gc.collect()
+        if FLOOR not in loops:
+            return
+        again = f"{FLOOR}_again"
+        loops[again], memory[again] = loops[FLOOR], memory[FLOOR]
+        samples = measure.interleave(
+            {name: partial(use, name, loop) for name, loop in loops.items()},
+            self.clock,
+            rounds=self.args.rounds,
+            budget_s=self.args.budget,
+            refuse=self.refuse,
+        )
+        self.groups += 1
+        n_elements = sum(p.numel() for p in self.model.parameters())
+        for name, timed in samples.items():
+            if not all(bool(p.isfinite().all()) for p in loops[name].params):
+                self.refuse(name, measure.Refused("it holds NaN or Inf after it was timed"))
+                continue
+            errors = self.errors[FLOOR if name == again else name]
+            p50, tax = timed.quantile(0.5), paired(timed.times, samples[FLOOR].times)
+            rest, peak = memory[name]
+            self.rows.append(
+                self.environment
+                | {
+                    "group": self.groups,
+                    "operation": "train_window",
+                    "variant": name,
+                    "shape": self.args.size,
+                    "model": self.model_name,
+                    "dtype": "bfloat16",
+                    "n": n,
+                    "tokens": tokens,
+                    "length": ids[0].shape[1],
+                    "n_elements": n_elements,
+                    "bytes": None,
+                    "samples": len(timed.times),
+                    "p20_ms": round(timed.quantile(0.2), 3),
+                    "p50_ms": round(p50, 3),
+                    "p80_ms": round(timed.quantile(0.8), 3),
+                    "host_ms": round(timed.host, 3) if self.device.type == "cuda" else None,
+                    "ratio": round(p50 / samples[FLOOR].quantile(0.5), 4),
+                    "copy_share": None,
+                    "tax_p20": round(tax.quantile(0.2), 2),
+                    "tax_p50": round(tax.quantile(0.5), 2),
+                    "tax_p80": round(tax.quantile(0.8), 2),
+                    "tokens_per_s": round(1e3 * n * tokens / p50, 1),
+                    "rest_bytes": rest,
+                    "peak_bytes": peak,
+                    "rest_per_parameter": round(rest / n_elements, 2),
+                    "peak_per_parameter": round(peak / n_elements, 2),
+                    "loss": round(float(last[name]), 4),
+                    "precision": loops[name].precision,
+                    "grad_error": errors["grad_error"] if name in LOOPS and name != FLOOR else None,
+                    "update_error": errors.get("update_error"),
+                    "noise": errors["noise"],
+                    "first_ms": round(timed.first, 2),
+                    "load": round(os.getloadavg()[0], 2),
+                }
+            )
+        measure.save(self.rows, self.path)
+
+
+# --- command ---
+
+
+def table(rows: Sequence[Row]) -> str:
+    """One group: loops measured in turns."""
+    head = rows[0]
+    lines = [
+        f"{head['model']}, {head['n_elements']:,} parameters, {head['tokens']} tokens in sequences "
+        f"of {head['length']}, N={head['n']}, {head['samples']} samples, load {head['load']}",
+        f"  {'':<14}{'p20':>10}{'p50':>10}{'p80':>10} ms{'tokens/s':>11}"
+        f"{'tax p20':>9}{'p50':>8}{'p80':>8} %{'at rest':>10}{'peak':>9} B/param{'error':>9}",
+    ]
+    for row in rows:
+        error = "" if row["grad_error"] is None else f"{row['grad_error']:.0e}"
+        lines.append(
+            f"  {row['variant']:<14}{row['p20_ms']:>10.1f}{row['p50_ms']:>10.1f}"
+            f"{row['p80_ms']:>10.1f}   {row['tokens_per_s']:>11,.0f}"
+            f"{row['tax_p20']:>9.2f}{row['tax_p50']:>8.2f}{row['tax_p80']:>8.2f}  "
+            f"{row['rest_per_parameter']:>10.2f}{row['peak_per_parameter']:>9.1f}{error:>17}"
+        )
+    return "\n".join(lines)
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--size", choices=sorted(decoder.SIZES), help="of the model")
+    parser.add_argument("--model", choices=("transformers", "plain"), help="whose Llama")
+    parser.add_argument("--tokens", type=numbers, help="per micro-batch, as 512,2048,8192")
+    parser.add_argument("--n", type=numbers, help="micro-batches per window, as 1,4,8,16")
+    parser.add_argument("--rounds", type=int, help="samples of each loop")
+    parser.add_argument("--budget", type=float, help="seconds for each group of loops")
+    parser.add_argument("--backend", choices=("triton", "torch"), help="fusedaccum's")
+    parser.add_argument("--show", type=Path, help="measure nothing: print the rows of this file")
+    parser.add_argument("--quick", action="store_true", help="a tiny model: does it run?")
+    args = parser.parse_args(argv)
+    size, tokens, counts = DEFAULTS[torch.device(args.device).type]
+    args.size = args.size or ("llama_tiny" if args.quick else size)
+    args.tokens = args.tokens or ([32] if args.quick else tokens)
+    args.n = args.n or ([2] if args.quick else counts)
+    args.rounds = args.rounds or (3 if args.quick else 9)
+    args.budget = args.budget or (20.0 if torch.device(args.device).type == "cpu" else 8.0)
+    return args
+
+
+def grid(tokens: Sequence[int], counts: Sequence[int]) -> list[tuple[int, int]]:
+    """Every micro-batch size with N = 8 (or the largest), and the smallest size with every N."""
+    main = 8 if 8 in counts else max(counts)
+    sizes = [(size, main) for size in tokens]
+    return sizes + [(min(tokens), n) for n in counts if n != main]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns 1 if a loop was refused."""
+    args = parse(argv)
+    if args.show:
+        rows: list[dict[str, Any]] = json.loads(args.show.read_text("utf-8"))
+    else:
+        warn_if_busy(torch.device(args.device))
+        run = Run(args)
+        for tokens, n in grid(args.tokens, args.n):
+            run.measure(tokens, n)
+            gc.collect()
+        rows = run.rows
+    for _, members in groupby(rows, key=lambda row: row["group"]):
+        print("\n" + table(list(members)))
+    if args.show:
+        return 0
+    for name, why in run.refused.items():
+        print(f"REFUSED {name}: {why}")
+    for name, why in run.skipped.items():
+        print(f"SKIPPED {name}: {why}")
+    print(f"{len(rows)} rows: {run.path.name}")
+    return 1 if run.refused else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

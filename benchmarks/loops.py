@@ -1,0 +1,163 @@
+"""Training loops around the forms of `baselines.py` and `fused.py`: a real forward and backward.
+
+A loop makes a window of N micro-batches in the two calls that a `Form` has too: `micro_batch` for
+each, then `update`. `Floor` is the forward and backward alone, which every loop pays for.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import clip_grad_norm_
+
+from . import decoder
+from .baselines import Form, NativeFP32, PlainBF16, Plan
+from .fused import FusedWrapper
+
+
+class Loop:
+    """One way to train.
+
+    Attributes:
+        is_exact: whether it sums in fp32 and steps fp32-precise weights.
+        precision: the same in words.
+    """
+
+    is_exact: ClassVar[bool] = True
+    precision: ClassVar[str]
+    params: list[Tensor]
+
+    def __init__(self, model: nn.Module, plan: Plan) -> None:
+        self.model, self.plan = copy.deepcopy(model), plan
+
+    def micro_batch(self, ids: Tensor, index: int) -> Tensor:
+        """Forward, backward and accumulation of the index-th of N; returns the loss."""
+        raise NotImplementedError
+
+    def update(self) -> None:
+        """Clip and step."""
+
+    def mean_grads(self) -> list[Tensor]:
+        """The mean gradient, after the last micro-batch and before `update()`."""
+        raise NotImplementedError
+
+    def values(self) -> list[Tensor]:
+        """The parameters as precisely as they are kept."""
+        raise NotImplementedError
+
+    def window(self, batches: Sequence[Tensor]) -> Tensor:
+        """A whole window; returns the mean loss."""
+        losses = [self.micro_batch(ids, index) for index, ids in enumerate(batches)]
+        self.update()
+        return torch.stack(losses).mean()
+
+
+class Floor(Loop):
+    """Forward and backward; gradients are freed, nothing is accumulated."""
+
+    is_exact = False
+    precision = "no accumulation, no update"
+
+    def __init__(self, model: nn.Module, plan: Plan) -> None:
+        super().__init__(model, plan)
+        self.params = list(self.model.parameters())
+
+    def micro_batch(self, ids: Tensor, index: int) -> Tensor:
+        loss = decoder.loss(self.model, ids)
+        loss.backward()
+        for param in self.params:
+            param.grad = None
+        return loss.detach()
+
+
+class Plain(Loop):
+    """What most people run: everything in bf16."""
+
+    is_exact = False
+    precision = PlainBF16.precision
+
+    def __init__(self, model: nn.Module, plan: Plan) -> None:
+        super().__init__(model, plan)
+        self.params = list(self.model.parameters())
+        self.optimizer = torch.optim.AdamW(self.params, fused=True, **plan.adamw())
+
+    def micro_batch(self, ids: Tensor, index: int) -> Tensor:
+        loss = decoder.loss(self.model, ids)
+        (loss / self.plan.n).backward()
+        return loss.detach()
+
+    def update(self) -> None:
+        if self.plan.max_norm is not None:
+            clip_grad_norm_(self.params, self.plan.max_norm, foreach=True)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def mean_grads(self) -> list[Tensor]:
+        return [p.grad for p in self.params if p.grad is not None]
+
+    def values(self) -> list[Tensor]:
+        return [p.detach() for p in self.params]
+
+
+class FormLoop(Loop):
+    """A loop whose model has a form's parameters, and whose update is the form's."""
+
+    make: ClassVar[type[Form]]
+
+    def __init__(self, model: nn.Module, plan: Plan) -> None:
+        super().__init__(model, plan)
+        self.form = self.make(list(self.model.parameters()), plan)  # type: ignore[call-arg]
+        self.params = self.form.params
+        decoder.adopt(self.model, self.params)
+
+    def update(self) -> None:
+        self.form.update()
+
+    def mean_grads(self) -> list[Tensor]:
+        return self.form.mean_grads()
+
+    def values(self) -> list[Tensor]:
+        return self.form.values()
+
+
+class Native(FormLoop):
+    """Stock torch in fp32: autograd adds bf16 into an fp32 `.grad`, AdamW steps fp32 masters."""
+
+    make = NativeFP32
+    precision = NativeFP32.precision
+    form: NativeFP32
+
+    def micro_batch(self, ids: Tensor, index: int) -> Tensor:
+        if index == 0:
+            torch._foreach_zero_(self.form.accs)
+        loss = decoder.loss(self.model, ids)
+        (loss / self.plan.n).backward()
+        return loss.detach()
+
+
+class Fused(FormLoop):
+    """The wrapper, as its README says."""
+
+    make = FusedWrapper
+    precision = FusedWrapper.precision
+    form: FusedWrapper
+
+    def micro_batch(self, ids: Tensor, index: int) -> Tensor:
+        # First, and not last, so that `p.grad` shows the mean when the window is over.
+        self.form.optimizer.zero_grad()
+        loss = decoder.loss(self.model, ids)
+        loss.backward()
+        self.form.optimizer.step()
+        return loss.detach()
+
+
+LOOPS: dict[str, type[Loop]] = {
+    "floor": Floor,
+    "plain_bf16": Plain,
+    "native_fp32": Native,
+    "fused_hooks": Fused,
+}

@@ -1,0 +1,202 @@
+"""Single operations under pytest-benchmark: `pytest benchmarks --benchmark-only`.
+
+For quick comparisons while a kernel is changed (`--benchmark-compare`, `-k "step and lora"`). The
+forms are those of the rows; variants are timed one after the other, so take published numbers from
+`python -m benchmarks.run`, which times them in turns. A form runs only if it passed the gate.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fusedaccum import functional
+from fusedaccum.rules import RULES
+
+from . import cases, measure
+from .baselines import Form, Plan
+from .fused import FORMS, FusedBackend
+from .rivals import RIVALS, Missing
+
+pytest.importorskip("pytest_benchmark")
+
+BF16 = torch.bfloat16
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+# What a CPU works through in seconds; larger shapes are for GPUs.
+SHAPES = [
+    name
+    for name, shapes in cases.SHAPES.items()
+    if DEVICE.type == "cuda" or cases.count(shapes()) <= 130e6
+]
+EAGER = [name for name in FORMS if name != "compiled"]
+# The wrapper's last micro-batch is its step.
+STEPPING = [name for name in EAGER if name not in ("fused_hooks", "fused_assigned")]
+# Rivals sum gradients as plain bf16 does.
+OPERATIONS = [name for name in STEPPING if name not in RIVALS]
+
+Run = Callable[[Callable[[], object]], None]
+
+
+@pytest.fixture
+def timed(benchmark: Any) -> Run:
+    """Time a call, until the device has finished."""
+
+    def run(call: Callable[[], object]) -> None:
+        if DEVICE.type == "cuda":
+
+            def waited() -> None:
+                call()
+                torch.cuda.synchronize()
+
+            benchmark(waited)
+        else:
+            benchmark(call)
+
+    return run
+
+
+@functools.cache
+def gate(name: str, plan: Plan) -> measure.Gate:
+    """Once per form; raises where it disagrees with float64."""
+    return measure.gate(FORMS[name], cases.tiny(), BF16, plan, DEVICE)
+
+
+def make(name: str, shape: str, plan: Plan, *, std: float = 1.0) -> Form:
+    """A form that passed, on parameters of these shapes; skips one that cannot be here."""
+    if name == "blocked_add" and DEVICE.type != "cpu":
+        pytest.skip("blocked_add is for CPUs")
+    need = (FORMS[name].held + 6) * cases.count(cases.SHAPES[shape]())
+    if need > 0.9 * measure.free_bytes(DEVICE):
+        pytest.skip(f"needs {need / 2**30:.0f} GiB")
+    try:
+        gate(name, plan)
+    except Missing as missing:
+        pytest.skip(str(missing))
+    params = cases.random(cases.SHAPES[shape](), BF16, DEVICE, seed=1, std=std)
+    form: Form = FORMS[name](params, plan)  # type: ignore[call-arg]
+    return form
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+@pytest.mark.parametrize("index", [0, 1], ids=["first", "later"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_accumulate(timed: Run, shape: str, index: int, name: str) -> None:
+    form, grads = make(name, shape, Plan()), cases.gradients(shape, BF16, DEVICE)
+    form.micro_batch(grads, 0)
+    timed(lambda: form.micro_batch(grads, index))
+    assert measure.is_finite(form)
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_accumulate_last_norm(timed: Run, shape: str, name: str) -> None:
+    form, grads = make(name, shape, Plan()), cases.gradients(shape, BF16, DEVICE)
+    form.micro_batch(grads, 0)
+
+    def last() -> Tensor:
+        form.micro_batch(grads, form.plan.n - 1)
+        return form.norm()
+
+    timed(last)
+    assert last().isfinite()
+
+
+@pytest.mark.parametrize("name", ["fused_functional", "get_total_norm"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_norm(timed: Run, shape: str, name: str) -> None:
+    tensors = cases.random(cases.SHAPES[shape](), torch.float32, DEVICE, seed=3)
+    exact = sum(float(t.double().square().sum()) for t in tensors) ** 0.5
+    calls: dict[str, Callable[[], Tensor]] = {
+        "fused_functional": lambda: functional.global_norm(tensors),
+        "get_total_norm": lambda: torch.nn.utils.get_total_norm(tensors),
+    }
+    # torch's loses digits on one large tensor: 5e-3 of 64 Mi elements.
+    assert float(calls[name]()) == pytest.approx(exact, rel=1e-6 if name[0] == "f" else 1e-2)
+    timed(calls[name])
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_finalize(timed: Run, shape: str) -> None:
+    """Norm of the partial sums, clip coefficient, skip flag, step counts, the rule's scalars."""
+    form = make("fused_backend", shape, Plan())
+    assert isinstance(form, FusedBackend)
+    form.micro_batch(cases.gradients(shape, BF16, DEVICE), 0)
+    timed(form.finalize)
+    assert form.scalars.steps.max() >= 1
+
+
+def _defaults(kind: type[torch.optim.Optimizer], **options: Any) -> dict[str, Any]:
+    """A param group as that optimizer makes it."""
+    optimizer = kind([torch.zeros(1, requires_grad=True)], **options)
+    return optimizer.param_groups[0]
+
+
+RULE_GROUPS: dict[str, Callable[[], dict[str, Any]]] = {
+    "adam": lambda: _defaults(torch.optim.AdamW),
+    "adam_amsgrad": lambda: _defaults(torch.optim.AdamW, amsgrad=True),
+    "nadam": lambda: _defaults(torch.optim.NAdam),
+    "radam": lambda: _defaults(torch.optim.RAdam),
+    "adamax": lambda: _defaults(torch.optim.Adamax),
+    "adagrad": lambda: _defaults(torch.optim.Adagrad),
+    "rmsprop": lambda: _defaults(torch.optim.RMSprop),
+    "rmsprop_momentum": lambda: _defaults(torch.optim.RMSprop, momentum=0.9),
+    "rmsprop_centered": lambda: _defaults(torch.optim.RMSprop, centered=True),
+    "rmsprop_centered_momentum": lambda: _defaults(
+        torch.optim.RMSprop, centered=True, momentum=0.9
+    ),
+    "adadelta": lambda: _defaults(torch.optim.Adadelta),
+    "asgd": lambda: _defaults(torch.optim.ASGD),
+    "rprop": lambda: _defaults(torch.optim.Rprop),
+    "sgd": lambda: _defaults(torch.optim.SGD),
+    "sgd_momentum": lambda: _defaults(torch.optim.SGD, momentum=0.9),
+    "sgd_nesterov": lambda: _defaults(torch.optim.SGD, momentum=0.9, nesterov=True),
+    "lion": lambda: {"lr": 1e-4, "betas": (0.9, 0.99), "weight_decay": 0.0},
+}
+
+
+@pytest.mark.parametrize("dtype", [BF16, torch.float32], ids=["bf16", "fp32"])
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_rule(timed: Run, shape: str, rule: str, dtype: torch.dtype) -> None:
+    """`finalize` and the step of every rule."""
+    held = 2 + 2 + 4 + 4 * len(RULES[rule].states) + 6
+    if held * cases.count(cases.SHAPES[shape]()) > 0.9 * measure.free_bytes(DEVICE):
+        pytest.skip("does not fit")
+    params = cases.random(cases.SHAPES[shape](), dtype, DEVICE, seed=1)
+    form = FusedBackend(params, Plan(), rule, RULE_GROUPS[rule]())
+    grads = cases.gradients(shape, dtype, DEVICE)
+    form.micro_batch(grads, 0)
+    form.micro_batch(grads, form.plan.n - 1)
+    before = form.values()[-1].clone()
+    timed(form.update)
+    assert measure.is_finite(form) and not torch.equal(before, form.values()[-1])
+
+
+@pytest.mark.parametrize("name", STEPPING)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_step(timed: Run, shape: str, name: str) -> None:
+    """AdamW without clipping, each form's own."""
+    form, grads = make(name, shape, Plan(max_norm=None)), cases.gradients(shape, BF16, DEVICE)
+    for index in range(form.plan.n):
+        form.micro_batch(grads, index)
+    timed(form.update)
+    assert measure.is_finite(form)
+
+
+@pytest.mark.parametrize("name", EAGER)
+@pytest.mark.parametrize("max_norm", [None, 1.0], ids=["free", "clipped"])
+@pytest.mark.parametrize("n", [1, 4, 8, 16])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_window(timed: Run, shape: str, n: int, max_norm: float | None, name: str) -> None:
+    form = make(name, shape, Plan(n=n, max_norm=max_norm), std=0.02)
+    grads = cases.gradients(shape, BF16, DEVICE)
+    if form.loss_is_divided:
+        for grad in grads:
+            grad /= n
+    timed(lambda: form.window(grads))
+    assert measure.is_finite(form)
