@@ -28,6 +28,7 @@ LEVELS = {
     "fusedaccum.rule_text": 0,
     "fusedaccum.frameworks": 0,
     "fusedaccum.tables": 0,
+    "fusedaccum.timing": 0,
     "fusedaccum.rounding": 1,
     "fusedaccum.arguments": 1,
     "fusedaccum.rules": 1,
