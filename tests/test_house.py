@@ -54,8 +54,16 @@ LEVELS = {
     "fusedaccum.linear": 8,
     "fusedaccum.optimizer": 9,
     "fusedaccum": 10,
-    "fusedaccum.cli": 11,
-    "fusedaccum.__main__": 12,
+    "fusedaccum.commands": 0,
+    "fusedaccum.commands.output": 0,
+    "fusedaccum.commands.checks": 11,
+    "fusedaccum.commands.machine": 11,
+    "fusedaccum.commands.check_sums": 12,
+    "fusedaccum.commands.check_windows": 13,
+    "fusedaccum.commands.check_steps": 13,
+    "fusedaccum.commands.doctor": 14,
+    "fusedaccum.cli": 16,
+    "fusedaccum.__main__": 17,
 }
 KERNELS = "fusedaccum.kernels"
 # Imports between two modules of one level that are wanted: (importer, imported).
