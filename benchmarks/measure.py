@@ -12,19 +12,22 @@ import hashlib
 import json
 import os
 import platform
-import random
 import re
-import statistics
 import subprocess
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
+
+from fusedaccum.timing import Clock as Clock
+from fusedaccum.timing import CudaClock as CudaClock
+from fusedaccum.timing import Samples as Samples
+from fusedaccum.timing import interleave as interleave
 
 from . import cases
 from .baselines import Form, Plan
@@ -33,124 +36,6 @@ ROOT = Path(__file__).resolve().parent.parent
 Row = dict[str, Any]
 
 # --- time ---
-
-
-@dataclass
-class Samples:
-    """Milliseconds of one variant.
-
-    Attributes:
-        first: the first call, compilation included.
-        host: until the call returned (on a GPU; on a CPU it is the whole time).
-        times: one per round.
-    """
-
-    first: float
-    host: float
-    times: list[float] = field(default_factory=list)
-
-    def quantile(self, q: float) -> float:
-        """Linear between the neighbouring samples."""
-        ordered = sorted(self.times)
-        position = q * (len(ordered) - 1)
-        low = int(position)
-        high = min(low + 1, len(ordered) - 1)
-        return ordered[low] + (position - low) * (ordered[high] - ordered[low])
-
-
-class Clock:
-    """Times one call on the CPU."""
-
-    warm_calls = 0
-
-    def time(self, run: Callable[[], object], lead: float) -> tuple[float, float]:
-        """Milliseconds of the work, and until the call returned."""
-        began = time.perf_counter()
-        run()
-        elapsed = 1e3 * (time.perf_counter() - began)
-        return elapsed, elapsed
-
-
-class CudaClock(Clock):
-    """Times one call on the GPU by events; the device is never waited for between them.
-
-    Before each call a buffer of four times the L2 cache is read, so that no variant finds its
-    operands there (read, not written: dirty lines would be written back in somebody's time). Then
-    the device sleeps for `lead` milliseconds, in which the host enqueues the call: what is timed is
-    the device's work and not the gaps between launches. Those show in the host's own time.
-    """
-
-    warm_calls = 3
-
-    def __init__(self, device: torch.device) -> None:
-        properties = torch.cuda.get_device_properties(device)
-        cache = getattr(properties, "L2_cache_size", 0) or 64 << 20
-        self.buffer = torch.ones(cache, dtype=torch.float32, device=device)  # 4 bytes each
-        self.start, self.end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        cycles = 4_000_000
-        self.time(lambda: torch.cuda._sleep(cycles), 0.0)  # loads the kernel
-        elapsed, _ = self.time(lambda: torch.cuda._sleep(cycles), 0.0)
-        self.cycles_per_ms = cycles / elapsed
-
-    def time(self, run: Callable[[], object], lead: float) -> tuple[float, float]:
-        self.buffer.sum()
-        if lead:
-            torch.cuda._sleep(int(lead * self.cycles_per_ms))
-        self.start.record()
-        began = time.perf_counter()
-        run()
-        host = 1e3 * (time.perf_counter() - began)
-        self.end.record()
-        self.end.synchronize()
-        return self.start.elapsed_time(self.end), host
-
-
-# A GPU's queue holds about a thousand launches; beyond that the host waits and a longer sleep does
-# not help.
-MAX_LEAD_MS = 20.0
-MIN_ROUNDS = 3
-
-
-def interleave(
-    variants: Mapping[str, Callable[[], object]],
-    clock: Clock,
-    *,
-    rounds: int,
-    budget_s: float,
-    tick: Callable[[int], object] = lambda n: None,
-    refuse: Callable[[str, Exception], object],
-) -> dict[str, Samples]:
-    """Time variants in turns.
-
-    Args:
-        variants: name → call.
-        clock: of their device.
-        rounds: samples of each; fewer (at least three) once `budget_s` is spent.
-        budget_s: seconds for the rounds.
-        tick: called with the number of rounds done since the last call.
-        refuse: called with the name of a variant that raises at its first call, and the error.
-    """
-    samples = {}
-    for name, run in variants.items():
-        try:
-            first, _ = clock.time(run, 0.0)
-            warm = [clock.time(run, 0.0)[1] for _ in range(clock.warm_calls)]
-        except Exception as error:
-            refuse(name, error)
-        else:
-            samples[name] = Samples(first, statistics.median(warm or [first]))
-    began = time.perf_counter()
-    for done in range(rounds):
-        if done >= MIN_ROUNDS and time.perf_counter() - began > budget_s:
-            tick(rounds - done)
-            break
-        order = list(samples)
-        random.Random(done).shuffle(order)
-        for name in order:
-            lead = min(1.5 * samples[name].host + 0.1, MAX_LEAD_MS)
-            samples[name].times.append(clock.time(variants[name], lead)[0])
-        tick(1)
-    return samples
 
 
 def captured(run: Callable[[], object]) -> Callable[[], object]:

@@ -28,6 +28,7 @@ LEVELS = {
     "fusedaccum.rule_text": 0,
     "fusedaccum.frameworks": 0,
     "fusedaccum.tables": 0,
+    "fusedaccum.timing": 0,
     "fusedaccum.rounding": 1,
     "fusedaccum.arguments": 1,
     "fusedaccum.rules": 1,
@@ -54,8 +55,16 @@ LEVELS = {
     "fusedaccum.linear": 9,
     "fusedaccum.optimizer": 10,
     "fusedaccum": 11,
-    "fusedaccum.cli": 12,
-    "fusedaccum.__main__": 13,
+    "fusedaccum.commands": 0,
+    "fusedaccum.commands.output": 0,
+    "fusedaccum.commands.checks": 12,
+    "fusedaccum.commands.machine": 12,
+    "fusedaccum.commands.check_sums": 13,
+    "fusedaccum.commands.check_windows": 14,
+    "fusedaccum.commands.check_steps": 14,
+    "fusedaccum.commands.doctor": 15,
+    "fusedaccum.cli": 17,
+    "fusedaccum.__main__": 18,
 }
 KERNELS = "fusedaccum.kernels"
 # Imports between two modules of one level that are wanted: (importer, imported).

@@ -10,6 +10,8 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import inspect
+import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -25,7 +27,9 @@ def check_files(site: Path) -> None:
     assert not (found / "kernels").is_symlink(), "kernels was installed as a symlink"
 
     (distribution,) = importlib.metadata.distributions(name="fusedaccum", path=[str(site)])
-    tops = {Path(file).parts[0] for file in distribution.files or ()}
+    # All but the console script, which lies outside: ../../../bin/fusedaccum, say.
+    files = [Path(file) for file in distribution.files or ()]
+    tops = {file.parts[0] for file in files if file.parts[0] != ".." or file.stem != "fusedaccum"}
     assert tops == {"fusedaccum", f"fusedaccum-{distribution.version}.dist-info"}, tops
 
     # Another project's "kernels" may be installed here; ours must not be it.
@@ -67,11 +71,27 @@ def check_use() -> None:
         torch.testing.assert_close(param.detach(), wanted)
 
 
+def check_doctor() -> int:
+    """The installed commands need nothing of the repository; every operation is right."""
+    command = [sys.executable, "-m", "fusedaccum", "doctor", "--json", "--device", "cpu"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads(done.stdout)
+    assert found["ok"] and found["n_checks"] > 100, found
+    (script,) = importlib.metadata.entry_points(group="console_scripts", name="fusedaccum")
+    assert callable(script.load())
+    return int(found["n_checks"])
+
+
 def main() -> None:
     check_files(Path(sys.argv[1]).resolve())
     n_kernels = check_kernels() if importlib.util.find_spec("triton") else "no"
     check_use()
-    print(f"the wheel works: {n_kernels} kernels in accumulate, torch {torch.__version__}")
+    n_checks = check_doctor()
+    print(
+        f"the wheel works: {n_kernels} kernels in accumulate, {n_checks} checks by its doctor, "
+        f"torch {torch.__version__}"
+    )
 
 
 if __name__ == "__main__":

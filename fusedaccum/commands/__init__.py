@@ -1,0 +1,1 @@
+"""What `python -m fusedaccum` runs: `doctor` and `bench`. Nothing of the library imports this."""

@@ -1,0 +1,91 @@
+"""Tables and a progress bar: with rich and tqdm where they are installed and somebody watches."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from types import TracebackType
+
+Cells = Sequence[str]
+
+
+def plain_table(headers: Cells, rows: Sequence[Cells]) -> str:
+    """Columns of text: the first to the left, numbers to the right."""
+    everything = [headers, *rows]
+    widths = [max(len(row[i]) for row in everything) for i in range(len(headers))]
+    lines = []
+    for row in everything:
+        cells = [row[0].ljust(widths[0])]
+        cells += [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
+        lines.append("  " + "  ".join(cells).rstrip())
+    return "\n".join(lines)
+
+
+def print_table(title: str, headers: Cells, rows: Sequence[Cells]) -> None:
+    """A titled table on stdout."""
+    if sys.stdout.isatty():
+        try:
+            from rich import box, console, markup
+            from rich.table import Table
+        except ImportError:
+            pass
+        else:
+            table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+            for i, header in enumerate(headers):
+                table.add_column(header, justify="right" if i else "left", no_wrap=True)
+            for row in rows:
+                table.add_row(*(markup.escape(cell) for cell in row))
+            console.Console().print(table)
+            return
+    print(f"\n{title}\n{plain_table(headers, rows)}")
+
+
+class Progress:
+    """A bar on stderr, nothing where that is no terminal.
+
+    Args:
+        total: steps in all.
+        unit: what one step is.
+        quiet: never show it.
+    """
+
+    def __init__(self, total: int, unit: str, quiet: bool = False) -> None:
+        self.total, self.unit, self.done, self.text = total, unit, 0, ""
+        self.quiet = quiet or not sys.stderr.isatty()
+        self.bar = None
+        if not self.quiet:
+            try:
+                from tqdm import tqdm
+            except ImportError:
+                pass
+            else:
+                self.bar = tqdm(total=total, unit=unit, leave=False)
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self.bar is not None:
+            self.bar.close()
+        elif not self.quiet:
+            print("\r\033[K", end="", file=sys.stderr, flush=True)
+
+    def describe(self, text: str) -> None:
+        """Say what is being done."""
+        self.text = text
+        if self.bar is not None:
+            self.bar.set_description_str(text)
+
+    def advance(self, n: int = 1) -> None:
+        """So many steps more."""
+        self.done += n
+        if self.bar is not None:
+            self.bar.update(n)
+        elif not self.quiet:
+            line = f"{self.done}/{self.total} {self.unit} {self.text}"
+            print(f"\r\033[K{line[:78]}", end="", file=sys.stderr, flush=True)
