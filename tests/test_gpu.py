@@ -69,6 +69,35 @@ def test_a_window_never_waits() -> None:
     assert int(opt.skipped_steps) == 0
 
 
+def test_a_linked_scaler_never_waits() -> None:
+    """fp16, the wrapper counts, an overflow in one micro-batch of the last window."""
+    model = small_model(torch.float16).cuda()
+    scaler = torch.amp.GradScaler("cuda", init_scale=64.0)
+    opt = FusedAccumOptimizer(torch.optim.AdamW(model.parameters()), 4, grad_scaler=scaler)
+
+    def window(xs: list[torch.Tensor]) -> None:
+        for x in xs:
+            scaler.scale(model(x).float().square().mean()).backward()
+            scaler.step(opt)
+            scaler.update()
+            opt.zero_grad()
+
+    data = inputs(4, torch.float16)
+    bad = [data[0], data[1] * float("inf"), *data[2:]]
+    window(data)
+    window(bad)
+    scaler.update(64.0)
+    before = [p.detach().clone() for p in model.parameters()]
+    with no_waiting():
+        window(data)
+        window(bad)
+    assert int(opt.skipped_steps) == 2 and scaler.get_scale() == 32.0
+    changed = [
+        not equal_bits(a, p.detach()) for a, p in zip(before, model.parameters(), strict=True)
+    ]
+    assert any(changed)
+
+
 def test_a_bad_window_does_not_wait_either() -> None:
     model = small_model(BF16).cuda()
     opt = FusedAccumOptimizer(torch.optim.AdamW(model.parameters()), 1, max_grad_norm=1.0)
