@@ -1,7 +1,7 @@
 """The house rules that a reader of the tree relies on: which way imports point, and how long files
 may be.
 
-    cli, integrations → optimizer → {checkpoint, describe, distributed, linear} → update
+    cli → commands → optimizer → {checkpoint, describe, distributed, linear} → update
       → collect → {segments, window} → backends → rules
       → {kernels, tables, buffers, ...} → nothing of ours
     functional → {adam_updates, updates} → apply → backends
@@ -56,14 +56,18 @@ LEVELS = {
     "fusedaccum": 10,
     "fusedaccum.commands": 0,
     "fusedaccum.commands.output": 0,
+    "fusedaccum.commands.shapes": 0,
     "fusedaccum.commands.checks": 11,
     "fusedaccum.commands.machine": 11,
     "fusedaccum.commands.check_sums": 12,
     "fusedaccum.commands.check_windows": 13,
     "fusedaccum.commands.check_steps": 13,
     "fusedaccum.commands.doctor": 14,
-    "fusedaccum.cli": 16,
-    "fusedaccum.__main__": 17,
+    "fusedaccum.commands.forms": 14,
+    "fusedaccum.commands.gate": 15,
+    "fusedaccum.commands.bench": 16,
+    "fusedaccum.cli": 17,
+    "fusedaccum.__main__": 18,
 }
 KERNELS = "fusedaccum.kernels"
 # Imports between two modules of one level that are wanted: (importer, imported).
