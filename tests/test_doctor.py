@@ -423,6 +423,28 @@ def test_tables(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[s
     assert plain == "\ntitle\n  form           ms\n  fusedaccum    1.5\n  x           12.25\n"
     pytest.importorskip("rich")
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "80")
     output.print_table("title", ["form", "ms"], rows)
     shown = capsys.readouterr().out
     assert "fusedaccum" in shown and "12.25" in shown and shown != plain
+    monkeypatch.setenv("COLUMNS", "20")  # rich would cut the names
+    output.print_table("title", ["form", "ms"], rows)
+    assert capsys.readouterr().out == plain
+
+
+@pytest.mark.parametrize("with_tqdm", [True, False])
+def test_progress(
+    with_tqdm: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On a terminal only, and never on stdout."""
+    for is_terminal in (False, True):
+        monkeypatch.setattr(sys.stderr, "isatty", lambda shown=is_terminal: shown)
+        if not with_tqdm:
+            monkeypatch.setitem(sys.modules, "tqdm", None)
+        with output.Progress(3, "check") as progress:
+            progress.describe("adam")
+            progress.advance(2)
+        shown = capsys.readouterr()
+        assert shown.out == "" and bool(shown.err) is is_terminal
+    if not with_tqdm:
+        assert "2/3 check adam" in shown.err
