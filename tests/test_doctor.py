@@ -18,7 +18,7 @@ import torch
 
 from fusedaccum import cli
 from fusedaccum.backends import cgen, native
-from fusedaccum.commands import check_steps, checks, doctor, machine, output
+from fusedaccum.commands import check_steps, checks, doctor
 from fusedaccum.rules import RULES
 from fusedaccum.window import Window
 from tests.cases import WithoutCompiler, forget_compiled
@@ -106,16 +106,20 @@ def test_the_other_backends_pass(
 ) -> None:
     """ATen blocks, and the GPU's kernels in the interpreter, which takes few and small sizes."""
     monkeypatch.setattr(checks, "SIZES", (0, 1, 1025, 8193))
-    only("accumulate|norm|finalize|NaN|skipped|step (adam|radam|asgd|lion|rprop),|window")
-    arguments = ["--full"]
     if backend == "aten":
+        arguments = ["--full"]
+        only("accumulate|norm|finalize|NaN|skipped|window|step .*(split|stochastic|fp16)")
         WithoutCompiler(monkeypatch)
     elif not INTERPRETED:
         pytest.skip("needs Triton's interpreter")
     else:
-        arguments += ["--backend", "triton"]
+        arguments = ["--backend", "triton"]
+        only(
+            "accumulate bf16|norm bf16|finalize|NaN|skipped|window of 4, (adamw|sgd), bf16|"
+            "step (asgd|nadam|rprop), (fp32|bf16 with split|bf16 rounded)|step adam, "
+        )
     status, found = report(capsys, *arguments)
-    assert failures(found) == [] and status == 0 and found["n_checks"] > 100
+    assert failures(found) == [] and status == 0 and found["n_checks"] > 30
 
 
 @pytest.mark.gpu
@@ -317,108 +321,3 @@ def test_wrong_usage(
 def test_no_command_prints_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main([]) == 0
     assert "doctor" in capsys.readouterr().out
-
-
-# --- what a user should know ---
-
-
-def warned(*words: str) -> bool:
-    """Whether exactly one warning has all of these words."""
-    return sum(all(word in text for word in words) for text in machine.warnings()) == 1
-
-
-def test_warnings_of_a_sound_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TRITON_INTERPRET", "0")
-    monkeypatch.setattr(machine, "usable_cores", lambda: float(torch.get_num_threads()))
-    monkeypatch.setattr(machine, "_driver", lambda: None)
-    if native.compiler() and native._openmp() and not torch.cuda.is_available():
-        assert machine.warnings() == []
-
-
-def test_cpu_warnings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    for variable, value in (("TRITON_INTERPRET", "1"), ("OMP_NUM_THREADS", "1")):
-        monkeypatch.setenv(variable, value)
-    assert warned("TRITON_INTERPRET is set", "unset it")
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
-    monkeypatch.setattr(machine, "usable_cores", lambda: 2.0)
-    assert warned("4 threads", "2 cores", "Set OMP_NUM_THREADS=2")
-    monkeypatch.setattr(machine, "usable_cores", lambda: 64.0)
-    assert warned("4 threads of 64 cores", "OMP_NUM_THREADS=1")
-    monkeypatch.setattr(torch, "__version__", "2.9.1+cu128")
-    assert warned("torch 2.9.1+cu128 is older than 2.11")
-    monkeypatch.setattr(machine, "version_of", lambda package: "3.5.0")
-    assert warned("triton 3.5.0 is older than 3.6")
-    blocked = tmp_path / "file"
-    blocked.touch()
-    monkeypatch.setattr(native, "_cache_folder", lambda: blocked / "cache")
-    assert warned(str(blocked), "cannot be written", "XDG_CACHE_HOME")
-    monkeypatch.setattr(native, "_openmp", lambda: None)
-    assert warned("OpenMP", "one thread of 4")
-    monkeypatch.setenv("FUSEDACCUM_CC", "0")
-    assert warned("FUSEDACCUM_CC=0", "4 times to step")
-
-
-def test_no_compiler_is_worth_a_word(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FUSEDACCUM_CC", "no-such-compiler")
-    forget_compiled()
-    native.load.cache_clear()
-    assert warned("no C compiler", "Install a C compiler")
-    assert machine.backend_of(CPU, torch.bfloat16)["path"] == "ATen blocks"
-
-
-@pytest.mark.parametrize(
-    ("capability", "words"),
-    [
-        ((6, 1), ("compute capability 6.1", "Triton does not serve", 'backend="torch"')),
-        ((7, 5), ("compute capability 7.5", "emulates bf16", "prefer fp16")),
-        ((9, 0), ()),
-    ],
-)
-def test_gpu_warnings(
-    capability: tuple[int, int],
-    words: tuple[str, ...],
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
-) -> None:
-    """On a machine that says it has a GPU; Triton is not asked to run anything."""
-    pytest.importorskip("triton")
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(torch.version, "cuda", "13.0")
-    cuda = {
-        "is_available": lambda: True,
-        "device_count": lambda: 1,
-        "get_device_name": lambda device: "a GPU",
-        "get_device_capability": lambda device: capability,
-        "is_bf16_supported": lambda including_emulation: capability >= (8, 0),
-    }
-    for name, value in cuda.items():
-        monkeypatch.setattr(torch.cuda, name, value)
-    assert machine._gpu_warnings() == [] if not words else warned("cuda:0 (a GPU", *words)
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "file"))
-    (tmp_path / "file").touch()
-    assert warned("cannot be written", "TRITON_CACHE_DIR")
-    assert doctor.devices(None) == [CPU, torch.device("cuda", 0)]
-    assert doctor.devices("cuda") == doctor.devices("cuda:0") == [torch.device("cuda", 0)]
-
-
-@pytest.mark.parametrize(("build", "words"), [(None, "CPU build"), ("13.0", "newer than")])
-def test_a_gpu_that_torch_does_not_use(
-    build: str | None, words: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(torch.version, "cuda", build)
-    monkeypatch.setattr(torch.version, "hip", None)
-    monkeypatch.setattr(machine, "_driver", lambda: "535.1")
-    assert warned("GPU driver (535.1)", words)
-
-
-def test_tables(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    rows = [["fusedaccum", "1.5"], ["x", "12.25"]]
-    output.print_table("title", ["form", "ms"], rows)
-    plain = capsys.readouterr().out
-    assert plain == "\ntitle\n  form           ms\n  fusedaccum    1.5\n  x           12.25\n"
-    pytest.importorskip("rich")
-    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
-    output.print_table("title", ["form", "ms"], rows)
-    shown = capsys.readouterr().out
-    assert "fusedaccum" in shown and "12.25" in shown and shown != plain

@@ -1,7 +1,7 @@
 """The house rules that a reader of the tree relies on: which way imports point, and how long files
 may be.
 
-    cli, integrations → optimizer → {checkpoint, describe, distributed, linear} → update
+    cli → commands → optimizer → {checkpoint, describe, distributed, linear} → update
       → collect → {segments, window} → backends → rules
       → {kernels, tables, buffers, ...} → nothing of ours
     functional → {adam_updates, updates} → apply → backends
@@ -57,14 +57,18 @@ LEVELS = {
     "fusedaccum": 11,
     "fusedaccum.commands": 0,
     "fusedaccum.commands.output": 0,
+    "fusedaccum.commands.shapes": 0,
     "fusedaccum.commands.checks": 12,
     "fusedaccum.commands.machine": 12,
     "fusedaccum.commands.check_sums": 13,
     "fusedaccum.commands.check_windows": 14,
     "fusedaccum.commands.check_steps": 14,
     "fusedaccum.commands.doctor": 15,
-    "fusedaccum.cli": 17,
-    "fusedaccum.__main__": 18,
+    "fusedaccum.commands.forms": 15,
+    "fusedaccum.commands.gate": 16,
+    "fusedaccum.commands.bench": 17,
+    "fusedaccum.cli": 18,
+    "fusedaccum.__main__": 19,
 }
 KERNELS = "fusedaccum.kernels"
 # Imports between two modules of one level that are wanted: (importer, imported).

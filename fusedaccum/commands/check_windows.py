@@ -50,10 +50,11 @@ class _Emit(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, ...]:
-        return None, *ctx.grads
+        # detach() makes a tensor that nobody else holds: autograd may keep it without a copy.
+        return None, *(grad.detach() for grad in ctx.grads)
 
 
-def _backward(params: list[Tensor], grads: list[Tensor]) -> None:
+def deliver(params: list[Tensor], grads: list[Tensor]) -> None:
     """A backward that brings `grads` to `params`, through autograd's own accumulation."""
     _Emit.apply(grads, *params).backward()  # type: ignore[no-untyped-call]
 
@@ -102,9 +103,9 @@ def _window(
                     mean += host(grad) * (weight / sum(own))
                 if is_weighted:
                     with ours.micro_batch(weight=weight):
-                        _backward(params, grads)
+                        deliver(params, grads)
                 else:
-                    _backward(params, grads)
+                    deliver(params, grads)
                 ours.step()
             ours.flush()
             old = [p.detach().clone() for p in exact]
@@ -150,7 +151,7 @@ def _nan_window(device: torch.device, backend: str | None) -> None:
             grads = _grads(device, torch.bfloat16, 50 + i)
             if spoil and i == 1:
                 grads[2][8000] = math.nan
-            _backward(params, grads)
+            deliver(params, grads)
             ours.step()
             ours.zero_grad()
 

@@ -9,6 +9,7 @@ import platform
 import re
 import subprocess
 import tempfile
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,7 @@ def first_line(*command: str) -> str:
     return done.stdout.strip().partition("\n")[0].strip()
 
 
+@cache
 def _driver() -> str | None:
     """The NVIDIA or AMD driver of this machine, whatever torch was built for."""
     found = first_line("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
@@ -255,7 +257,7 @@ def _cpu_warnings() -> list[str]:
             "CPU: torch's OpenMP runtime (libgomp) was not found; the compiled loops run on one "
             f"thread of {threads}"
         )
-    if os.environ.get("OMP_WAIT_POLICY", "").upper() == "ACTIVE" and _is_busy(cores):
+    if os.environ.get("OMP_WAIT_POLICY", "").upper() == "ACTIVE" and is_busy():
         found.append(
             "CPU: OMP_WAIT_POLICY=ACTIVE on a machine with other work to do: threads spin and keep "
             "cores from it; set it to PASSIVE"
@@ -263,8 +265,9 @@ def _cpu_warnings() -> list[str]:
     return found
 
 
-def _is_busy(cores: float) -> bool:
-    return hasattr(os, "getloadavg") and os.getloadavg()[0] > 0.5 * cores
+def is_busy() -> bool:
+    """Whether other processes take half of the cores."""
+    return hasattr(os, "getloadavg") and os.getloadavg()[0] > 0.5 * usable_cores()
 
 
 def is_writable(folder: Path) -> bool:

@@ -23,21 +23,29 @@ def plain_table(headers: Cells, rows: Sequence[Cells]) -> str:
 
 def print_table(title: str, headers: Cells, rows: Sequence[Cells]) -> None:
     """A titled table on stdout."""
-    if sys.stdout.isatty():
-        try:
-            from rich import box, console, markup
-            from rich.table import Table
-        except ImportError:
-            pass
-        else:
-            table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
-            for i, header in enumerate(headers):
-                table.add_column(header, justify="right" if i else "left", no_wrap=True)
-            for row in rows:
-                table.add_row(*(markup.escape(cell) for cell in row))
-            console.Console().print(table)
-            return
-    print(f"\n{title}\n{plain_table(headers, rows)}")
+    plain = plain_table(headers, rows)
+    width = max(len(line) for line in plain.splitlines())
+    if not (sys.stdout.isatty() and _print_rich(title, headers, rows, width)):
+        print(f"\n{title}\n{plain}")
+
+
+def _print_rich(title: str, headers: Cells, rows: Sequence[Cells], width: int) -> bool:
+    """The table by rich; False where that is missing, or would cut a table of `width` columns."""
+    try:
+        from rich import box, console, markup
+        from rich.table import Table
+    except ImportError:
+        return False
+    screen = console.Console()
+    if screen.width < width + 2 * len(headers):
+        return False
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    for i, header in enumerate(headers):
+        table.add_column(header, justify="right" if i else "left", no_wrap=True)
+    for row in rows:
+        table.add_row(*(markup.escape(cell) for cell in row))
+    screen.print(table)
+    return True
 
 
 class Progress:

@@ -1,0 +1,114 @@
+"""The parameter shapes that `bench` measures: given, of a model's config, or made up."""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+
+Shapes = list[tuple[int, ...]]
+
+_SUFFIXES = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
+
+
+def parse(text: str) -> Shapes:
+    """`4096x4096,50257x768*2,768`: shapes, each maybe a number of times.
+
+    Raises:
+        ValueError: naming the part that is none.
+    """
+    found: Shapes = []
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\d+(?:x\d+)*)(?:\*(\d+))?\s*", part)
+        shape = tuple(int(size) for size in match[1].split("x")) if match else ()
+        times = int(match[2] or 1) if match else 0
+        if not match or not all(shape) or not times:
+            raise ValueError(
+                f"--shapes got {part.strip()!r}; a shape is sizes from 1 on joined by x, maybe * "
+                "and how many of it: 4096x4096, 768 or 768x3072*12"
+            )
+        found += [shape] * times
+    return found
+
+
+def synthetic(text: str) -> Shapes:
+    """A transformer's shapes with about so many parameters: 350000, 124M or 1.1B.
+
+    Raises:
+        ValueError: for another text, or fewer than a thousand parameters.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([kmb]?)", text.strip().lower())
+    n = round(float(match[1]) * _SUFFIXES[match[2]]) if match else 0
+    if n < 1000:
+        raise ValueError(
+            f"--params got {text!r}; a number from 1000 on, such as 350000, 124M, 1.1B"
+        )
+    # Layers have 12 dim**2 parameters, and there is one for every 64 of dim; the rest is embedding.
+    dim = max(8, int((n * 64 / 12) ** (1 / 3)) // 64 * 64)
+    layers = max(1, dim // 64) if 12 * dim**2 + dim <= n else 0
+    found = [shape for _ in range(layers) for shape in _block(dim)]
+    while found and count(found) + dim > n:
+        del found[-len(_block(dim)) :]
+    return [((n - count(found)) // dim, dim), *found]
+
+
+def _block(dim: int) -> Shapes:
+    """A layer of GPT-2's kind."""
+    return [
+        *((dim,), (dim,)),
+        *((dim, 3 * dim), (3 * dim,), (dim, dim), (dim,)),
+        *((dim,), (dim,)),
+        *((dim, 4 * dim), (4 * dim,), (4 * dim, dim), (dim,)),
+    ]
+
+
+def gpt(dim: int, vocabulary: int, positions: int, layers: int) -> Shapes:
+    """GPT-2's shapes; the head is the token embedding."""
+    return [(vocabulary, dim), (positions, dim), *_block(dim) * layers, (dim,), (dim,)]
+
+
+def default(device_type: str) -> tuple[str, Shapes]:
+    """What is measured without being asked: beyond any cache, and quick enough for the machine."""
+    if device_type == "cuda":
+        return "GPT-2", gpt(768, 50257, 1024, 12)
+    return "a small GPT", gpt(512, 16384, 512, 6)
+
+
+def of_model(path: str) -> Shapes:
+    """Shapes of the model that a transformers config describes; no weight is read or made.
+
+    Args:
+        path: a folder with a config.json, or the file itself.
+
+    Raises:
+        ValueError: where it, or transformers, is not there, or the config describes no model that
+            transformers knows.
+    """
+    if not Path(path).exists():
+        raise ValueError(f"--model got {path!r}, which does not exist; a folder or a config.json")
+    try:
+        import torch
+        from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+    except ImportError as error:
+        raise ValueError(
+            f"--model needs transformers ({error}): pip install transformers, or use --shapes or "
+            "--params"
+        ) from error
+    try:
+        config = AutoConfig.from_pretrained(path, local_files_only=True)
+        with torch.device("meta"):
+            try:
+                model = AutoModelForCausalLM.from_config(config)
+            except ValueError:  # no language model: an encoder, say
+                model = AutoModel.from_config(config)
+    except (OSError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(
+            f"--model got {path!r}, which transformers cannot use: {reason}"
+        ) from error
+    return [tuple(param.shape) for param in model.parameters()]
+
+
+def count(shapes: Shapes) -> int:
+    """Parameters in all."""
+    return sum(math.prod(shape) for shape in shapes)
