@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-import torch._dynamo
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_, get_total_norm
 
@@ -287,8 +286,11 @@ class Compiled(Form):
         )
         self.steps = torch.zeros((), dtype=torch.float64, device=params[0].device)
         self.together = params[0].is_cuda
-        # An error, and no silent return to eager, where too many sizes would be compiled.
-        torch._dynamo.config.fail_on_recompile_limit_hit = True
+        # An error, and no silent return to eager, where too many sizes would be compiled. Imported
+        # here because it takes a second.
+        from torch import _dynamo
+
+        _dynamo.config.fail_on_recompile_limit_hit = True
         compiled: list[Callable[..., None]] = [
             torch.compile(function, dynamic=not self.together)
             for function in (_first, _later, _adamw)

@@ -1,10 +1,12 @@
 """`python -m benchmarks.gpu`: everything that needs a GPU, in one command of under 8 minutes.
 
 Takes the machine as it is: its own torch, Triton and pytest; nothing of ours installed, no network.
-Five parts, each in a process of its own with a time limit, so that a failure costs one part: the
-tests marked `gpu`, the demo, single operations, whole windows, and both again for torch.compile.
-PART=tests,micro runs some of them. Writes 6 files to $OUT; without it results go to
-benchmarks/results/<device>/ and the log to out/. Exits 1 if a part failed and 2 without a GPU.
+Each part is a process of its own with a time limit, so that a failure costs one part: the tests
+marked `gpu`, compute-sanitizer, the doctor, single operations, whole windows, training end to end,
+GEMMs that accumulate, torch.compile, the demo, and figures. PART=tests,micro runs some of them;
+what the machine lacks is skipped and said. Writes at most 8 files to $OUT, the figures in one
+archive; without it results go to benchmarks/results/<device>/ and the log to out/. Exits 1 if a
+part failed and 2 without a GPU.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import tempfile
 import time
 from collections.abc import Sequence
@@ -33,35 +36,63 @@ NO_TESTS = 5  # pytest's exit status where it found none
 
 @dataclass(frozen=True)
 class Part:
-    """One part: its command, its time limit, and whether it runs in a folder for its files."""
+    """One part.
+
+    Attributes:
+        arguments: its command, after `python`.
+        limit_s: its time limit.
+        in_folder: whether it runs in a folder for its files.
+        passes: exit statuses that are no failure.
+        missing: what it needs and this machine lacks; None: it can run.
+    """
 
     arguments: list[str]
     limit_s: int
     in_folder: bool = False
     passes: tuple[int, ...] = (0,)
+    missing: str | None = None
 
 
-def parts(dry_run: bool) -> dict[str, Part]:
-    """All parts; the limits add up to less than 8 minutes."""
+def lacks(module: str) -> str | None:
+    """That the module is missing, or None if it is there."""
+    return None if importlib.util.find_spec(module) else f"no module {module}"
+
+
+def parts(dry_run: bool, results: Path) -> dict[str, Part]:
+    """All parts, in their order; the limits add up to less than 8 minutes."""
     demo = [str(ROOT / "examples" / "train_gpt.py"), "--out", "."]
-    run = ["-m", "benchmarks.run"]
+    own = ["--device", "cuda"]
     if dry_run:
         demo += ["--device", "cpu", "--quick", "--steps", "2"]
-        run += ["--device", "cpu", "--quick", "--backend", "triton"]
+        own = ["--device", "cpu", "--quick", "--backend", "triton"]
     else:
-        demo += ["--device", "cuda", "--seconds", "60"]
-        run += ["--device", "cuda"]
-    tests = ["-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "tests"]
+        demo += ["--device", "cuda", "--seconds", "15"]
+    sanitize = ["-m", "benchmarks.sanitize", *(a for a in own if a != "--quick")]
+    own += ["--rounds", "1"] if dry_run else []
+    run = ["-m", "benchmarks.run", *own]
+    train = ["-m", "benchmarks.end_to_end", *own]
+    train += ["--model", "plain", "--tokens", "16,32"] if dry_run else ["--budget", "4"]
+    plot = ["-m", "benchmarks.plot", str(results)]
+    tests = ["-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider"]
+    # Collecting all of them imports every framework; dry, those of one file are enough.
+    tests += ["tests/test_gpu.py" if dry_run else "tests"]
     if not dry_run and importlib.util.find_spec("xdist"):
         tests += ["-n", "4"]  # hundreds of kernel variants to compile
     eager, compiled = [*run, "--forms", "eager"], [*run, "--forms", "compiled"]
+    counts = ["--n", "1,2" if dry_run else "1,4,8,16"]
+    micro, cycle = [*eager, "--only", "micro"], [*eager, "--only", "cycle", *counts]
     return {
-        "tests": Part(tests, 150, passes=(0, NO_TESTS) if dry_run else (0,)),
-        "demo": Part(demo, 85, in_folder=True),
-        "micro": Part([*eager, "--only", "micro", "--budget", "3"], 65),
-        "cycle": Part([*eager, "--only", "cycle", "--budget", "5"], 60),
-        # Last: what it costs is unknown before Inductor has seen hundreds of tensors in one call.
-        "compiled": Part([*compiled, "--budget", "2"], 110),
+        "tests": Part(tests, 110, passes=(0, NO_TESTS) if dry_run else (0,)),
+        "sanitize": Part(sanitize, 50),
+        "doctor": Part(["-m", "fusedaccum", "doctor"], 15, missing=lacks("fusedaccum.cli")),
+        "micro": Part([*micro, "--budget", "2"], 60),
+        "cycle": Part([*cycle, "--budget", "3"], 50),
+        "end_to_end": Part(train, 60),
+        "linear": Part([*run, "--only", "linear", "--budget", "0.5"], 15),
+        # Late: what it costs is unknown before Inductor has seen hundreds of tensors in one call.
+        "compiled": Part([*compiled, "--budget", "2"], 75),
+        "demo": Part(demo, 25, in_folder=True),
+        "plots": Part(plot, 15, missing=lacks("matplotlib")),
     }
 
 
@@ -112,29 +143,45 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not dry_run and not torch.cuda.is_available():
         print("no CUDA device here (torch.cuda.is_available() is False): nothing was run")
         return 2
-    chosen = parts(dry_run)
+    results = results_folder(torch.device("cpu" if dry_run else "cuda"))
+    chosen = parts(dry_run, results)
     wanted = [name.strip() for name in os.environ.get("PART", ",".join(chosen)).split(",")]
     unknown = [name for name in wanted if name not in chosen]
     if unknown:
         print(f"PART={','.join(unknown)} is unknown; allowed: {', '.join(chosen)}")
         return 2
-    results = results_folder(torch.device("cpu" if dry_run else "cuda"))
     logs = Path(os.environ.get("OUT") or ROOT / "out")
     logs.mkdir(parents=True, exist_ok=True)
     began, outcomes = time.perf_counter(), {}
     for name in wanted:
+        part = chosen[name]
         print(f"--- {name}", flush=True)
+        if part.missing:
+            outcomes[name] = f"skipped: {part.missing}"
+            continue
         part_began = time.perf_counter()
         with tempfile.TemporaryDirectory() as folder:
-            outcome, text = run_part(chosen[name], Path(folder), logs / LOG, dry_run)
+            outcome, text = run_part(part, Path(folder), logs / LOG, dry_run)
             for file in sorted(Path(folder).iterdir()):
-                shutil.move(file, new_path(results, file.name))
+                place = results / "plots" if file.suffix == ".png" else results
+                place.mkdir(exist_ok=True)
+                shutil.move(file, new_path(place, file.name))
         print(text[-3000:].rstrip(), flush=True)
         outcomes[name] = f"{outcome} ({time.perf_counter() - part_began:.0f} s)"
+    if "OUT" in os.environ:
+        pack(results / "plots")
     print(f"--- summary ({time.perf_counter() - began:.0f} s)")
     for name, outcome in outcomes.items():
-        print(f"{name:<6} {outcome}")
-    return 0 if all(outcome.startswith("passed") for outcome in outcomes.values()) else 1
+        print(f"{name:<10} {outcome}")
+    return 0 if not any(outcome.startswith("FAILED") for outcome in outcomes.values()) else 1
+
+
+def pack(folder: Path) -> None:
+    """Make one file of a folder: what comes back from a GPU machine may be few files."""
+    if folder.is_dir():
+        with tarfile.open(new_path(folder.parent, f"{folder.name}.tar.gz"), "w:gz") as archive:
+            archive.add(folder, folder.name)
+        shutil.rmtree(folder)
 
 
 if __name__ == "__main__":

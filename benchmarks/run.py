@@ -131,7 +131,8 @@ def measure_all(args: argparse.Namespace) -> Suite:
         name="-".join(filter(None, (args.only or "all", args.forms, args.quick and "quick"))),
         tick=bar.update if bar is not None else lambda n: None,
     )
-    if args.only == "linear" or (args.only is None and device.type == "cuda"):
+    by_default = args.only is None and args.forms is None and device.type == "cuda"
+    if args.only == "linear" or by_default:
         layers = ["linear_tiny"] if args.quick else [n for n in linear.LAYERS if n != "linear_tiny"]
         suite.budget_s = args.budget or BUDGETS["linear"]
         for layer, tokens in itertools.product(layers, [64] if args.quick else linear.TOKENS):

@@ -15,8 +15,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +23,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.threads import one_thread as one_thread
 from tests.tolerances import STEP_ROUNDINGS, U
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # models are made from a config; nothing is downloaded
@@ -95,17 +95,6 @@ class Nudged(torch.optim.AdamW):
         for p, old in zip(params, before, strict=True):
             direction = 2 * torch.rand(p.shape, generator=generator) - 1
             p += direction * STEP_ROUNDINGS * U * (p.abs() + (p - old).abs())
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Models this small only wait for more."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 @dataclass

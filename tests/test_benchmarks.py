@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
 import sys
+import tarfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,9 +16,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import cases, measure
+from benchmarks import cases, gpu, measure
+from benchmarks import run as benchmarks_run
 from benchmarks.baselines import ForeachAdd, Form, PlainBF16, Plan
 from benchmarks.fused import FusedBackend
+from benchmarks.suites import Suite
+from tests.threads import one_thread
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
@@ -63,6 +68,7 @@ def test_run_quick(tmp_path: Path) -> None:
     }
     windows = {row["variant"]: row for row in rows if row["operation"] == "window"}
     assert windows.keys() >= {"copy", "copy_again", "native_fp32", "fused_hooks", "plain_bf16"}
+    assert "SKIPPED flashoptim_24: " in done.stdout
     assert windows["fused_hooks"]["grad_error"] < 1e-6 < windows["plain_bf16"]["grad_error"]
     shown = run("benchmarks.run", "--show", str(path), out=tmp_path)
     assert shown.returncode == 0 and "fused_hooks takes" in shown.stdout
@@ -75,8 +81,19 @@ def test_gpu_dry_run(tmp_path: Path) -> None:
     assert len(names) <= 8 and "gpu.log" in names
     for path in tmp_path.glob("*-quick.json"):
         check_rows(path)
-    assert sum(name.endswith("-quick.json") for name in names) == 3
+    assert sum(name.endswith("-quick.json") for name in names) == 5
     assert any(name.endswith("train_gpt.json") for name in names)
+    text = (tmp_path / "gpu.log").read_text("utf-8")
+    assert "accumulate, norm, finalize, step: each ran, and is right" in text
+    if importlib.util.find_spec("matplotlib"):
+        (archive,) = tmp_path.glob("*-plots.tar.gz")
+        with tarfile.open(archive) as packed:
+            figures = {Path(name).name for name in packed.getnames()}
+        assert figures >= {"share.svg", "cycle.svg", "tax.svg", "memory.svg"}
+
+
+def test_gpu_parts_fit_in_eight_minutes(tmp_path: Path) -> None:
+    assert sum(part.limit_s for part in gpu.parts(False, tmp_path).values()) < 8 * 60
 
 
 def test_gpu_refuses_to_start(tmp_path: Path) -> None:
@@ -206,6 +223,8 @@ def test_quantiles() -> None:
     [
         ("gpt2_small", 148, 124_439_808),
         ("llama_1b", 201, 1_100_048_384),
+        ("llama_8b_slice", 18, 436_224_000),
+        ("many_700", 700, 734_003_200),
         ("lora_500", 500, 32_768_000),
         ("flat_64mi", 1, 64 * 2**20),
     ],
@@ -218,6 +237,55 @@ def test_shapes(name: str, n_tensors: int, n_elements: int) -> None:
 def test_misaligned_tensors_are() -> None:
     for tensor in cases.random(cases.odd(), torch.bfloat16, CPU, seed=0, offset=1):
         assert tensor.data_ptr() % 16 and tensor.is_contiguous()
+    assert all(g.data_ptr() % 16 for g in cases.gradients("unaligned", torch.bfloat16, CPU))
+
+
+def test_windows_of_several_n(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OUT", str(tmp_path))
+    arguments = ["--device", "cpu", "--quick", "--only", "cycle", "--n", "1,4"]
+    with one_thread():
+        assert benchmarks_run.main(arguments) == 0
+    (path,) = tmp_path.iterdir()
+    rows = check_rows(path)
+    assert {(row["group"], row["n"]) for row in rows} == {(1, 1), (2, 4)}
+    known = {row["variant"]: row["precision"] for row in rows}
+    assert known["copy"] is None and "split masters" in known["fused_hooks"]
+
+
+def test_gemms_that_accumulate(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("OUT", str(tmp_path))
+    with one_thread():
+        assert benchmarks_run.main(["--device", "cpu", "--quick", "--only", "linear"]) == 0
+    assert "SKIPPED addmm_out_dtype: torch has it on CUDA only" in capsys.readouterr().out
+    (path,) = tmp_path.iterdir()
+    rows = {row["variant"]: row for row in check_rows(path)}
+    assert rows.keys() >= {"mm", "fused_functional", "per_tensor_add"}
+    assert rows["mm"]["tokens"] == 64 and rows["fused_functional"]["grad_error"] < 4e-3
+
+
+def test_what_does_not_fit_is_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OUT", str(tmp_path))
+    suite = Suite(CPU, Plan(n=2), rounds=3, budget_s=1, gate_shapes=cases.tiny(), name="x")
+    params = cases.random([(1000,)], torch.bfloat16, CPU, seed=0)
+    names = ["fused_backend", "native_fp32", "foreach_add", "plain_bf16"]
+    # 8 bytes per element for the ceilings, 16 and 18 for the first two; the third shares theirs.
+    monkeypatch.setattr(measure, "free_bytes", lambda device: 1000 * 43 / 0.9)
+    assert [*suite.build(names, params, suite.plan)] == names[:3]
+    assert list(suite.skipped) == ["plain_bf16, 1,000 elements"]
+    assert not suite.refused
+
+
+def test_pytest_benchmark_runs_the_operations(tmp_path: Path) -> None:
+    pytest.importorskip("pytest_benchmark")
+    done = run(
+        *("pytest", "benchmarks", "--benchmark-disable", "-q", "-k", "tiny and not window"),
+        *("-p", "no:cacheprovider"),
+        out=tmp_path,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert " passed" in done.stdout and " failed" not in done.stdout
 
 
 def test_results_are_added(tmp_path: Path) -> None:

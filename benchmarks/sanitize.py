@@ -1,0 +1,111 @@
+"""`python -m benchmarks.sanitize`: every kernel once, under compute-sanitizer where that is there.
+
+memcheck sees an access outside a tensor, racecheck two programs that write one cell. The operations
+are accumulate, norm, finalize and step, of tensors around a chunk's end, aligned and not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Sequence
+from glob import glob
+from pathlib import Path
+
+import torch
+
+from fusedaccum import functional
+
+from . import cases
+from .baselines import Plan
+from .fused import FusedBackend
+from .measure import ROOT
+
+TOOLS = ("memcheck", "racecheck")
+FOUND_SOMETHING = 9
+# (rule, its param group): one with states, one without.
+RULES = {
+    "adam": None,
+    "sgd": {"lr": 0.1, "momentum": 0.0, "dampening": 0.0, "weight_decay": 0.1},
+}
+
+
+def once(device: torch.device, backend: str | None) -> None:
+    """Run each operation. Values are held against sums in float64, so that nothing ran on junk.
+
+    Raises:
+        AssertionError: if a mean gradient or a norm is wrong.
+    """
+    for dtype in (torch.bfloat16, torch.float32):
+        for rule, group in RULES.items():
+            for offset in (0, 1):
+                params = cases.random(cases.tiny(), dtype, device, seed=1)
+                plan = Plan(n=2, backend=backend)
+                form = FusedBackend(params, plan, rule, group)
+                exact = [torch.zeros_like(p, dtype=torch.float64) for p in params]
+                for index in range(2):
+                    grads = cases.random(cases.tiny(), dtype, device, seed=index, offset=offset)
+                    form.micro_batch(grads, index)
+                    for mean, grad in zip(exact, grads, strict=True):
+                        mean += grad.double() / 2
+                form.update()
+                for acc, mean in zip(form.mean_grads(), exact, strict=True):
+                    torch.testing.assert_close(acc, mean.float(), rtol=1e-6, atol=1e-6)
+                norm = functional.global_norm(form.mean_grads(), backend=backend)
+                own = torch.stack([mean.square().sum() for mean in exact]).sum().sqrt().float()
+                torch.testing.assert_close(norm, own, rtol=1e-5, atol=0.0)
+                torch.testing.assert_close(form.scalars.norm, own, rtol=1e-5, atol=0.0)
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    print("accumulate, norm, finalize, step: each ran, and is right")
+
+
+def find() -> str | None:
+    """compute-sanitizer: on the PATH, in a CUDA toolkit, or in one of NVIDIA's wheels."""
+    site = Path(sysconfig.get_path("purelib"))
+    places = [
+        *sorted(glob("/usr/local/cuda*/bin"), reverse=True),
+        *sorted(glob("/usr/local/cuda*/compute-sanitizer"), reverse=True),
+        *(str(path.parent) for path in site.glob("nvidia/**/compute-sanitizer")),
+        *(str(path.parent) for path in site.glob("triton/backends/nvidia/bin/compute-sanitizer")),
+    ]
+    return shutil.which("compute-sanitizer") or next(
+        (found for place in places if (found := shutil.which("compute-sanitizer", path=place))),
+        None,
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns 1 if a tool found something."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--backend", choices=("triton", "torch"), help="fusedaccum's")
+    parser.add_argument("--once", action="store_true", help="without a tool")
+    args = parser.parse_args(argv)
+    # First without a tool, which also compiles the kernels: compilers are slow under one.
+    once(torch.device(args.device), args.backend)
+    if args.once:
+        return 0
+    tool = find()
+    if tool is None or args.device == "cpu":
+        why = "compute-sanitizer is not on this machine" if tool is None else "no kernel on a CPU"
+        print(f"SKIPPED {' and '.join(TOOLS)}: {why}")
+        return 0
+    # Without torch's own allocator, so that a tensor's end is the end of an allocation.
+    environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    failed = []
+    for name in TOOLS:
+        command = [tool, "--tool", name, "--error-exitcode", str(FOUND_SOMETHING)]
+        command += [sys.executable, "-m", "benchmarks.sanitize", "--once"]
+        code = subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode
+        print(f"{name}: {'nothing found' if code == 0 else f'exit status {code}'}", flush=True)
+        failed += [name] * bool(code)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

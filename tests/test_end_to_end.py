@@ -1,0 +1,195 @@
+"""The end-to-end benchmark: its loops train the same model, its gate refuses one that does not, and
+its figures are drawn from its rows."""
+
+from __future__ import annotations
+
+import json
+import os
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from benchmarks import decoder, end_to_end, measure, memory, plot
+from benchmarks.baselines import Plan
+from benchmarks.loops import LOOPS, Fused, Loop, Native, Plain
+from tests.threads import one_thread
+
+CPU = torch.device("cpu")
+SIZES = decoder.SIZES["llama_tiny"]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    with one_thread():
+        yield
+
+
+@pytest.fixture(scope="module", params=["plain", "transformers"])
+def model(request: pytest.FixtureRequest) -> nn.Module:
+    if request.param == "transformers":
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")
+        pytest.importorskip("transformers")
+    return decoder.build(SIZES, CPU, request.param)[0]
+
+
+def errors(make: type[Loop], model: nn.Module) -> dict[str, float]:
+    return end_to_end.gate(make, model, SIZES.vocabulary, Plan(n=4))
+
+
+@pytest.mark.parametrize("make", [Native, Fused])
+def test_exact_loops_pass(make: type[Loop], model: nn.Module) -> None:
+    found = errors(make, model)
+    assert found["grad_error"] <= measure.MAX_GRAD_ERROR
+    assert found["update_error"] <= measure.MAX_UPDATE_ERROR
+    assert found["noise"] == 0.0  # or the two bounds would not be the gate's
+
+
+def test_plain_bf16_passes_with_its_error(model: nn.Module) -> None:
+    assert errors(Plain, model)["grad_error"] > 100 * measure.MAX_GRAD_ERROR
+
+
+class NotDivided(Native):
+    """Sums instead of averaging; AdamW without clipping would hide it."""
+
+    def micro_batch(self, ids: Tensor, index: int) -> Tensor:
+        if index == 0:
+            torch._foreach_zero_(self.form.accs)
+        loss = decoder.loss(self.model, ids)
+        loss.backward()
+        return loss.detach()
+
+
+class OneMissing(Fused):
+    """Reads the second micro-batch twice and the third never."""
+
+    def window(self, batches: Any) -> Tensor:
+        raise AssertionError("the gate calls micro_batch")
+
+    def micro_batch(self, ids: Tensor, index: int) -> Tensor:
+        self.kept = ids if index != 2 else self.kept
+        return super().micro_batch(self.kept, index)
+
+
+class NotCopied(Native):
+    """Steps masters that the model never sees."""
+
+    def update(self) -> None:
+        before = [p.detach().clone() for p in self.params]
+        super().update()
+        with torch.no_grad():
+            torch._foreach_copy_(self.params, before)
+
+
+class Rounded(Plain):
+    """Says that it is exact, and sums in bf16."""
+
+    is_exact = True
+
+
+@pytest.mark.parametrize("make", [NotDivided, OneMissing, NotCopied, Rounded])
+def test_the_gate_refuses(make: type[Loop]) -> None:
+    with pytest.raises(measure.Refused):
+        errors(make, decoder.build(SIZES, CPU, "plain")[0])
+
+
+@pytest.mark.parametrize("name", LOOPS)
+def test_bytes_at_rest(name: str, model: nn.Module) -> None:
+    """Per parameter: bf16 weights, then AdamW's two states, masters and accumulators."""
+    expected = {"floor": 2, "plain_bf16": 2 + 4, "native_fp32": 2 + 4 + 4 + 8, "fused_hooks": 16}
+    n = sum(p.numel() for p in model.parameters())
+    ids = end_to_end.batches(2, 32, SIZES.vocabulary, CPU)
+    plan = Plan(n=2)
+    _, rest, peak = memory.footprint(
+        CPU, lambda: LOOPS[name](model, plan), lambda loop: loop.window(ids)
+    )
+    # Buffers, step counts and partial sums; each part of a flat buffer is rounded up to 16.
+    assert expected[name] <= rest / n < expected[name] + 0.25
+    assert peak > rest + 2 * n * (name != "floor")
+
+
+def test_live_bytes_are_those_of_new_tensors() -> None:
+    old = torch.ones(1000)
+    with memory.LiveBytes() as counted:
+        view = old[:10]
+        old.add_(1)
+        assert (counted.live, counted.peak) == (0, 0)
+        new = old + view.sum()
+        assert counted.live == new.nbytes
+        del new
+        assert counted.live == 0 and counted.peak >= 4000
+        kept = torch.zeros(5, dtype=torch.bfloat16)
+    assert counted.live == kept.nbytes
+
+
+def test_a_tax_is_of_two_times_of_one_round() -> None:
+    samples = end_to_end.paired([11.0, 22.0, 36.0], [10.0, 20.0, 30.0])
+    assert samples.times == pytest.approx([10.0, 10.0, 20.0])
+    assert samples.quantile(0.5) == pytest.approx(10.0)
+
+
+def test_the_grid_is_a_cross() -> None:
+    assert end_to_end.grid([512, 2048], [1, 8, 16]) == [(512, 8), (2048, 8), (512, 1), (512, 16)]
+    assert end_to_end.grid([64], [1, 4]) == [(64, 4), (64, 1)]
+
+
+def test_rows_and_figures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("OUT", str(tmp_path))
+    arguments = ["--device", "cpu", "--quick", "--model", "plain", "--tokens", "16,32"]
+    assert end_to_end.main([*arguments, "--n", "1,2"]) == 0
+    (path,) = tmp_path.glob("*.json")
+    rows: list[dict[str, Any]] = json.loads(path.read_text("utf-8"))
+    assert [row["variant"] for row in rows[:5]].count("floor_again") == 1
+    assert {row["variant"] for row in rows} == {*LOOPS, "floor_again"}
+    for row in rows:
+        assert row["tax_p20"] <= row["tax_p50"] <= row["tax_p80"]
+        assert row["tokens_per_s"] == pytest.approx(
+            1e3 * row["n"] * row["tokens"] / row["p50_ms"], rel=1e-3
+        )
+        assert row["model"] == "benchmarks.decoder.Decoder" and row["loss"] > 0
+        assert (row["grad_error"] is None) == row["variant"].startswith("floor")
+    assert end_to_end.main(["--show", str(path)]) == 0
+    assert "tax p20" in capsys.readouterr().out
+    pytest.importorskip("matplotlib")
+    assert plot.main([]) == 0
+    for name in ("tax", "memory"):
+        figure = tmp_path / "plots" / f"{name}.svg"
+        assert figure.stat().st_size < 100_000
+        text = " ".join(ElementTree.parse(figure).getroot().itertext())
+        for word in ("fused_hooks", "native_fp32", rows[0]["commit"], rows[0]["date"], path.name):
+            assert word in text
+    assert "no rows for cycle" in capsys.readouterr().out
+
+
+def test_a_loop_that_does_not_fit_is_skipped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Large(Plain):
+        def micro_batch(self, ids: Tensor, index: int) -> Tensor:
+            if ids.numel() == 64:
+                raise torch.OutOfMemoryError("CUDA out of memory.\nmore")
+            return super().micro_batch(ids, index)
+
+    monkeypatch.setenv("OUT", str(tmp_path))
+    monkeypatch.setitem(LOOPS, "plain_bf16", Large)
+    for name in ("native_fp32", "fused_hooks"):
+        monkeypatch.delitem(LOOPS, name)
+    arguments = ["--device", "cpu", "--quick", "--model", "plain", "--tokens", "16,64"]
+    assert end_to_end.main(arguments) == 0
+    assert "SKIPPED plain_bf16, 64 tokens: OutOfMemoryError: CUDA out of memory.\n" in (
+        capsys.readouterr().out
+    )
+
+
+def test_the_newest_rows_are_drawn(tmp_path: Path) -> None:
+    row = {"group": 1, "operation": "window", "shape": "tiny", "n": 8, "variant": "copy"}
+    for name in ("2026-01-01-cycle-9", "2026-01-01-cycle-10", "2025-12-31-cycle"):
+        (tmp_path / f"{name}.json").write_text(json.dumps([row]), "utf-8")
+    found = plot.newest(plot.groups(tmp_path), "shape", "n")
+    assert found["tiny", 8][0]["file"] == "2026-01-01-cycle-10.json"
