@@ -84,13 +84,13 @@ def parts(dry_run: bool, results: Path) -> dict[str, Part]:
     return {
         "tests": Part(tests, 110, passes=(0, NO_TESTS) if dry_run else (0,)),
         "sanitize": Part(sanitize, 50),
-        "doctor": Part(["-m", "fusedaccum", "doctor"], 15, missing=lacks("fusedaccum.cli")),
+        "doctor": Part(["-m", "fusedaccum", "doctor"], 30, missing=lacks("fusedaccum.cli")),
         "micro": Part([*micro, "--budget", "2"], 60),
         "cycle": Part([*cycle, "--budget", "3"], 50),
         "end_to_end": Part(train, 60),
         "linear": Part([*run, "--only", "linear", "--budget", "0.5"], 15),
         # Late: what it costs is unknown before Inductor has seen hundreds of tensors in one call.
-        "compiled": Part([*compiled, "--budget", "2"], 75),
+        "compiled": Part([*compiled, "--budget", "2"], 60),
         "demo": Part(demo, 25, in_folder=True),
         "plots": Part(plot, 15, missing=lacks("matplotlib")),
     }
