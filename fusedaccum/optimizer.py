@@ -56,7 +56,7 @@ class FusedAccumOptimizer(SharingOptimizer):
         fused_unscale: where the loop owns the window and a framework the GradScaler: `step()`
             divides by the scale, without a pass and without waiting for the device.
         bucket_cap_mb: MiB of micro-gradients that wait to be added in one launch, all that they
-            take beside the accumulators. None: 128, but 16 on a CPU, which has them in its cache.
+            take beside the accumulators. None: 128, but 64 on a CPU (benchmarks/README.md).
 
     Attributes:
         optimizer: the wrapped one.
@@ -119,7 +119,7 @@ class FusedAccumOptimizer(SharingOptimizer):
         self._collector = Collector(
             backends.get(self.backend, device),
             self._window,
-            bucket_bytes=int((self.bucket_cap_mb or (16 if device.type == "cpu" else 128)) * 2**20),
+            bucket_bytes=int((self.bucket_cap_mb or (64 if device.type == "cpu" else 128)) * 2**20),
             wants_norm=self.skip_nonfinite or self.max_grad_norm is not None,
             master_weights="stochastic"
             if self.stochastic_rounding
