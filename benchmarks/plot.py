@@ -267,9 +267,13 @@ def cycle(plt: Any, found: Sequence[Group], path: Path) -> bool:
 
 
 def training(found: Sequence[Group]) -> list[Group]:
-    """The groups of the last file that has end-to-end rows."""
-    own = [g for g in found if g[0]["operation"] == "train_window"]
-    return [g for g in own if g[0]["file"] == own[-1][0]["file"]]
+    """The groups of the file with the most end-to-end groups, the last such file."""
+    files: dict[str, list[Group]] = defaultdict(list)
+    for group in found:
+        if group[0]["operation"] == "train_window":
+            files[group[0]["file"]].append(group)
+    # max() takes the first of equals.
+    return max(reversed(files.values()), key=len, default=[])
 
 
 def tax(plt: Any, found: Sequence[Group], path: Path) -> bool:
