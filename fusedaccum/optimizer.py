@@ -216,18 +216,18 @@ class FusedAccumOptimizer(SharingOptimizer):
         """
         if closure is None and checkpoint.only_initialises(self._updater):
             return None
-        self._scaling.receive(self)
-        if arguments.calls_closure(self.optimizer):
-            return self._step_with_closure(closure)
-        with torch.enable_grad():
-            loss = None if closure is None else closure()
-        self._collect()
-        closing = self._window.steps is None or self._window.is_last
-        if self._window.steps is not None:
-            self._collector.close_micro_batch()
-        self.window_closed = False
-        if closing:
-            self._update()
+        with self._scaling.received(self):
+            if arguments.calls_closure(self.optimizer):
+                return self._step_with_closure(closure)
+            with torch.enable_grad():
+                loss = None if closure is None else closure()
+            self._collect()
+            closing = self._window.steps is None or self._window.is_last
+            if self._window.steps is not None:
+                self._collector.close_micro_batch()
+            self.window_closed = False
+            if closing:
+                self._update()
         return loss
 
     # Keeps torch.optim.Optimizer from patching step() to run hooks at every call: they run once per

@@ -18,6 +18,8 @@ stock (neither, the loop owns the window)
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import MethodType
 from typing import Any
 
@@ -124,12 +126,26 @@ class Scaling:
 
     # --- the step ---
 
-    def receive(self, owner: Any) -> None:
-        """See who calls `owner.step()`: take what GradScaler has set on it, refuse what is wrong.
+    @contextmanager
+    def received(self, owner: Any) -> Iterator[None]:
+        """Run `owner.step()` with what GradScaler has set on it.
+
+        GradScaler takes it off again after a step that returned; after one that raised it would
+        multiply its next scale with the old one.
 
         Raises:
             RuntimeError: for a GradScaler that cannot come out right, and for a missing one.
         """
+        try:
+            self._receive(owner)
+            yield
+        except BaseException:
+            owner.__dict__.pop("found_inf", None)
+            owner.__dict__.pop("grad_scale", None)
+            raise
+
+    def _receive(self, owner: Any) -> None:
+        """See who calls, and refuse what is wrong."""
         self._found_inf = self._divisor = None
         if "found_inf" not in owner.__dict__:
             if self.is_linked:
@@ -140,7 +156,6 @@ class Scaling:
             return
         found_inf, scale = owner.found_inf, owner.grad_scale
         if self._scaler is None and not self._fused_unscale:
-            del owner.found_inf, owner.grad_scale
             raise RuntimeError(
                 "GradScaler.step() is called at every micro-batch and does not know of the window "
                 "that gradient_accumulation_steps=N counts; nothing was updated. Wrap with "

@@ -318,6 +318,26 @@ def test_without_a_link_it_is_refused_where_the_wrapper_counts(unscale: bool) ->
     assert opt.window_closed
 
 
+def test_a_step_that_raised_leaves_no_scale_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """GradScaler would multiply its next scale with what it finds."""
+    ours, exact = small_model(), small_model()
+    scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
+    opt = wrap(ours, None, None, fused_unscale=True)
+    (x,) = inputs(1, torch.float32)
+    scaler.scale(ours(x).square().mean()).backward()
+
+    def fail(*_: Any) -> None:
+        raise MemoryError
+
+    with monkeypatch.context() as broken:
+        broken.setattr(opt._updater, "run", fail)
+        with pytest.raises(MemoryError):
+            scaler.step(opt)
+    scaler.step(opt)
+    exactly(exact, [x], 1)
+    assert_close(ours, exact, TOLERANCES[torch.float32])
+
+
 def test_wrong_use_of_a_link() -> None:
     model = small_model()
     scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
