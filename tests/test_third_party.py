@@ -157,7 +157,7 @@ def run_plain(
 @cache
 def calls_blas(kind: Any) -> bool:
     """Whether its file speaks of matrix products and decompositions."""
-    words = r"einsum|linalg|matmul|\bmm\(| @ |shampoo|projector|newton|ortho"
+    words = r"einsum|linalg|matmul|\bmm\(|\bdot\(|norm| @ |shampoo|projector|newton|ortho"
     return re.search(words, inspect.getsource(inspect.getmodule(kind))) is not None
 
 
