@@ -19,6 +19,9 @@ import torch
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_, get_total_norm
 
+from fusedaccum.commands.check_windows import deliver
+from fusedaccum.commands.forms import SCRATCH, blocked_add_
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -106,23 +109,6 @@ def leaves(params: Iterable[Tensor]) -> list[Tensor]:
     return [torch.nn.Parameter(p.detach().clone()) for p in params]
 
 
-class _Emit(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, grads: Sequence[Tensor], *params: Tensor) -> Tensor:
-        ctx.grads = grads
-        return params[0].new_zeros(())
-
-    @staticmethod
-    def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, ...]:
-        # detach() makes a tensor that nobody else holds: autograd may keep it without a copy.
-        return None, *(g.detach() for g in ctx.grads)
-
-
-def backward(params: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
-    """A backward that costs nothing and brings `grads` to `params` through AccumulateGrad."""
-    _Emit.apply(grads, *params).backward()  # type: ignore[no-untyped-call]
-
-
 # --- native forms that sum in fp32 ---
 
 
@@ -182,7 +168,7 @@ class NativeFP32(NativeForm):
 
     def add(self, grads: Sequence[Tensor]) -> None:
         with torch.enable_grad():
-            backward(self.params, grads)
+            deliver(self.params, grads)
 
 
 class PerTensorAdd(NativeForm):
@@ -213,19 +199,12 @@ class CastAdd(NativeForm):
 class BlockedAdd(NativeForm):
     """By hand, for CPUs: blocks that stay in the cache, cast into scratch and added from there."""
 
-    block = 1 << 18
-
     def __init__(self, params: Sequence[Tensor], plan: Plan, shared: Masters | None = None) -> None:
         super().__init__(params, plan, shared)
-        self.scratch = self.accs[0].new_empty(self.block)
+        self.scratch = self.accs[0].new_empty(SCRATCH)
 
     def add(self, grads: Sequence[Tensor]) -> None:
-        for acc, grad in zip(self.accs, grads, strict=True):
-            pairs = zip(
-                acc.view(-1).split(self.block), grad.view(-1).split(self.block), strict=True
-            )
-            for a, g in pairs:
-                a.add_(self.scratch[: g.numel()].copy_(g), alpha=1 / self.plan.n)
+        blocked_add_(self.accs, grads, 1 / self.plan.n, self.scratch)
 
 
 # --- torch.compile ---

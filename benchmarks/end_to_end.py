@@ -29,7 +29,7 @@ from .baselines import Plan
 from .loops import LOOPS, Loop
 from .measure import MAX_GRAD_ERROR, MAX_ROUNDING, MAX_UPDATE_ERROR, Row, Samples
 from .memory import footprint
-from .run import numbers, warn_if_busy
+from .run import close, numbers, warn_if_busy
 
 FLOOR = "floor"
 # Longest sequence; larger micro-batches hold several.
@@ -348,14 +348,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         rows = run.rows
     for _, members in groupby(rows, key=lambda row: row["group"]):
         print("\n" + table(list(members)))
-    if args.show:
-        return 0
-    for name, why in run.refused.items():
-        print(f"REFUSED {name}: {why}")
-    for name, why in run.skipped.items():
-        print(f"SKIPPED {name}: {why}")
-    print(f"{len(rows)} rows: {run.path.name}")
-    return 1 if run.refused else 0
+    return 0 if args.show else close(run)
 
 
 if __name__ == "__main__":

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from fusedaccum import FusedAccumOptimizer, backends
+from fusedaccum.commands.check_windows import deliver
 from fusedaccum.rules import RULES
 from fusedaccum.tables import count_chunks
 
-from .baselines import NATIVE, Form, Moved, Plan, backward, leaves
+from .baselines import NATIVE, Form, Moved, Plan, leaves
 from .rivals import RIVALS
 
 
@@ -132,7 +133,7 @@ class FusedWrapper(FusedForm):
 
     def deliver(self, grads: Sequence[Tensor]) -> None:
         """Bring a micro-batch's gradients to the parameters."""
-        backward(self.params, grads)
+        deliver(self.params, grads)
 
     def update(self) -> None:
         """The last micro-batch has done it."""

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
+from fusedaccum.commands.machine import cpu_name
 from fusedaccum.timing import Clock as Clock
 from fusedaccum.timing import CudaClock as CudaClock
 from fusedaccum.timing import Samples as Samples
@@ -180,15 +181,6 @@ def commit() -> str:
     return f"{head}+sources.{sources.hexdigest()[:12]}".lstrip("+")
 
 
-def _cpu_name() -> str:
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:
-        text = ""
-    found = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
-    return found[1].strip() if found else platform.processor() or platform.machine()
-
-
 def _driver() -> str:
     found = _command("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
     if found:
@@ -211,7 +203,7 @@ def environment(device: torch.device) -> Row:
         triton_version = None
     on_cuda = device.type == "cuda"
     return {
-        "device": torch.cuda.get_device_name(device) if on_cuda else _cpu_name(),
+        "device": torch.cuda.get_device_name(device) if on_cuda else cpu_name(),
         "driver": _driver() if on_cuda else None,
         "n_cores": os.cpu_count(),
         "n_threads": torch.get_num_threads(),
@@ -241,7 +233,7 @@ def free_bytes(device: torch.device) -> int:
 
 def results_folder(device: torch.device) -> Path:
     """Where results of this machine go: $OUT, else a folder named after the device."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
     slug = re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-")
     folder = Path(os.environ.get("OUT") or ROOT / "benchmarks" / "results" / slug)
     folder.mkdir(parents=True, exist_ok=True)

@@ -221,6 +221,16 @@ def report(rows: Sequence[Row], device: str, *, targets: bool) -> None:
         print("\n" + "\n".join(judge(rows, device)))
 
 
+def close(run: Any) -> int:
+    """Say what was refused, skipped and kept; the exit status."""
+    for name, why in run.refused.items():
+        print(f"REFUSED {name}: {why}")
+    for name, why in run.skipped.items():
+        print(f"SKIPPED {name}: {why}")
+    print(f"{len(run.rows)} rows: {run.path.name}")
+    return 1 if run.refused else 0
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns 1 if a variant was refused."""
     args = parse(argv)
@@ -233,12 +243,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.environ |= {"TORCHINDUCTOR_CACHE_DIR": cache, "XDG_CACHE_HOME": cache}
         suite = measure_all(args)
     report(suite.rows, torch.device(args.device).type, targets=not args.quick)
-    for name, why in suite.refused.items():
-        print(f"REFUSED {name}: {why}")
-    for name, why in suite.skipped.items():
-        print(f"SKIPPED {name}: {why}")
-    print(f"{len(suite.rows)} rows: {suite.path.name}")
-    return 1 if suite.refused else 0
+    return close(suite)
 
 
 if __name__ == "__main__":

@@ -182,9 +182,8 @@ class TableBackend:
     def step(self, batch: StepBatch, scalars: UpdateScalars) -> None:
         numels = [acc.numel() for acc in batch.accs]
         dtype = batch.params[0].dtype
-        masters: Any = np.array(batch.keys or [0] * len(numels), np.int64)
-        if batch.masters:
-            masters = addresses(batch.masters)
+        keys: Any = batch.keys or [0] * len(numels)
+        masters = addresses(batch.masters) if batch.masters else keys
         accs = addresses(batch.accs)
         columns: list[Any] = [addresses(batch.params), masters, accs, numels, batch.rows]
         columns += [addresses(states) for states in zip(*batch.states, strict=True)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -44,7 +44,7 @@ def all_checks(device: torch.device, backend: str | None, full: bool) -> Iterato
 
 class _Emit(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, grads: list[Tensor], *params: Tensor) -> Tensor:
+    def forward(ctx: Any, grads: Sequence[Tensor], *params: Tensor) -> Tensor:
         ctx.grads = grads
         return params[0].new_zeros(())
 
@@ -54,8 +54,8 @@ class _Emit(torch.autograd.Function):
         return None, *(grad.detach() for grad in ctx.grads)
 
 
-def deliver(params: list[Tensor], grads: list[Tensor]) -> None:
-    """A backward that brings `grads` to `params`, through autograd's own accumulation."""
+def deliver(params: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
+    """A backward that costs nothing and brings `grads` to `params` through AccumulateGrad."""
     _Emit.apply(grads, *params).backward()  # type: ignore[no-untyped-call]
 
 

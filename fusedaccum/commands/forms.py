@@ -148,6 +148,21 @@ def leaves(params: Iterable[Tensor]) -> list[Tensor]:
     return [p.detach().clone().requires_grad_() for p in params]
 
 
+# Elements of fp32 scratch that stay in a core's cache with their gradient and accumulator.
+SCRATCH = 1 << 18
+
+
+def blocked_add_(
+    accs: Sequence[Tensor], grads: Sequence[Tensor], alpha: float, scratch: Tensor
+) -> None:
+    """`acc += alpha * grad` in blocks that are cast into `scratch` and added from there."""
+    block = scratch.numel()
+    for acc, grad in zip(accs, grads, strict=True):
+        pairs = zip(acc.view(-1).split(block), grad.view(-1).split(block), strict=True)
+        for a, g in pairs:
+            a.add_(scratch[: g.numel()].copy_(g), alpha=alpha)
+
+
 def _nbytes(tensors: Iterable[Any]) -> int:
     """Bytes of tensors, each memory once; step counts are left out."""
     found = {t.data_ptr(): t.nbytes for t in tensors if isinstance(t, Tensor) and t.dim()}
@@ -184,7 +199,7 @@ class Ours(Form):
         segments = list(self.collector.segments.values())
         if segments[0].grad is None:
             with torch.enable_grad():
-                deliver(self.params, list(grads))  # makes the accumulators
+                deliver(self.params, grads)  # makes the accumulators
         self.collector.backend.accumulate(
             [s.acc for s in segments],
             grads,
@@ -205,7 +220,7 @@ class Ours(Form):
 
     def micro_batch(self, grads: Sequence[Tensor], index: int) -> None:
         self.optimizer.zero_grad()
-        deliver(self.params, list(grads))
+        deliver(self.params, grads)
         self.optimizer.step()
 
     def update(self) -> None:
@@ -261,7 +276,7 @@ class Native(Form):
     def accumulate(self, grads: Sequence[Tensor]) -> None:
         """Add each gradient to its accumulator."""
         with torch.enable_grad():
-            deliver(self.params, list(grads))
+            deliver(self.params, grads)
 
     @torch.no_grad()
     def step(self) -> None:
@@ -299,19 +314,13 @@ class Blocks(Native):
 
     name = "native: blocks by hand"
     loss_is_divided = False
-    block = 1 << 18
 
     def __init__(self, params: Sequence[Tensor], plan: Plan, shared: Masters) -> None:
         super().__init__(params, plan, shared)
-        self.scratch = self.accs[0].new_empty(self.block)
+        self.scratch = self.accs[0].new_empty(SCRATCH)
 
     def accumulate(self, grads: Sequence[Tensor]) -> None:
-        for acc, grad in zip(self.accs, grads, strict=True):
-            pairs = zip(
-                acc.view(-1).split(self.block), grad.view(-1).split(self.block), strict=True
-            )
-            for a, g in pairs:
-                a.add_(self.scratch[: g.numel()].copy_(g), alpha=1 / self.plan.n)
+        blocked_add_(self.accs, grads, 1 / self.plan.n, self.scratch)
 
 
 class Plain(Form):
