@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,6 +29,9 @@ from tests.tolerances import STEP_ROUNDINGS, U
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # models are made from a config; nothing is downloaded
 transformers = pytest.importorskip("transformers")
+pytest.importorskip("accelerate")
+
+from accelerate.state import AcceleratorState, GradientState  # noqa: E402
 
 VOCABULARY, LENGTH = 32, 12
 MICRO_BATCH = 2
@@ -38,6 +42,20 @@ CURVE_ROUNDINGS = 16
 N_SEQUENCES = 77
 
 Batch = dict[str, Tensor]
+
+
+def reset() -> None:
+    """Forget the settings that Accelerate keeps per process."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+@contextmanager
+def own_state() -> Iterator[None]:
+    """Around a test, so that each has settings of its own."""
+    with one_thread():
+        yield
+    reset()
 
 
 def tiny_llama(dtype: torch.dtype = torch.float32, seed: int = 0) -> Any:

@@ -15,7 +15,6 @@ from tests import frameworks as fw
 accelerate = pytest.importorskip("accelerate")
 
 from accelerate.optimizer import AcceleratedOptimizer  # noqa: E402
-from accelerate.state import AcceleratorState, GradientState  # noqa: E402
 from torch.optim.lr_scheduler import LambdaLR  # noqa: E402
 
 from fusedaccum import FusedAccumOptimizer  # noqa: E402
@@ -26,15 +25,8 @@ RATE = 1e-2
 
 @pytest.fixture(autouse=True)
 def _own_state() -> Any:
-    """Accelerate keeps its settings per process; each test has its own."""
-    with fw.one_thread():
+    with fw.own_state():
         yield
-    reset()
-
-
-def reset() -> None:
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
 
 
 def loader(data: list[fw.Batch]) -> Any:
@@ -120,12 +112,12 @@ def run(
     make: Any, n: int = 4, dtype: torch.dtype = torch.float32, rate: float = RATE, mixed: str = "no"
 ) -> fw.Run:
     """50 updates, kept for the tests that compare with them."""
-    reset()
+    fw.reset()
     loop = Loop(make, n, fw.tiny_llama(dtype), rate, mixed=mixed)
     # Accelerate ends a window with the epoch: 39 micro-batches are 9 windows of 4 and one of 3.
     loop.run(fw.UPDATES if n == 1 else 5 * 39)
     assert len(loop.result.losses) == fw.UPDATES
-    reset()
+    fw.reset()
     return loop.result
 
 
@@ -168,9 +160,9 @@ def test_bf16_autocast() -> None:
 def resumed(make: Any, dtype: torch.dtype, stop: int, out: Path) -> tuple[fw.Run, fw.Run]:
     """24 micro-batches straight, and saved at `stop`, loaded into new objects, and on to 24."""
     straight = Loop(make, 4, fw.tiny_llama(dtype)).run(24).result
-    reset()
+    fw.reset()
     Loop(make, 4, fw.tiny_llama(dtype)).run(stop).accelerator.save_state(str(out))
-    reset()
+    fw.reset()
     loop = Loop(make, 4, fw.tiny_llama(dtype, seed=9))
     loop.accelerator.load_state(str(out))
     loop.micro_batches = stop
@@ -195,7 +187,7 @@ def test_transformers_22143_resume_loses_nothing(
 
 def test_the_plain_optimizer_loses_the_open_window(tmp_path: Path) -> None:
     assert are_equal(*(r.model for r in resumed(adamw, torch.float32, 12, tmp_path / "closed")))
-    reset()
+    fw.reset()
     assert not are_equal(*(r.model for r in resumed(adamw, torch.float32, 14, tmp_path / "open")))
 
 
@@ -329,7 +321,7 @@ def test_the_wrapper_counts_what_accelerate_cannot() -> None:
 def test_accumulate_divides_a_partial_window_by_n() -> None:
     """What accumulate() does, with any optimizer: 2 micro-batches of 4 count half."""
     for make in (ours, adamw):
-        reset()
+        fw.reset()
         data = fw.sequences(24)[12:]
         loop = Loop(make, 4, fw.tiny_llama(), 2.0**-30, data).run(6)
         mean_of_means = fw.window_gradients(list(loader(data))[4:], by_tokens=False)
@@ -345,7 +337,7 @@ def test_two_who_count_are_refused() -> None:
     words = r"steps=4\) counts .* Accelerator\(gradient_accumulation_steps=2\).*steps=None"
     with pytest.raises(ValueError, match=words):
         accelerator.prepare(model, opt)
-    reset()
+    fw.reset()
     accelerate.Accelerator(cpu=True).prepare(model, opt)  # the wrapper alone counts
 
 
@@ -353,7 +345,7 @@ def test_a_model_that_moved_after_it_was_wrapped() -> None:
     """prepare(model, optimizer) moves the model to a GPU; another dtype does the same to hooks."""
     results = []
     for dtype_first in (True, False):
-        reset()
+        fw.reset()
         model = fw.tiny_llama(torch.bfloat16 if dtype_first else torch.float32)
 
         def make(model: Any, rate: float) -> Any:

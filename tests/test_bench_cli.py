@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,6 +17,7 @@ from fusedaccum import cli
 from fusedaccum.commands import bench, forms, gate, machine, shapes
 from fusedaccum.commands.checks import Wrong
 from fusedaccum.commands.forms import Form, Ours, Plan
+from tests.commands import run_command
 
 CPU = torch.device("cpu")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -54,15 +53,7 @@ def check_report(report: dict[str, Any], optimizer: str, exact: set[str]) -> Non
 
 
 def test_bench_in_a_process_of_its_own() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "fusedaccum", *TINY, "--json"],
-        cwd=Path(__file__).resolve().parent.parent,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "0"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    done = run_command(*TINY, "--json")
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stderr == ""
     report = json.loads(done.stdout)

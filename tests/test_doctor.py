@@ -7,10 +7,7 @@ import json
 import math
 import os
 import re
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,6 +19,7 @@ from fusedaccum.commands import check_steps, checks, doctor
 from fusedaccum.rules import RULES
 from fusedaccum.window import Window
 from tests.cases import WithoutCompiler, forget_compiled
+from tests.commands import run_command
 
 TORCH = importlib.import_module("fusedaccum.backends.torch").TorchBackend
 CPU = torch.device("cpu")
@@ -66,15 +64,7 @@ def failures(found: dict[str, Any]) -> list[str]:
 
 
 def test_a_sound_machine_in_a_process_of_its_own() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "fusedaccum", "doctor", "--device", "cpu"],
-        cwd=Path(__file__).resolve().parent.parent,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "0"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    done = run_command("doctor", "--device", "cpu")
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stderr == ""
     last = done.stdout.strip().splitlines()[-1]

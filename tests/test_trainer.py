@@ -16,7 +16,6 @@ from tests import frameworks as fw
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
-from accelerate.state import AcceleratorState, GradientState  # noqa: E402
 
 from fusedaccum import FusedAccumOptimizer  # noqa: E402
 from tests.tolerances import equal_bits  # noqa: E402
@@ -27,15 +26,8 @@ UNUSED = tempfile.TemporaryDirectory()  # the Trainer makes its folder, saved to
 
 @pytest.fixture(autouse=True)
 def _own_state() -> Any:
-    """Accelerate keeps its settings per process; each test has its own."""
-    with fw.one_thread():
+    with fw.own_state():
         yield
-    reset()
-
-
-def reset() -> None:
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
 
 
 def arguments(out: Path | None = None, **changes: Any) -> Any:
@@ -108,7 +100,7 @@ def run(
     made = trainer(model, wraps[how], bf16=autocast, **settings)
     result = finished(made)
     assert made.state.global_step == fw.UPDATES == len(result.losses)
-    reset()
+    fw.reset()
     return result
 
 
@@ -315,7 +307,7 @@ def test_a_wrapper_that_counts_too_is_refused(n: int) -> None:
     )
     with pytest.raises(ValueError, match=r"steps=4\) counts .* the Trainer.*steps=None"):
         made.train()
-    AcceleratorState._reset_state(reset_partial_state=True)
+    fw.reset()
     one = trainer(
         fw.tiny_llama(), lambda o: FusedAccumOptimizer(o, 1), gradient_accumulation_steps=n
     )

@@ -1,0 +1,21 @@
+"""The package's commands, run as a user runs them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+
+def run_command(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """`python -m fusedaccum ...` in a process of its own, on the CPU's own backend."""
+    return subprocess.run(
+        [sys.executable, "-m", "fusedaccum", *arguments],
+        cwd=Path(__file__).resolve().parent.parent,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "0"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
