@@ -19,6 +19,8 @@ from __future__ import annotations
 
 import argparse
 import collections
+import functools
+import itertools
 import sys
 import threading
 import time
@@ -26,7 +28,6 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
@@ -42,7 +43,9 @@ OPTIMIZERS = str(Path(torch.optim.__file__).resolve().parent)
 
 
 class Broken(AssertionError):
-    """A state that the promise excludes. `how` is one word for it."""
+    """A state that the promise excludes. `how` is one word for it; `where` was interrupted."""
+
+    where = ""
 
     def __init__(self, how: str, detail: str) -> None:
         super().__init__(f"{how}: {detail}")
@@ -58,10 +61,10 @@ class Trap:
         self.error: BaseException | None = None
 
     @contextmanager
-    def set(self) -> Iterator[None]:
+    def set(self, run: Run) -> Iterator[None]:
         """Let it raise inside this block, and take what it raised."""
         try:
-            with self.armed():
+            with self.armed(run):
                 yield
         except BaseException as error:
             if error is not self.error:
@@ -71,7 +74,7 @@ class Trap:
                 raise Broken("swallowed", f"what was raised at {self.where} did not come out")
 
     @contextmanager
-    def armed(self) -> Iterator[None]:
+    def armed(self, run: Run) -> Iterator[None]:
         raise NotImplementedError
         yield
 
@@ -92,7 +95,7 @@ class AtLine(Trap):
         self.thread = threading.get_ident()
 
     @contextmanager
-    def armed(self) -> Iterator[None]:
+    def armed(self, run: Run) -> Iterator[None]:
         before = sys.gettrace()
         sys.settrace(self._call)
         try:
@@ -141,11 +144,11 @@ class Scenario:
         """Up to the operation."""
         return Run(self.kind).all(list(self.program[: self.at]))
 
-    @cached_property
+    @functools.cached_property
     def undisturbed(self) -> dict[str, Any]:
         return self.start().all(list(self.program[self.at :])).saved()
 
-    @cached_property
+    @functools.cached_property
     def without(self) -> dict[str, Any]:
         """Where the operation is left out."""
         return self.start().all(list(self.program[self.at + 1 :])).saved()
@@ -234,7 +237,7 @@ def examine(scenario: Scenario, make: Callable[[], Trap]) -> tuple[str, str] | N
         "nothing", "done" or "refused"; None if the trap was never reached.
 
     Raises:
-        Broken: for all else. Its `where` says the line.
+        Broken: for all else.
     """
     trap = make()
     try:
@@ -243,7 +246,7 @@ def examine(scenario: Scenario, make: Callable[[], Trap]) -> tuple[str, str] | N
             outcome = _examine(scenario, trap, lambda: _disturb(scenario, make()))
     except Exception as error:
         broken = error if isinstance(error, Broken) else Broken("crash", repr(error))
-        broken.where = trap.where  # type: ignore[attr-defined]
+        broken.where = trap.where
         raise broken from error
     return None if outcome is None else (outcome, trap.where)
 
@@ -251,7 +254,7 @@ def examine(scenario: Scenario, make: Callable[[], Trap]) -> tuple[str, str] | N
 def _disturb(scenario: Scenario, trap: Trap) -> Run:
     run = scenario.start()
     try:
-        with trap.set():
+        with trap.set(run):
             run.do(scenario.op)
     except Exception as error:
         raise Broken("replaced", f"by {error!r}") from error
@@ -313,25 +316,21 @@ def _end(run: Run, ops: list[Op], expected: dict[str, Any]) -> Wrong | None:
 
 
 def survey(
-    scenario: Scenario,
-    errors: Sequence[type[BaseException]] = (KeyboardInterrupt, MemoryError),
-    stride: int = 1,
-    first: int = 0,
+    scenario: Scenario, trap: Callable[[int], Trap], stride: int = 1, first: int = 0
 ) -> Iterator[tuple[str, str, str]]:
-    """Disturb every `stride`-th line, with the errors in turn: how it ended, where, and details."""
-    k, turn = first, 0
-    while True:
-        error = errors[turn % len(errors)]
+    """Disturb with `trap(first)`, `trap(first + stride)`, ... until one is not reached.
+
+    Yields how each ended, where it was, and details.
+    """
+    for k in itertools.count(first, stride):
         try:
-            outcome = examine(scenario, lambda: AtLine(k, error, scenario.folders))  # noqa: B023
+            outcome = examine(scenario, functools.partial(trap, k))
         except Broken as broken:
-            yield broken.how, broken.where, str(broken)  # type: ignore[attr-defined]
+            yield broken.how, broken.where, str(broken)
         else:
             if outcome is None:
                 return
             yield (*outcome, "")
-        turn += 1
-        k += stride
 
 
 KEPT = ("nothing", "done", "refused")
@@ -354,7 +353,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         counts: collections.Counter[str] = collections.Counter()
         places: dict[tuple[str, str], list[str]] = {}
         for error in (KeyboardInterrupt, MemoryError):
-            for how, where, detail in survey(scenario, [error], args.stride, args.first):
+            at_line = functools.partial(AtLine, error=error, folders=scenario.folders)
+            for how, where, detail in survey(scenario, at_line, args.stride, args.first):
                 counts[how] += 1
                 if how not in KEPT:
                     places.setdefault((how, where), []).append(f"{error.__name__}: {detail}")

@@ -101,6 +101,17 @@ class Run:
         else:
             self.scaler.step(self.opt)
 
+    def closure(self, i: int) -> None:
+        def evaluate() -> None:
+            self.in_closure("before its backward")
+            self.backward(i)
+            self.in_closure("after its backward")
+
+        self.opt.step(evaluate)
+
+    def in_closure(self, where: str) -> None:
+        """Nothing, unless a test puts something here."""
+
     def update(self) -> None:
         self.scaler.update()
 
