@@ -159,10 +159,11 @@ def differences(a: Any, b: Any, path: str = "") -> Iterator[str]:
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         if a.dtype is not b.dtype or a.shape != b.shape or a.device != b.device:
             yield f"{path}: {a.dtype} {tuple(a.shape)}, {b.dtype} {tuple(b.shape)}"
-        elif not torch.equal(a.isnan(), b.isnan()) or not torch.equal(
-            a.nan_to_num(), b.nan_to_num()
-        ):
-            yield f"{path}: {int((a != b).sum())} of {a.numel()} numbers"
+            return
+        bits = [t.contiguous().reshape(-1, 1).view(torch.uint8) for t in (a, b)]
+        if not torch.equal(*bits):
+            n = int((bits[0] != bits[1]).any(1).sum())
+            yield f"{path}: {n} of {a.numel()} numbers"
     elif isinstance(a, dict) and isinstance(b, dict):
         for key in [*a, *(k for k in b if k not in a)]:
             if key not in a or key not in b:
