@@ -19,7 +19,6 @@ from fusedaccum import FusedAccumOptimizer
 N = 2  # micro-batches per window
 SHAPES = ((5, 7), (6, 4), (3, 3))
 WEIGHTS = (3.0, 5.0, 2.0)  # of weighted micro-batches, in turn
-SCALE = 16.0  # of the GradScaler: a power of two, so that scaling rounds nothing
 # An operation: its name, and what it is of.
 Op = tuple[Any, ...]
 
@@ -34,6 +33,7 @@ class Kind:
     steps: int | None = N
     weighted: bool = False
     scaled: bool = False
+    scale: float = 16.0  # of the GradScaler: a power of two, so that scaling rounds nothing
     options: dict[str, Any] = field(default_factory=dict)
     # How far one update may be from the float64 oracle's, as a share of the largest change.
     tolerance: float = 1e-4
@@ -71,7 +71,9 @@ class Run:
         self.kind = kind
         self.params = kind.params()
         inner = kind.make(kind.groups(self.params))
-        self.scaler: Any = torch.amp.GradScaler("cpu", init_scale=SCALE) if kind.scaled else None
+        self.scaler: Any = None
+        if kind.scaled:
+            self.scaler = torch.amp.GradScaler("cpu", init_scale=kind.scale)
         self.opt = FusedAccumOptimizer(inner, kind.steps, grad_scaler=self.scaler, **kind.options)
 
     def do(self, op: Op) -> None:
