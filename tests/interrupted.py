@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import torch
@@ -37,10 +36,14 @@ MUON_LOOP = Kind("muon-bf16-loop", _muon, torch.bfloat16, steps=None, tolerance=
 NATIVE = (ADAFACTOR, MUON, MUON_LOOP)
 
 
-def _after(kind: Kind, prefix: list[Op], op: Op, suffix: list[Op]) -> Scenario:
-    """`op` interrupted after `prefix`; `suffix` ends the window, and one more follows."""
-    arguments = [str(a) for a in op[1:] if isinstance(a, int)]
-    name = f"{kind.name} {op[0]} {'-'.join(arguments) or len(prefix)}"
+def _after(kind: Kind, prefix: list[Op], op: Op, suffix: list[Op], note: str = "") -> Scenario:
+    """`op` interrupted after `prefix`; `suffix` ends the window, and one more follows.
+
+    Named after the micro-batches so far: "step after 2".
+    """
+    n = sum(done[0] == "backward" for done in prefix)
+    is_open = not note and op[0] not in ("backward", "step") and prefix[-1][0] == "backward"
+    name = " ".join(filter(None, (kind.name, op[0], f"after {n}", note or ("open" * is_open))))
     program = (*prefix, op, *suffix, *kind.update(20))
     return Scenario(name, kind, program, len(prefix), traces_torch=kind in NATIVE)
 
@@ -75,11 +78,9 @@ def _load(kind: Kind) -> list[Scenario]:
     write: Op = ("write", saved["params"])
     load: Op = ("load", saved["opt"])
     rest = kind.update(32)[half:]
-    trained = _after(kind, [*kind.update(0), *ours[:half], write], load, rest)
-    new = _after(kind, [write], load, rest)
     return [
-        dataclasses.replace(trained, name=f"{kind.name} load trained"),
-        dataclasses.replace(new, name=f"{kind.name} load new"),
+        _after(kind, [*kind.update(0), *ours[:half], write], load, rest, "trained"),
+        _after(kind, [write], load, rest, "new"),
     ]
 
 
@@ -95,6 +96,16 @@ def _between(kind: Kind) -> list[Scenario]:
     ]
 
 
+def _converted(kind: Kind, dtype: torch.dtype) -> list[Scenario]:
+    """zero_grad() and load_state_dict() that find the model in another dtype."""
+    before = [*kind.update(0), ("convert", dtype)]
+    saved = Run(kind).all(kind.update(0)).saved()["opt"]
+    return [
+        _after(kind, before, ("zero_grad",), kind.update(2), "converted"),
+        _after(kind, before, ("load", saved), kind.update(2), "converted"),
+    ]
+
+
 ALL = ("backward", "step", "zero_grad")
 SCENARIOS: list[Scenario] = [
     *_every(COUNTED, 1, ("step",)),
@@ -105,6 +116,7 @@ SCENARIOS: list[Scenario] = [
     *_every(SPLIT, 1, ("step",)),
     *_every(SPLIT, 2, ("backward", "step")),
     *_load(SPLIT),
+    *_converted(SPLIT, torch.float16),
     *_every(WEIGHTED, 2, ("backward", "step")),
     *_flush(WEIGHTED),
     *_every(LOOP, 1, ("step",)),
@@ -118,6 +130,7 @@ SCENARIOS: list[Scenario] = [
     *_every(ADAFACTOR, 2, ("backward", "step", "zero_grad")),
     *_flush(ADAFACTOR),
     *_load(ADAFACTOR),
+    *_converted(ADAFACTOR, torch.float32),
     *_every(MUON, 2, ("step",)),
     *_every(MUON_LOOP, 1, ("step",)),
     *_every(MUON_LOOP, 2, ("step", "zero_grad")),

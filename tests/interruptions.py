@@ -364,7 +364,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         seconds = time.monotonic() - started
         print(f"{scenario.name}: {counts.total()} interruptions: {ends} ({seconds:.0f} s)")
         for (how, where), details in places.items():
-            print(f"    {how} at {where} ({len(details)}): {details[0]}")
+            print(f"    {how} at {where} ({len(details)}): {details[0]:.300}")
             for detail in details[1:] if args.details else ():
                 print(f"        {detail}")
         sys.stdout.flush()

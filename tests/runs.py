@@ -129,8 +129,16 @@ class Run:
     def save(self) -> None:
         self.opt.state_dict()
 
+    def convert(self, dtype: torch.dtype) -> None:
+        """The model's to()."""
+        for param in self.params:
+            param.data = param.data.to(dtype)
+            param.grad = None
+
     def write(self, params: list[Tensor]) -> None:
         """The model's load_state_dict()."""
+        if params[0].dtype is not self.params[0].dtype:
+            self.convert(params[0].dtype)
         with torch.no_grad():
             for param, value in zip(self.params, params, strict=True):
                 param.copy_(value)

@@ -88,21 +88,21 @@ def _allocations(_: Run) -> list[tuple[Any, str]]:
     return [(torch, name) for name in names]
 
 
-def _first(kind: Kind, name: str) -> Scenario:
+def scenario_of(kind: Kind, name: str) -> Scenario:
     return next(s for s in SCENARIOS if s.name == f"{kind.name} {name}")
 
 
 @pytest.mark.parametrize(
     "scenario",
     [
-        _first(COUNTED, "step 4"),
-        _first(SPLIT, "step 4"),
-        _first(SPLIT, "load new"),
-        _first(LOOP, "step 2"),
-        _first(LINKED, "step 5"),
-        _first(ADAFACTOR, "step 4"),
-        _first(ADAFACTOR, "load trained"),
-        _first(MUON_LOOP, "step 2"),
+        scenario_of(COUNTED, "step after 2"),
+        scenario_of(SPLIT, "step after 2"),
+        scenario_of(SPLIT, "load after 0 new"),
+        scenario_of(LOOP, "step after 2"),
+        scenario_of(LINKED, "step after 2"),
+        scenario_of(ADAFACTOR, "step after 2"),
+        scenario_of(ADAFACTOR, "load after 3 trained"),
+        scenario_of(MUON_LOOP, "step after 2"),
     ],
     ids=lambda s: s.name.replace(" ", "-"),
 )
@@ -143,12 +143,12 @@ class InHook(Trap):
 
 
 CLOSING = [
-    _first(COUNTED, "step 10"),
-    _first(SPLIT, "step 4"),
-    _first(LOOP, "step 6"),
-    _first(LINKED, "step 13"),
-    _first(ADAFACTOR, "step 10"),
-    _first(MUON_LOOP, "step 2"),
+    scenario_of(COUNTED, "step after 4"),
+    scenario_of(SPLIT, "step after 2"),
+    scenario_of(LOOP, "step after 4"),
+    scenario_of(LINKED, "step after 4"),
+    scenario_of(ADAFACTOR, "step after 4"),
+    scenario_of(MUON_LOOP, "step after 2"),
 ]
 
 
@@ -326,7 +326,7 @@ def _no_hooks(run: Run) -> None:
 
 @pytest.mark.parametrize("defect", [_half_of_a_gradient, _another_parameter, _no_hooks])
 def test_the_harness_sees_a_defect(defect: Callable[[Run], None]) -> None:
-    scenario = _first(COUNTED, "flush 9")
+    scenario = scenario_of(COUNTED, "flush after 3")
     with pytest.raises(Broken):
         examine(scenario, lambda: Sabotage(defect))
     assert examine(scenario, lambda: Sabotage(lambda _: None)) == (
@@ -336,7 +336,7 @@ def test_the_harness_sees_a_defect(defect: Callable[[Run], None]) -> None:
 
 
 def test_the_harness_sees_an_exception_that_is_swallowed() -> None:
-    scenario = _first(COUNTED, "step 7")
+    scenario = scenario_of(COUNTED, "step after 3")
 
     class Swallowing(AtCall):
         @contextmanager
