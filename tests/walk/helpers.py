@@ -1,0 +1,96 @@
+"""What the lines of a walk call."""
+
+import copy
+import pickle
+
+import torch
+
+from fusedaccum import FusedAccumOptimizer
+
+try:
+    import lion_pytorch  # noqa: F401
+except ImportError:  # on a GPU machine that is taken as it is
+    pass
+
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+
+
+def fill(shape, dtype, seed):
+    """Eighths from -15/8 to 15/8: every dtype holds them, and fp32 their sums, exactly."""
+    n = torch.Size(shape).numel()
+    values = (torch.arange(n) * 7 + seed * 13) % 31 - 15
+    return (values / 8).to(dtype).reshape(shape)
+
+
+def parameter(shape, dtype, seed, layout="contiguous", frozen=False):
+    """A parameter whose memory is laid out so."""
+    values = fill(shape, dtype, seed)
+    if layout == "transposed":
+        values = values.transpose(-1, -2).contiguous().transpose(-1, -2)
+    if layout == "channels_last":
+        values = values.contiguous(memory_format=torch.channels_last)
+    return torch.nn.Parameter(values, requires_grad=not frozen)
+
+
+def gradient(p, seed, bad=None):
+    """What a backward gives `p`; `bad` stands in its first place."""
+    values = fill(p.shape, p.dtype, seed)
+    if bad is not None and values.numel():
+        values.view(-1)[0] = bad
+    return values
+
+
+def backward(p, seeds, bad=None):
+    """A backward whose gradients are known: that of p[i] is made from seeds[i]."""
+    used = {i: seed for i, seed in seeds.items() if p[i].requires_grad}
+    if used:
+        loss = sum((p[i] * gradient(p[i], seed, bad)).sum().float() for i, seed in used.items())
+        loss.backward()
+
+
+class Breaks(torch.autograd.Function):
+    """The backward raises here."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        raise MemoryError("half-way")
+
+
+def broken_backward(p, seeds):
+    """A backward that raises when the gradients of `seeds` are there and others are not."""
+    start = Breaks.apply(torch.zeros((), requires_grad=True))  # first made, last reached
+    parts = [(p[i] * gradient(p[i], seed)).sum().float() for i, seed in seeds.items()]
+    try:
+        (start + sum(parts)).backward()
+    except MemoryError:
+        pass
+
+
+def values_of(p):
+    """Copies of the parameters."""
+    return [x.detach().clone() for x in p]
+
+
+def restore(p, values):
+    """Write them back."""
+    with torch.no_grad():
+        for x, value in zip(p, values):
+            x.copy_(value)
+
+
+def fresh(p):
+    """New parameters with the same values, as a new process makes them from a checkpoint."""
+    return [torch.nn.Parameter(x.detach().clone(), requires_grad=x.requires_grad) for x in p]
+
+
+class Sub(torch.optim.SGD):
+    """A user's subclass, which keeps its own step()."""
+
+
+def zero_grad(p, set_to_none=True):
+    """model.zero_grad()"""
+    torch.nn.ParameterList(p).zero_grad(set_to_none=set_to_none)
