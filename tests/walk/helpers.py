@@ -1,25 +1,28 @@
 """What the lines of a walk call."""
 
-import copy
-import pickle
+import contextlib
+import copy  # noqa: F401
+import functools
+import pickle  # noqa: F401
 
 import torch
 
-from fusedaccum import FusedAccumOptimizer
+from fusedaccum import FusedAccumOptimizer  # noqa: F401
 
-try:
+with contextlib.suppress(ImportError):  # missing on a GPU machine that is taken as it is
     import lion_pytorch  # noqa: F401
-except ImportError:  # on a GPU machine that is taken as it is
-    pass
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 
 
 def fill(shape, dtype, seed):
     """Eighths from -15/8 to 15/8: every dtype holds them, and fp32 their sums, exactly."""
-    n = torch.Size(shape).numel()
-    values = (torch.arange(n) * 7 + seed * 13) % 31 - 15
-    return (values / 8).to(dtype).reshape(shape)
+    return _eighths(torch.Size(shape).numel(), seed).to(dtype, copy=True).reshape(shape)
+
+
+@functools.lru_cache(1000)
+def _eighths(n, seed):
+    return ((torch.arange(n) * 7 + seed * 13) % 31 - 15) / 8
 
 
 def parameter(shape, dtype, seed, layout="contiguous", frozen=False):
@@ -64,10 +67,8 @@ def broken_backward(p, seeds):
     """A backward that raises when the gradients of `seeds` are there and others are not."""
     start = Breaks.apply(torch.zeros((), requires_grad=True))  # first made, last reached
     parts = [(p[i] * gradient(p[i], seed)).sum().float() for i, seed in seeds.items()]
-    try:
+    with contextlib.suppress(MemoryError):
         (start + sum(parts)).backward()
-    except MemoryError:
-        pass
 
 
 def values_of(p):
@@ -78,7 +79,7 @@ def values_of(p):
 def restore(p, values):
     """Write them back."""
     with torch.no_grad():
-        for x, value in zip(p, values):
+        for x, value in zip(p, values, strict=True):
             x.copy_(value)
 
 

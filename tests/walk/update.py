@@ -52,6 +52,10 @@ class Param:
         return once * {"stochastic": 2.01, "native": 12}.get(self.kind, 1.0)
 
 
+def _finite(error: Tensor) -> Tensor:
+    return error.nan_to_num(0.0, 0.0, 0.0)
+
+
 def master_kind(mode: str | None, dtype: torch.dtype, stochastic: bool, is_fused: bool) -> str:
     """How README and docstring say that a parameter's precise value is kept."""
     if dtype == torch.float32:
@@ -100,6 +104,10 @@ class Update:
         new.plain.param_groups, new.plain.defaults = groups, self.plain.defaults
         new.plain.state.update({exact[p]: copy.deepcopy(s) for p, s in self.plain.state.items()})
         return new
+
+    @property
+    def is_fused(self) -> bool:
+        return OPTIMIZERS[self.kind].is_fused
 
     @staticmethod
     def norm_of(grads: list[Pair]) -> Pair:
@@ -151,9 +159,9 @@ class Update:
             if self.kind in ("adafactor", "muon") and error.numel():
                 error = error.max().expand_as(error)  # what each element does moves all of them
             moved = (param.value - before[i]).abs()
-            param.drift = param.drift + error + ROUNDINGS * U * moved
+            param.drift = _finite(param.drift + error + ROUNDINGS * U * moved)
             rounded = ROUNDINGS * U * (before[i].abs() + 2 * moved) + TINY
-            param.error = param.error + rounded + param.drift + jumps[i]
+            param.error = _finite(param.error + rounded + param.drift + jumps[i])
             param.moved = True
 
     # --- somebody writes ---

@@ -87,7 +87,7 @@ def draw_config(rng: random.Random, backend: str | None) -> Config:
         rng.randint(1, min(2, len(params))),
         rng.choice(STEPS),
         rng.choice([None, None, 0.5, 1e4]),
-        rng.random() < 0.75,
+        rng.random() < 0.75 or optimizer == "lion",
         masters,
         kind.is_fused and masters == "none" and rng.random() < 0.5,
         rng.choice([None, 1e-6]),
