@@ -109,6 +109,18 @@ def step(world: World) -> str:
     return "opt.step()"
 
 
+@action(2, lambda rng: (_seeds(rng),))
+def closure_step(world: World, seeds: Any) -> str:
+    """step() runs the closure first."""
+    if world.oracle.broken or world.oracle.destroyed or world.oracle.removed:
+        raise Unspecified("which of the two raises")
+    grads, text = _grads(world, seeds)
+    world.oracle.backward(grads)
+    if not world.oracle.expected.error:
+        world.oracle.step()
+    return f"opt.step(lambda: {text})"
+
+
 @action(3)
 def flush(world: World) -> str:
     world.oracle.flush()
@@ -152,6 +164,20 @@ def assign(world: World, index: int, seed: int) -> str:
     grad = helpers.fill(world.specs[i].shape, torch.float64, seed)
     world.oracle.assign(i, grad)
     return f"p[{i}].grad = fill(p[{i}].shape, F32, {seed})"
+
+
+@action(1.5, lambda rng: (_index(rng), rng.choice([0.5, 1.0, -2.0])))
+def assign_scaled(world: World, index: int, factor: float) -> str:
+    """p.grad = p.grad * factor"""
+    i = index % len(world.specs)
+    slot = world.oracle.slots[i]
+    if slot.grad is None or not slot.is_known:
+        raise Unspecified("what shows")
+    error = slot.grad.error * abs(factor)
+    world.oracle.assign(i, slot.grad.value * factor)
+    assert slot.grad is not None
+    slot.grad.error = error
+    return f"p[{i}].grad = p[{i}].grad * {factor}"
 
 
 @action(2, lambda rng: (_index(rng), rng.choice([0.5, -2.0])))
@@ -265,13 +291,14 @@ def set_skip(world: World, skip: bool) -> str:
 # --- checkpoints and copies ---
 
 
-@action(4)
-def save(world: World) -> str:
+@action(4, lambda rng: (rng.random() < 0.3,))
+def save(world: World, to_file: bool) -> str:
     if world.oracle.broken:
         world.oracle.expected.error = RuntimeError
         return "opt.state_dict()"
     world.saved = world.oracle.saved()
-    return "values, saved = values_of(p), copy.deepcopy(opt.state_dict())"
+    text = "through_a_file(opt.state_dict())" if to_file else "copy.deepcopy(opt.state_dict())"
+    return f"values, saved = values_of(p), {text}"
 
 
 @action(3, lambda rng: (rng.random() < 0.5,))
@@ -347,5 +374,25 @@ def rewrap(world: World, steps: Any, max_norm: Any, skip: bool, masters: str | N
 
 
 @action(0.5)
+def load_into_plain(world: World) -> str:
+    """A state dict of the wrapper loads into the plain optimizer, and leaves the wrapper alone."""
+    if world.saved is None or len(world.saved.update.layout) != len(world.oracle.update.layout):
+        raise Unspecified("nothing to load")
+    plain = world.wrap().splitlines()[0].replace("inner", "plain").replace("p[", "q[")
+    return f"q = fresh(p)\n{plain}\nplain.load_state_dict(saved)"
+
+
+@action(0.5)
 def show(world: World) -> str:
     return "repr(opt)"
+
+
+@action(0.5)
+def autograd_grad(world: World) -> str:
+    """Gradients that are asked for, and not accumulated."""
+    wanted = [i for i, slot in enumerate(world.oracle.slots) if slot.needs_grad]
+    if not wanted:
+        raise Unspecified("nothing needs a gradient")
+    return (
+        f"torch.autograd.grad(sum(p[i].float().sum() for i in {wanted}), [p[i] for i in {wanted}])"
+    )
