@@ -34,6 +34,7 @@ class Oracle(Window):
             if not (self.has_arrivals or self.removed or self.broken or self.destroyed):
                 if self.has_assigned:
                     raise Unspecified("zero_grad() before an assigned gradient was taken up")
+                self.weight = None  # of a micro-batch that brought nothing
                 return
             self.expected.warnings.append(DISCARDED)
         if self.broken and not set_to_none:
@@ -67,8 +68,7 @@ class Oracle(Window):
             elif self.has_arrivals:
                 self._remove([slot for slot in self.slots if slot.arrived])
             for slot in self.slots:
-                slot.show(None)
-                slot.is_pending = False
+                slot.hide()
             return
         if any(not slot.is_known for slot in self.slots) or self.removed or self.has_assigned:
             raise Unspecified("which gradients showed")
@@ -80,7 +80,9 @@ class Oracle(Window):
             self.destroyed = True
         zeros = [torch.zeros_like(slot.grad.value) for slot in shown]
         if not self.counts:
+            weighted = self.weighted
             self._forget()
+            self.by_model = bool(weighted)
         for slot, zero in zip(shown, zeros, strict=True):
             grad = Grad(zero, zero)
             slot.acc = grad if not self.counts or slot.acc is not None else None
@@ -112,8 +114,7 @@ class Oracle(Window):
             slot.acc, slot.arrived = None, False
             if all(s.acc is None and s.grad is None for s in self.slots if s is not slot):
                 self._forget()
-        slot.show(None)
-        slot.is_pending = False
+        slot.hide()
 
     def assign(self, index: int, grad: Tensor) -> None:
         """p.grad = tensor"""

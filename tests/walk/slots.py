@@ -63,6 +63,10 @@ class Slot:
     def show(self, grad: Grad | None) -> None:
         self.grad, self.is_known = grad, True
 
+    def hide(self) -> None:
+        """p.grad is None; what the window holds comes back with some later call."""
+        self.grad, self.is_known, self.is_pending = None, self.acc is None, False
+
     @property
     def is_assigned(self) -> bool:
         """Whether p.grad was set by somebody and has not been taken up."""
