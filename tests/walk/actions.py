@@ -58,12 +58,12 @@ def draw_action(rng: random.Random) -> Action:
 def _seeds(rng: random.Random) -> tuple[tuple[int, int], ...]:
     kind = rng.random()
     chosen = range(8) if kind < 0.6 else [i for i in range(8) if rng.random() < 0.5]
-    return tuple((i, rng.randrange(31)) for i in chosen)
+    return tuple((i, rng.randrange(36)) for i in chosen)
 
 
 def _grads(world: World, seeds: Any, bad: float | None = None) -> tuple[dict[int, Any], str]:
     used = {i: seed for i, seed in seeds if i < len(world.specs)}
-    like = {i: torch.empty(world.specs[i].shape, dtype=world.specs[i].dtype) for i in used}
+    like = {i: torch.zeros(world.specs[i].shape, dtype=world.specs[i].dtype) for i in used}
     grads = {i: helpers.gradient(like[i], seed, bad).double() for i, seed in used.items()}
     grads = {i: g for i, g in grads.items() if world.oracle.slots[i].needs_grad}
     text = f"backward(p, {used}" + (f', bad=float("{bad}"))' if bad is not None else ")")
@@ -82,6 +82,13 @@ def bad_backward(world: World, seeds: Any, bad: float) -> str:
     grads, text = _grads(world, seeds, bad)
     world.oracle.backward(grads)
     return text
+
+
+@action(1.5, lambda rng: (_seeds(rng),))
+def reentrant_backward(world: World, seeds: Any) -> str:
+    grads, text = _grads(world, seeds)
+    world.oracle.backwards([grads, grads], None)
+    return f"reentrant_{text}"
 
 
 @action(9, lambda rng: (rng.choice([1.0, 2.0, 3.0, 5.0]), [_seeds(rng)] * rng.choice([1, 1, 2])))
@@ -286,6 +293,13 @@ def set_skip(world: World, skip: bool) -> str:
         raise Unspecified("the sign of NaN")
     world.oracle.skip = skip
     return f"opt.skip_nonfinite = {skip}"
+
+
+@action(0.7)
+def clear_state(world: World) -> str:
+    """The optimizer's history begins anew."""
+    world.oracle.update.plain.state.clear()
+    return "opt.state.clear()"
 
 
 # --- checkpoints and copies ---

@@ -10,6 +10,7 @@ from tests.walk.runner import Failure, run
 from tests.walk.world import Config, ParamSpec
 
 Walk = tuple[Config, list[Action]]
+_SEEDED = ("backward", "bad_backward", "broken_backward", "reentrant_backward", "closure_step")
 
 
 def minimise(config: Config, actions: list[Action], kind: str, tries: int = 1500) -> Failure:
@@ -94,7 +95,7 @@ def _renumbered(actions: list[Action], gone: int) -> list[Action]:
     """The same actions without parameter `gone`."""
     result = []
     for action in actions:
-        if action.name in ("backward", "bad_backward", "broken_backward"):
+        if action.name in _SEEDED:
             action = Action(action.name, (_without(action.args[0], gone), *action.args[1:]))
         elif action.name == "weighted_backward":
             many = [_without(seeds, gone) for seeds in action.args[1]]
@@ -108,7 +109,7 @@ def _without(seeds: tuple[tuple[int, int], ...], gone: int) -> tuple[tuple[int, 
 
 
 def _simpler_args(action: Action) -> Iterator[tuple[object, ...]]:
-    if action.name in ("backward", "bad_backward", "broken_backward"):
+    if action.name in _SEEDED:
         seeds, *rest = action.args
         for i in range(len(seeds)):
             yield (seeds[:i] + seeds[i + 1 :], *rest)

@@ -61,10 +61,10 @@ class Oracle(Window):
         if set_to_none:
             if self.counts and self.has_arrivals and self.has_assigned:
                 raise Unspecified("removed and assigned in one micro-batch")
+            if any(slot.is_assigned and not slot.is_known for slot in self.slots):
+                raise Unspecified("whether it was taken up")
             if not self.counts:
-                weighted = self.weighted
-                self._forget()
-                self.by_model = bool(weighted)
+                self._forget_by_model()
             elif self.has_arrivals:
                 self._remove([slot for slot in self.slots if slot.arrived])
             for slot in self.slots:
@@ -80,13 +80,18 @@ class Oracle(Window):
             self.destroyed = True
         zeros = [torch.zeros_like(slot.grad.value) for slot in shown]
         if not self.counts:
-            weighted = self.weighted
-            self._forget()
-            self.by_model = bool(weighted)
+            self._forget_by_model()
         for slot, zero in zip(shown, zeros, strict=True):
             grad = Grad(zero, zero)
             slot.acc = grad if not self.counts or slot.acc is not None else None
             slot.show(grad)
+
+    def _forget_by_model(self) -> None:
+        """The loop's window is discarded, if there is a gradient whose end can be seen."""
+        weighted = self.weighted
+        if any(slot.acc is not None or slot.grad is not None for slot in self.slots):
+            self._forget()
+            self.by_model = bool(weighted)
 
     def _remove(self, slots: list[Slot]) -> None:
         for slot in slots:
@@ -108,12 +113,14 @@ class Oracle(Window):
                 raise Unspecified("removed what only earlier micro-batches brought")
             if slot.acc is not None and not slot.arrived and not self.micro_batches:
                 raise Unspecified("removed a zero")
+            if slot.is_assigned and not slot.is_known:
+                raise Unspecified("whether it was taken up")
             if slot.arrived:
                 self._remove([slot])
         else:
-            slot.acc, slot.arrived = None, False
             if all(s.acc is None and s.grad is None for s in self.slots if s is not slot):
-                self._forget()
+                self._forget_by_model()
+            slot.acc, slot.arrived = None, False
         slot.hide()
 
     def assign(self, index: int, grad: Tensor) -> None:
@@ -177,6 +184,8 @@ class Oracle(Window):
         if self.in_window:
             self.expected.error = RuntimeError
             return
+        if self.clip is not None:
+            raise Unspecified("whether the next update is clipped")
         if None in (steps, self.steps) and any(slot.grad is not None for slot in self.slots):
             raise Unspecified("whose sum it is that p.grad still shows")
         self.steps = steps

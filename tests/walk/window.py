@@ -91,13 +91,17 @@ class Window:
             self.expected.error = RuntimeError
         return self.broken
 
-    def _notice(self) -> None:
-        """The wrapper looks at p.grad: takes what was assigned, misses what was removed."""
-        self.by_model = False
+    def _discard_removed(self) -> None:
+        """The wrapper misses all that the open micro-batch had brought."""
         if self.removed:
             if self.counts and self.micro_batches:
                 self.expected.warnings.append(DISCARDED)
             self._forget()
+
+    def _notice(self) -> None:
+        """The wrapper looks at p.grad: takes what was assigned, misses what was removed."""
+        self.by_model = False
+        self._discard_removed()
         for slot in self.slots:
             slot.is_attached |= slot.needs_grad
             if slot.is_assigned:
@@ -140,8 +144,10 @@ class Window:
         seen = [i for grads in many for i in grads if self.slots[i].is_attached]
         if seen and self._refuse_broken():
             return
-        if self.removed and seen:
-            self._notice_removed_only()
+        if self.removed and not all(s.is_attached for s in self.slots if s.needs_grad):
+            raise Unspecified("assigned after everything was removed")
+        if seen:
+            self._discard_removed()
         is_weighted = weight is not None or self.weight is not None
         if seen:
             if self.weighted is not None and self.weighted != is_weighted:
@@ -165,12 +171,6 @@ class Window:
                     slot.is_known = False
         if weight is not None and not self.counts:
             self._close()
-
-    def _notice_removed_only(self) -> None:
-        pending = [slot for slot in self.slots if slot.is_assigned]
-        if pending:
-            raise Unspecified("assigned after everything was removed")
-        self._notice()
 
     def _arrive(self, slot: Slot, grad: Tensor) -> None:
         zero = torch.zeros_like(grad)
