@@ -83,6 +83,7 @@ class Segment:
             counter of its own, so that a change from outside is seen.
         fill: what `acc` holds of the open window.
         closed_version: version of `grad` when the last micro-batch was closed.
+        is_zero: whether `acc` holds zeros because somebody asked for them.
         pending: whether a gradient waits in the collector's queue.
         cell, n_cells: where its partial sums of squares are.
         sums_version: version of `grad` that the partial sums belong to, None if they do not.
@@ -101,7 +102,7 @@ class Segment:
 
     __slots__ = (
         "__weakref__", "_block", "_position", "acc", "cell", "closed_version", "device", "dtype",
-        "fill", "grad", "has_sums", "hook", "is_contiguous", "kind", "knows_step",
+        "fill", "grad", "has_sums", "hook", "is_contiguous", "is_zero", "kind", "knows_step",
         "loaded_master", "master", "n_cells", "nbytes", "node", "numbers", "numel", "param",
         "param_version", "pending", "row", "shape", "states", "step", "stride", "sums_version",
     )  # fmt: skip
@@ -121,7 +122,7 @@ class Segment:
         self.acc: Tensor = None  # type: ignore[assignment]  # see `allocate`
         self.grad: Tensor | None = None
         self.fill = Fill.EMPTY
-        self.pending = self.has_sums = self.knows_step = False
+        self.pending = self.has_sums = self.knows_step = self.is_zero = False
         self.closed_version = 0
         self.sums_version: int | None = None
         self.master: Tensor | None = None

@@ -204,6 +204,8 @@ class Updater:
                 view.copy_(existing)
         views = tuple(shown.values())
         step = scalars.steps[segment.row]
+        if views and not any(isinstance(state.get(name), Tensor) for name in rule.states):
+            step.zero_()  # history begins anew, also where somebody cleared the states
         memory = rule.family.memory
         numbers = [(scalars.memory[segment.row, i], *m) for i, m in enumerate(memory)]
         if rule.family.step_key is not None:

@@ -47,6 +47,7 @@ LEVELS = {
     "fusedaccum.attached": 6,
     "fusedaccum.backwards": 0,
     "fusedaccum.sums": 6,
+    "fusedaccum.by_hand": 6,
     "fusedaccum.collect": 7,
     "fusedaccum.advice": 8,
     "fusedaccum.skips": 0,
