@@ -301,6 +301,7 @@ def load(state_dict: StateDict, updater: Updater) -> None:
         if segment is None or scalars is None:
             continue
         entry = entries.get(index, {})
+        segment.forget_master()
         for name, value in entry.items():
             if name == MASTER:
                 segment.loaded_master = value.to(param.device, torch.float32)

@@ -158,8 +158,6 @@ class Updater:
             self.grad_norm = scalars.norm
         # The kernels write behind autograd's back: a backward through the old weights must notice.
         torch.autograd.graph.increment_version([s.param for s in updated])
-        for segment in updated:
-            segment.param_version = segment.param._version
 
     def bind(self, segment: Segment, rule: rules.Rule, group: Group) -> None:
         """Make `state[param]` show the flat buffers, taking over what somebody put there."""
@@ -289,15 +287,9 @@ class Updater:
         return grad
 
     def _native_master(self, segment: Segment) -> torch.nn.Parameter:
-        segment.kind = "fp32"  # a foreign optimizer knows nothing of remainders
-        if segment.master is not None and segment.master.dtype != torch.float32:
-            segment.master = None
-        segment.refresh_master()
-        assert segment.master is not None
+        kept = segment.use_fp32_master()
         master = self._native_masters.get(segment)
-        if master is None or master.data_ptr() != segment.master.data_ptr():
-            master = self._native_masters[segment] = torch.nn.Parameter(segment.master)
-        stored = segment.param
-        master.copy_(torch.where(master.to(stored.dtype) == stored, master, stored.float()))
+        if master is None or master.data_ptr() != kept.data_ptr():
+            master = self._native_masters[segment] = torch.nn.Parameter(kept)
         master.grad = self._native_grad(segment)
         return master
