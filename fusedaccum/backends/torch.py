@@ -158,7 +158,7 @@ class TorchBackend:
             start = 0
             for p, acc, *rest in _blocks(param, batch.accs[i], *masters, *batch.states[i]):
                 master, states = rest[: len(masters)], rest[len(masters) :]
-                full = _load_master(p, master, batch.master)
+                full = _load_master(p, master)
                 full, updated = rule(full, acc * coef, tuple(states), tuple(values))
                 if batch.master == "stochastic":
                     random = random_bits(batch.keys[i], int(step), start, p.numel())
@@ -222,14 +222,9 @@ def _blocks(*tensors: Tensor) -> zip[tuple[Tensor, ...]]:
     return zip(*(_flat(t).split(ATEN_BLOCK) for t in tensors), strict=True)
 
 
-def _load_master(param: Tensor, master: list[Tensor], kind: str) -> Tensor:
+def _load_master(param: Tensor, master: list[Tensor]) -> Tensor:
     """fp32 value of a block of parameters."""
-    if kind == "split":
-        return reference.join_master(param, master[0])
-    if kind == "fp32":
-        untouched = master[0].to(param.dtype) == param
-        return torch.where(untouched, master[0], param.float())
-    return param.float()
+    return reference.precise(param, master[0]) if master else param.float()
 
 
 def _store_master(value: Tensor, param: Tensor, master: list[Tensor], kind: str) -> None:
