@@ -4,14 +4,11 @@ One hook per parameter, before its AccumulateGrad node: it takes `param.grad` (t
 away, so that autograd keeps the fresh gradient without a copy. The parameter is queued; when the
 queue would exceed the bucket, and when the backward ends, one launch adds the whole queue, the
 fresh gradients are freed and `param.grad` shows the accumulator again.
-
-A backward is known by its graph task, so reentrant checkpoints and a parameter that arrives twice
-come out right, and a backward that raised half-way is remembered.
 """
 
 from __future__ import annotations
 
-import sys
+import warnings
 from collections.abc import Iterable
 
 import torch
@@ -20,9 +17,12 @@ from torch.autograd import Variable
 
 from .attached import Attached
 from .backends import Backend
+from .backwards import Backwards, refuse_kind
 from .buffers import laid_out_like
 from .scaling import Scaling
-from .segments import Segment
+from .segments import Fill, Segment
+from .sums import Sums
+from .trouble import PART, Trouble
 from .window import Window
 
 
@@ -36,7 +36,13 @@ class Collector(Attached):
             (or half of it and one gradient, where that is more).
         wants_norm: whether updates need the norm, so that the last accumulation leaves its sums.
         master_weights: see `FusedAccumOptimizer`, or "stochastic".
+        splits: whether a master may be split; else it is an fp32 copy.
         scaling: what a GradScaler does to the gradients.
+
+    Attributes:
+        trouble: why the open window cannot be used, if it cannot.
+        backwards: those that are running, and how many there were in the open micro-batch.
+        sums: their sums of squares.
     """
 
     def __init__(
@@ -47,18 +53,20 @@ class Collector(Attached):
         bucket_bytes: int,
         wants_norm: bool,
         master_weights: str | None,
+        splits: bool,
         scaling: Scaling,
+        device: torch.device,
     ) -> None:
-        super().__init__(master_weights)
+        super().__init__(device, master_weights, splits)
         self.backend = backend
         self.window = window
-        self.wants_norm = wants_norm or scaling.needs_norm
+        self.wants_norm = wants_norm
         self.scaling = scaling
-        self.partials: Tensor | None = None
-        self.failed: str | None = None  # why the open window cannot be used
+        self.sums = Sums(backend, device)
+        self.trouble = Trouble()
+        self.backwards = Backwards()
         self._bucket_bytes = bucket_bytes
         self._queue_bytes = bucket_bytes
-        self._open: set[int] = set()  # graph tasks of backwards that have not ended
         self._queue: list[Segment] = []
         self._queued_bytes = 0
 
@@ -67,7 +75,7 @@ class Collector(Attached):
         before = len(self.segments)
         super().attach(named_params)
         if len(self.segments) > before:
-            self.partials = None  # made again, larger, when first needed
+            self.sums.forget()
             largest = max(s.nbytes for s in self.segments.values())
             self._queue_bytes = self._bucket_bytes - min(largest, self._bucket_bytes // 2)
 
@@ -76,16 +84,19 @@ class Collector(Attached):
     def _arrive(self, segment: Segment) -> None:
         """A gradient of `segment` is about to be accumulated by autograd."""
         task = torch._C._current_graph_task_id()
-        if task not in self._open:
+        if task not in self.backwards:
             self._begin(task)
         param = segment.param
         grad = param.grad
         if segment.pending:
             self.flush()  # it arrives twice in one backward: add the first gradient first
-        elif grad is not None and grad is not segment.grad:
+        elif grad is segment.grad:
+            if grad is not None and segment.fill is Fill.EARLIER:
+                self._check_not_zeroed(segment)
+        elif grad is not None:
             self.adopt([(segment, grad)])
-        elif grad is None and self.window.steps is None:
-            segment.filled = False  # zero_grad(), the optimizer's or the model's
+        elif self.window.steps is None or segment.fill is Fill.CURRENT:
+            segment.fill = Fill.EMPTY  # somebody took it away: zero_grad(), or `p.grad = None`
         param.grad = None
         if self._queue and self._queued_bytes + segment.nbytes > self._queue_bytes:
             self.flush()
@@ -96,39 +107,69 @@ class Collector(Attached):
     # Not traced: compiled autograd would stop at the code below the error, and not say why.
     @torch._disable_dynamo  # type: ignore[attr-defined]
     def _begin(self, task: int) -> None:
-        compiled = sys.modules.get("torch._dynamo.compiled_autograd")
-        if getattr(compiled, "in_compiled_autograd_region", False):
-            raise RuntimeError(
-                "compiled autograd makes one graph of the backward, in which no gradient can be "
-                "taken as it arrives; it is not supported. Compile the model "
-                "(torch.compile(model)) and leave torch._dynamo.config.compiled_autograd off"
-            )
-        is_broken = bool(self._open) or self.failed is not None
-        if is_broken and self.window.steps is None and not self._shows_grads():
-            # model.zero_grad() after a backward that raised: all that the Trainer calls before it
-            # tries again with smaller batches.
-            self.discard()
-        elif not self._open and self._is_discarded():
-            self.window.restart()
-        self.window.check_arrival()
-        self.scaling.begin(next(iter(self.segments.values())).device)
-        self._open.add(task)
+        """A backward reaches its first parameter.
+
+        Raises:
+            RuntimeError: for a backward that cannot come out right. Nothing has changed then.
+        """
+        refuse_kind()
+        with self.backwards.beginning:
+            self.backwards.refuse_overlap()
+            is_nested = self.backwards.is_any_open
+            is_broken = is_nested or self.trouble.reason is not None
+            # Since its first parameter arrived, a backward that goes on shows a gradient.
+            shows_none = is_broken and all(param.grad is None for param in self.segments)
+            if shows_none and self.window.steps is None:
+                # model.zero_grad() after a backward that raised: all that the Trainer calls before
+                # it tries again with smaller batches.
+                self.discard()
+            elif not is_nested and self._is_discarded():
+                self.window.reset()
+            elif not is_nested and self.backwards.count and self._all_removed():
+                self._discard_removed()
+            self.window.check_arrival()
+            self.scaling.begin(self.device)
+            self.backwards.begin(task)
 
         def finish() -> None:
             self.flush()
-            self._open.discard(task)
+            self.backwards.end(task)
 
         Variable._execution_engine.queue_callback(finish)
 
-    def _shows_grads(self) -> bool:
-        """Whether any parameter has a gradient, as it does since the first one arrived."""
-        return any(param.grad is not None for param in self.segments)
+    def _check_not_zeroed(self, segment: Segment) -> None:
+        """Notice that somebody zeroed the accumulators of an open window in place.
+
+        Where the loop owns the window, that starts it afresh, as torch has it.
+
+        Raises:
+            RuntimeError: where the wrapper counts, naming what to call instead.
+        """
+        if self.trouble.reason or segment.grad is None or not self.window.micro_batches:
+            return
+        if segment.grad._version == segment.closed_version:
+            return
+        filled = self.filled()
+        for other in filled:  # so that it is not asked again where somebody scaled them, say
+            other.closed_version = -1 if other.grad is None else other.grad._version
+        if any(bool(s.acc.any()) for s in filled):
+            return
+        if self.window.steps is None:
+            self.window.reset()
+            return
+        self.trouble.note(
+            "the accumulators of the open window were zeroed in place, as "
+            "model.zero_grad(set_to_none=False) does, and what its closed micro-batches had "
+            "brought is lost; nothing was updated. The optimizer's zero_grad() knows the window, "
+            "the model's does not"
+        )
+        self.check()
 
     def _is_discarded(self) -> bool:
         """Whether model.zero_grad() took away all that a loop's weighted window had gathered."""
         if self.window.steps is not None or not self.window.micro_batches:
             return False
-        filled = (s.param.grad for s in self.segments.values() if s.filled)
+        filled = (s.param.grad for s in self.segments.values() if s.fill)
         return next(filled, self) is None and all(grad is None for grad in filled)
 
     @torch.no_grad()
@@ -140,7 +181,7 @@ class Collector(Attached):
             segment.pending = False
             grad = segment.param.grad
             if grad is None:  # a function gave None for its gradient: what was there stays
-                segment.param.grad = segment.grad if segment.filled else None
+                segment.param.grad = segment.grad if segment.fill else None
             elif grad.shape != segment.shape:
                 raise RuntimeError(
                     f"a parameter changed after it was wrapped ({segment.difference()}): call "
@@ -158,13 +199,14 @@ class Collector(Attached):
         gradient and is added.
         """
         loop_owned = self.window.steps is None
-        replacing = [(s, grad) for s, grad in assigned if loop_owned or s.arrived]
-        adding = [(s, grad) for s, grad in assigned if not (loop_owned or s.arrived)]
-        for segment, _ in replacing:
-            segment.filled = False
-        self._add(replacing, 1.0, is_scaled=False)
-        if adding:
-            self._add(adding, self.window.scale())
+        replacing = [(s, g) for s, g in assigned if loop_owned or s.fill is Fill.CURRENT]
+        adding = [(s, g) for s, g in assigned if not (loop_owned or s.fill is Fill.CURRENT)]
+        with self.trouble.unless_done("taking over gradients that were assigned to p.grad"):
+            for segment, _ in replacing:
+                segment.fill = Fill.EMPTY
+            self._add(replacing, 1.0, is_scaled=False)
+            if adding:
+                self._add(adding, self.window.scale())
 
     @torch.no_grad()
     def _add(
@@ -176,9 +218,9 @@ class Collector(Attached):
         """
         window, scaling = self.window, self.scaling
         is_last = window.steps is None or window.is_last or scaling.is_linked
-        with_sums = self.wants_norm and is_last
-        cells = self.cells() if with_sums else None
-        # What starts the window, what starts the micro-batch, what has arrived in it already.
+        with_sums = is_last and (self.wants_norm or scaling.needs_norm)
+        cells = self.sums.cells(self.segments.values(), self.n_cells) if with_sums else None
+        # One for each Fill: what starts the window, what starts the micro-batch, what goes on.
         parts: tuple[list[tuple[Segment, Tensor]], ...] = ([], [], [])
         for segment, grad in fresh:
             if segment.grad is None:
@@ -187,9 +229,7 @@ class Collector(Attached):
                 grad = laid_out_like(grad, segment.acc)
             if grad.dtype is not segment.dtype and grad.dtype is not torch.float32:
                 grad = grad.float()
-            parts[int(segment.filled) + int(segment.filled and segment.arrived)].append(
-                (segment, grad)
-            )
+            parts[segment.fill].append((segment, grad))
         if not scaling.is_linked:  # the last two differ in what a GradScaler has to say
             parts = (parts[0], parts[1] + parts[2], [])
         for i, members in enumerate(parts):
@@ -204,7 +244,7 @@ class Collector(Attached):
                     scaling.control(i < 2) if is_scaled else None,
                 )
         for segment, _ in fresh:
-            segment.filled = segment.arrived = True
+            segment.fill = Fill.CURRENT
             segment.param.grad = shown = segment.grad
             segment.has_sums |= with_sums
             segment.sums_version = shown._version if with_sums and shown is not None else None
@@ -214,100 +254,146 @@ class Collector(Attached):
     @property
     def has_arrivals(self) -> bool:
         """Whether the open micro-batch has contributed anything."""
-        return any(s.arrived for s in self.segments.values())
+        return any(s.fill is Fill.CURRENT for s in self.segments.values())
+
+    @property
+    def is_open(self) -> bool:  # see `Attached`
+        return bool(self.window.micro_batches) or self.unclosed() is not None
 
     def unclosed(self) -> str | None:
         """What the open micro-batch was left by, in words; None where none is open."""
-        if self._open or self.failed is not None:
-            return "a failed backward()"
+        if self.backwards.is_any_open or self.trouble.reason is not None:
+            return "a failed backward()" if self.backwards.is_any_open else "what step() refuses"
         return "backward() without step()" if self.has_arrivals else None
 
+    def fail_block(self) -> None:
+        """A micro_batch() block raised."""
+        if self.has_arrivals:
+            self.trouble.note("a micro_batch() block raised after its backward()" + PART)
+
     def check(self) -> None:
-        """Raise if the open window holds half a micro-batch.
+        """Raise if the open window cannot be used.
 
         Raises:
             RuntimeError: naming what happened and the way out.
         """
-        if self._open and self.failed is None:
-            self.failed = "a backward() raised before it reached all parameters"
-        if self.failed is not None:
+        if self.taken_over:
             raise RuntimeError(
-                f"{self.failed}, so this window holds part of a micro-batch; nothing was updated. "
-                f"Call zero_grad() to discard the window ({self.window.micro_batches} closed "
-                "micro-batches) and go on with the next one"
+                "another FusedAccumOptimizer was made for the parameters of this one and has "
+                "taken them over; nothing was updated. Use that one, in the scheduler too"
             )
+        if self.backwards.is_any_open:
+            self.trouble.note("a backward() raised before it reached all parameters" + PART)
+        self.trouble.refuse(self.window.micro_batches)
 
     def adopt_assigned(self) -> None:
         """Take gradients that somebody assigned, and notice those that somebody removed."""
         loop_owned = self.window.steps is None
         assigned: list[tuple[Segment, Tensor]] = []
+        removed: list[Segment] = []
         for segment in self.segments.values():
             grad = segment.param.grad
-            if grad is None:
-                if loop_owned:
-                    segment.filled = False
-            elif grad is not segment.grad:
+            if grad is segment.grad:
+                if segment.fill is Fill.EARLIER:
+                    self._check_not_zeroed(segment)
+            elif grad is not None:
                 assigned.append((segment, grad))
+            elif loop_owned:
+                segment.fill = Fill.EMPTY
+            elif segment.fill is Fill.CURRENT:
+                removed.append(segment)
+            elif segment.fill is Fill.EARLIER:
+                segment.param.grad = segment.grad  # zero_grad() of the model keeps a window too
+        if removed and not assigned and self._all_removed():
+            self._discard_removed()
+        for segment in removed:
+            segment.fill = Fill.EMPTY
         if assigned:
             self.adopt(assigned)
 
+    def _all_removed(self) -> bool:
+        """Whether somebody took away all that the open micro-batch has brought."""
+        if self.window.steps is None:
+            return False
+        current = (s.param.grad for s in self.segments.values() if s.fill is Fill.CURRENT)
+        return next(current, self) is None and all(grad is None for grad in current)
+
+    def _discard_removed(self) -> None:
+        self.warn_discarded("model.zero_grad() (or p.grad = None) after a backward()")
+        self.discard()
+
+    def warn_discarded(self, cause: str) -> None:
+        """Say that the closed micro-batches of a window are given up, if there are any."""
+        if not self.window.micro_batches:
+            return
+        warnings.warn(
+            f"{cause} discards the whole window: {self.window.micro_batches} closed "
+            "micro-batches. Call step() after every backward(). If the backward() belonged to "
+            "another optimizer and only passed through these parameters (the generator's step of "
+            "a GAN), call requires_grad_(False) on them around it",
+            RuntimeWarning,
+            stacklevel=4,
+        )
+
+    def drop_assigned(self) -> None:
+        """Forget gradients that somebody assigned and that no micro-batch has taken over."""
+        for segment in self.segments.values():
+            if segment.param.grad is not segment.grad and segment.param.grad is not None:
+                segment.param.grad = segment.grad if segment.fill else None
+
     def filled(self) -> list[Segment]:
         """The parameters that the open window holds a gradient for."""
-        return [s for s in self.segments.values() if s.filled]
+        return [s for s in self.segments.values() if s.fill]
 
     def close_micro_batch(self) -> None:
         """The open micro-batch is over."""
-        self.scaling.close_micro_batch()
-        self.window.close_micro_batch()
-        for segment in self.segments.values():
-            segment.arrived = False
+        with self.trouble.unless_done("closing a micro-batch"):
+            self.scaling.close_micro_batch()
+            self.window.close_micro_batch()
+            self.backwards.count = 0
+            for segment in self.segments.values():
+                if segment.fill:
+                    segment.fill = Fill.EARLIER
+                    if segment.grad is not None:
+                        segment.closed_version = segment.grad._version
 
     def end_window(self) -> None:
         """The window has been used. `param.grad` still shows it.
 
-        A loop that owns the window and does not zero it goes on adding, as in torch; where the
-        wrapper counts, the next gradient starts afresh.
+        A loop that owns the window and does not zero it goes on adding, as in torch. A mean (the
+        wrapper counts, or the loop gives weights) starts afresh with the next gradient.
         """
+        keeps = not self.window.is_weighted
+        self.backwards.count = 0
         for segment in self.segments.values():
-            segment.arrived = False
-            if self.window.steps is not None:
-                segment.filled = False
+            segment.fill = Fill.EARLIER if keeps and segment.fill else Fill.EMPTY
         self.scaling.end_window()
         self.window.reset()
 
-    def discard(self) -> None:
-        """Forget the window. The accumulators' next use stores, so nothing is written."""
-        self._open.clear()
+    def discard(self, zeroes: bool = False) -> None:
+        """Forget the window. The accumulators' next use stores, so nothing is written.
+
+        Args:
+            zeroes: gradients that are shown become zeros, which the next update uses, as torch's
+                `zero_grad(set_to_none=False)` has it.
+        """
+        self.trouble.note("zero_grad() was interrupted")
         self._queue.clear()
         self._queued_bytes = 0
-        self.failed = None
         for segment in self.segments.values():
-            segment.filled = segment.arrived = segment.pending = False
+            segment.fill, segment.pending = Fill.EMPTY, False
+            if zeroes and segment.param.grad is not None:
+                segment.allocate()
+                segment.param.grad = shown = segment.grad
+                shown.detach().zero_()  # type: ignore[union-attr]
+                segment.fill, segment.sums_version = Fill.EARLIER, None
+                segment.closed_version = shown._version  # type: ignore[union-attr]
         self.scaling.reset()
         self.window.reset()
+        self.backwards.forget()
+        self.trouble.reason = None
 
-    def cells(self) -> Tensor:
-        """fp32 partial sums of squares, a range per parameter."""
-        if self.partials is None:
-            device = next(iter(self.segments.values())).device
-            self.partials = torch.zeros(self.n_cells, dtype=torch.float32, device=device)
-            for segment in self.segments.values():
-                segment.sums_version, segment.has_sums = None, False
-        return self.partials
-
-    @torch.no_grad()
     def sums_of_squares(self) -> Tensor:
-        """Partial sums of all filled accumulators, zero elsewhere; reads only what changed."""
-        cells = self.cells()
+        """Partial sums of all filled accumulators, zero elsewhere."""
         unsure = self.scaling.may_have_divided
-        stale = [s for s in self.filled() if unsure or not s.sums_are_current]
-        if stale:
-            self.backend.sum_of_squares([s.acc for s in stale], cells, [s.cell for s in stale])
-            for segment in stale:
-                assert segment.grad is not None
-                segment.sums_version, segment.has_sums = segment.grad._version, True
-        for segment in self.segments.values():
-            if segment.has_sums and not segment.filled:
-                cells[segment.cell : segment.cell + segment.n_cells].zero_()
-                segment.sums_version, segment.has_sums = None, False
-        return cells
+        return self.sums.of_filled(self.segments.values(), self.n_cells, unsure)

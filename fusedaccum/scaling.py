@@ -70,6 +70,16 @@ class Scaling:
         self._was_asked = True
         return self._steps is not None or self._scaler is not None or self._fused_unscale
 
+    def count_to(self, steps: int | None) -> None:
+        """The window has another length from now on."""
+        self._steps = steps
+
+    @property
+    def takes_part(self) -> bool:
+        """Whether `correction` will be a tensor, which may say that the update is skipped."""
+        received = self._found_inf is not None or self._divisor is not None
+        return received or self.overflow is not None
+
     @property
     def needs_norm(self) -> bool:
         """Whether every accumulation leaves its sums of squares."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import IntEnum
 from typing import Any
 
 import torch
@@ -11,6 +12,14 @@ from .buffers import Block, is_dense
 from .tables import count_chunks
 
 PARAM_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class Fill(IntEnum):
+    """What a parameter's accumulator holds of the open window."""
+
+    EMPTY = 0  # Nothing: the next gradient is stored and not added.
+    EARLIER = 1  # A sum that the open micro-batch has not contributed to.
+    CURRENT = 2  # A sum that the open micro-batch has contributed to.
 
 
 def master_kind(mode: str | None, dtype: torch.dtype) -> str:
@@ -72,8 +81,8 @@ class Segment:
         acc: its fp32 accumulator, part of a flat buffer, made when first needed.
         grad: the same memory as `acc`, the tensor that `param.grad` shows. It has a version
             counter of its own, so that a change from outside is seen.
-        filled: whether `acc` holds something of this window (if not, the next gradient stores).
-        arrived: whether the open micro-batch has contributed.
+        fill: what `acc` holds of the open window.
+        closed_version: version of `grad` when the last micro-batch was closed.
         pending: whether a gradient waits in the collector's queue.
         cell, n_cells: where its partial sums of squares are.
         sums_version: version of `grad` that the partial sums belong to, None if they do not.
@@ -84,16 +93,17 @@ class Segment:
         param_version: version of `param` after the last update.
         states: the optimizer's states, fp32, in the rule's order.
         step: its step count, 0-d, on the device.
+        knows_step: whether a checkpoint told its step count.
         numbers: the 0-d states that `state[param]` shows, by torch's names.
         node: the AccumulateGrad node, which autograd itself holds only weakly.
-        hook: the handle of the hook on it.
+        hook: the handle of the hook on it, None while the parameter is frozen.
     """
 
     __slots__ = (
-        "__weakref__", "_block", "_position", "acc", "arrived", "cell", "device", "dtype",
-        "filled", "grad", "has_sums", "hook", "is_contiguous", "kind", "loaded_master",
-        "master", "n_cells", "nbytes", "node", "numbers", "numel", "param", "param_version",
-        "pending", "row", "shape", "states", "step", "stride", "sums_version",
+        "__weakref__", "_block", "_position", "acc", "cell", "closed_version", "device", "dtype",
+        "fill", "grad", "has_sums", "hook", "is_contiguous", "kind", "knows_step",
+        "loaded_master", "master", "n_cells", "nbytes", "node", "numbers", "numel", "param",
+        "param_version", "pending", "row", "shape", "states", "step", "stride", "sums_version",
     )  # fmt: skip
 
     def __init__(
@@ -110,7 +120,9 @@ class Segment:
         self.kind = kind
         self.acc: Tensor = None  # type: ignore[assignment]  # see `allocate`
         self.grad: Tensor | None = None
-        self.filled = self.arrived = self.pending = self.has_sums = False
+        self.fill = Fill.EMPTY
+        self.pending = self.has_sums = self.knows_step = False
+        self.closed_version = 0
         self.sums_version: int | None = None
         self.master: Tensor | None = None
         self.loaded_master: Tensor | None = None
@@ -136,6 +148,22 @@ class Segment:
     def has_master(self) -> bool:
         """Whether something beside the parameter keeps its precise value."""
         return self.kind in ("split", "fp32")
+
+    def forget_master(self) -> None:
+        """The parameter as it shows is its precise value."""
+        self.loaded_master = None
+        if self.master is not None and self.kind == "split":
+            self.master.zero_()
+        elif self.master is not None:
+            self.master.copy_(self.param)
+        self.param_version = self.param._version
+
+    def become_fp32(self) -> None:
+        """Keep the precise value as an fp32 master from now on; nothing of it is lost."""
+        if self.kind == "split":
+            if self.master is not None:
+                self.loaded_master = self.precise()
+            self.kind, self.master = "fp32", None
 
     @property
     def sums_are_current(self) -> bool:
