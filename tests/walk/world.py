@@ -162,17 +162,18 @@ class World:
             raise Unspecified("a parameter that changes inside a window, or steps in its own dtype")
         if self.masters == "split" and dtype is F16:
             raise Unspecified("no split master of fp16")
-        before = param.dtype
-        self.specs[i] = replace(self.specs[i], dtype=dtype)
-        self.shown[i] = self.shown[i].to(dtype)
-        param.dtype = dtype
-        param.kind = master_kind(self.masters, dtype, self.config.stochastic, self.kind.is_fused)
-        param.exact.data.copy_(self.shown[i])
-        param.error = torch.zeros_like(param.error)
-        if dtype != before:  # everything is built anew
-            for slot in oracle.slots:
+        if dtype != param.dtype:
+            self.specs[i] = replace(self.specs[i], dtype=dtype)
+            self.shown[i] = self.shown[i].to(dtype)
+            param.dtype = dtype
+            param.kind = master_kind(
+                self.masters, dtype, self.config.stochastic, self.kind.is_fused
+            )
+            param.exact.data.copy_(self.shown[i])
+            param.error = torch.zeros_like(param.error)
+            for slot in oracle.slots:  # everything is built anew
                 slot.is_attached = slot.needs_grad
-        self.saved = None
+            self.saved = None
         return _NAMES[dtype]
 
     # --- code ---
