@@ -264,8 +264,12 @@ def _compare_uninterrupted(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for line, left_out in zip(lines, is_left_out, strict=True):
-            if not left_out:
+            if left_out:
+                continue
+            try:
                 exec(line, other)
+            except Exception as error:
+                raise Mismatch("an error in an uninterrupted run", f"{line}: {error}") from error
     for i, (p, q) in enumerate(zip(names["p"], other["p"], strict=True)):
         if not equal_bits(p.detach(), q.detach()):
             wrong = _worst(
