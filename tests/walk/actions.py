@@ -249,6 +249,15 @@ def write(world: World, how: str, index: int, seed: int) -> str:
     return _WRITES[how].format(i=i, seed=seed)
 
 
+@action(0.7, lambda rng: (_index(rng), rng.choice([torch.float32, torch.bfloat16, torch.float16])))
+def convert(world: World, index: int, dtype: torch.dtype) -> str:
+    """model.to(dtype), taken up at the next zero_grad()."""
+    i = index % len(world.specs)
+    code = world.convert(i, dtype)
+    world.oracle.zero_grad()
+    return f"torch.nn.ParameterList(p[{i}:{i + 1}]).to({code})\nopt.zero_grad()"
+
+
 @action(1, lambda rng: (draw_param(rng), rng.choice([None, 0.25])))
 def add_param_group(world: World, spec: Any, lr: float | None) -> str:
     if len(world.specs) >= 8:
@@ -354,20 +363,24 @@ def _is_new(oracle: Oracle) -> None:
         slot.is_attached = slot.needs_grad
 
 
-@action(2, lambda rng: (rng.choice(["deepcopy", "pickle"]), rng.random() < 0.5))
+@action(3, lambda rng: (rng.choice(["deepcopy", "pickle", "file"]), rng.random() < 0.6))
 def copied(world: World, how: str, goes_on_with_copy: bool) -> str:
+    """A copy, or the same run in a new process: nothing changes, to the bit."""
     text = {"deepcopy": "copy.deepcopy((p, opt))", "pickle": "pickle.loads(pickle.dumps((p, opt)))"}
     if world.oracle.broken:
         world.oracle.expected.error = RuntimeError
-        return text[how]
-    if world.config.optimizer == "lion":
+        return text.get(how, "opt.state_dict()")
+    if how != "file" and world.config.optimizer == "lion":
         raise Unspecified("its own copy loses its options")
     saved = world.oracle.saved()
     if not goes_on_with_copy:
-        return text[how]
+        return text.get(how, "opt.state_dict()")
     new = world.oracle.resumed(saved)
     _is_new(new)
     world.oracle = new
+    if how == "file":
+        state = "state = through_a_file(opt.state_dict())"
+        return f"{state}\np = fresh(p)\n{world.wrap()}\nopt.load_state_dict(state)"
     return f"p, opt = {text[how]}"
 
 

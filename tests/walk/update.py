@@ -25,6 +25,7 @@ class Param:
         error: largest difference of the precise value.
         drift: largest difference that the optimizer's states still bring in, per update.
         moved: whether the last call may have changed it.
+        blur: largest error that it has had: what decay has put into states.
     """
 
     exact: torch.nn.Parameter
@@ -34,6 +35,7 @@ class Param:
     error: Tensor
     drift: Tensor
     moved: bool = False
+    blur: float = 0.0
 
     @property
     def value(self) -> Tensor:
@@ -172,8 +174,16 @@ class Update:
         differs = written != shown
         new = torch.where(differs, written.double(), param.value)
         error = torch.where(differs, torch.zeros_like(param.error), param.error)
-        if param.kind == "split":  # it keeps its remainder
+        if param.kind == "split":  # it keeps its remainder, which coupled decay puts into states
             error = torch.where(differs, half_step(new, param.dtype), error)
+            group = next(
+                g
+                for part, g in zip(self.layout, self.plain.param_groups, strict=True)
+                if index in part
+            )
+            share = group.get("weight_decay", 0.0) * OPTIMIZERS[self.kind].sensitivity(group)
+            param.drift = param.drift + share * error
+            param.blur = max(param.blur, float(error.max()) if error.numel() else 0.0)
         param.exact.data.copy_(new)
         param.error, param.moved = error, True
 

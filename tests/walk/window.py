@@ -146,6 +146,11 @@ class Window:
             return
         if self.removed and not all(s.is_attached for s in self.slots if s.needs_grad):
             raise Unspecified("assigned after everything was removed")
+        if any(
+            s.acc is not None and not s.is_attached
+            for s in (self.slots[i] for g in many for i in g)
+        ):
+            raise Unspecified("what autograd itself adds to an accumulator")
         if seen:
             self._discard_removed()
         is_weighted = weight is not None or self.weight is not None

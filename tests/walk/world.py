@@ -12,6 +12,7 @@ from torch import Tensor
 from tests.walk import helpers
 from tests.walk.numbers import OPTIMIZERS, Kind
 from tests.walk.oracle import Oracle
+from tests.walk.slots import Unspecified
 from tests.walk.update import Param, Update, master_kind
 
 STEPS = [None, 1, 2, 3, 5]
@@ -152,6 +153,28 @@ class World:
         self.shown.append(spec.make().detach())
         self.oracle.add_params([param.needs_grad])
         return spec.code
+
+    def convert(self, i: int, dtype: torch.dtype) -> str:
+        """A parameter becomes what it shows, in another dtype; the name of that."""
+        oracle, param = self.oracle, self.oracle.update.params[i]
+        is_busy = oracle.in_window or oracle.broken or oracle.removed or oracle.has_assigned
+        if is_busy or (not self.kind.is_fused and self.masters == "none"):
+            raise Unspecified("a parameter that changes inside a window, or steps in its own dtype")
+        if self.masters == "split" and dtype is F16:
+            raise Unspecified("no split master of fp16")
+        if dtype != param.dtype:
+            self.specs[i] = replace(self.specs[i], dtype=dtype)
+            self.shown[i] = self.shown[i].to(dtype)
+            param.dtype = dtype
+            param.kind = master_kind(
+                self.masters, dtype, self.config.stochastic, self.kind.is_fused
+            )
+            param.exact.data.copy_(self.shown[i])
+            param.error = torch.zeros_like(param.error)
+            for slot in oracle.slots:  # everything is built anew
+                slot.is_attached = slot.needs_grad
+            self.saved = None
+        return _NAMES[dtype]
 
     # --- code ---
 
