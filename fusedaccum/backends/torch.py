@@ -24,6 +24,7 @@ from ..rules import Family, Rule
 from ..tables import CHUNK, LaunchTable, count_chunks
 from . import cgen, native
 from .base import StepBatch, TableBackend, UpdateRequest, UpdateScalars
+from .compiler import CompilerMissing
 
 # Elements. fp32 scratch of 512 KiB: with its gradient and accumulator it fits a core's L2 cache.
 ATEN_BLOCK = 1 << 17
@@ -32,12 +33,9 @@ ATEN_BLOCK = 1 << 17
 @cache
 def _library(source: str) -> ctypes.CDLL | None:
     """The compiled library, or None (and a warning, once) where it cannot be had."""
-    if native.compiler() is None:
-        native.warn_missing("no C compiler was found")
-        return None
     try:
         return native.load(source)
-    except native.CompilerMissing as error:
+    except CompilerMissing as error:
         native.warn_missing(str(error))
         return None
 
