@@ -85,6 +85,8 @@ class Attached:
             for position, param in enumerate(params):
                 segment = Segment(param, block, position, len(self.segments), self.n_cells, kind)
                 self.n_cells += segment.n_cells
+                # Since torch 2.10 None lets `grad` have another dtype than the parameter.
+                param.grad_dtype = None if dtype != torch.float32 else dtype
                 self.segments[param] = segment
                 if param.requires_grad:
                     self._hook(segment)
@@ -143,9 +145,6 @@ class Attached:
 
     def _hook(self, segment: Segment) -> None:
         param = segment.param
-        if segment.dtype != torch.float32:
-            # Since torch 2.10 this lets `grad` have another dtype than the parameter.
-            param.grad_dtype = None
         segment.node = torch.autograd.graph.get_gradient_edge(param).node
         # The node holds the hook and the segment the node: a strong reference back would be a
         # cycle that Python's collector cannot see.
@@ -167,6 +166,5 @@ class Attached:
             segment.node = None
             _owners.pop(segment.param, None)
             segment.param.grad = None
-            if segment.dtype != torch.float32:
-                segment.param.grad_dtype = segment.dtype
+            segment.param.grad_dtype = segment.param.dtype
         self.segments.clear()

@@ -60,8 +60,6 @@ def save(inner: StateDict, updater: Updater) -> StateDict:
         updater: the wrapper's.
     """
     collector, window = updater.collector, updater.collector.window
-    collector.check()
-    collector.adopt_assigned()
     segments = _indexed(updater.optimizer, collector)
     state = _without_ours(inner)
     accumulators = _open_accumulators(segments, collector)
@@ -76,10 +74,12 @@ def save(inner: StateDict, updater: Updater) -> StateDict:
         for name in segment.numbers:
             if entry is not None and name in entry:
                 entry[name] = entry[name].detach().cpu()  # where torch keeps them by default
-        if segment.step is not None and "step" not in segment.numbers:
-            steps[index] = float(segment.step)
-        if index in accumulators:
-            state.setdefault(index, {}).update(_open_window(segment, window, overflow))
+        step = _step_of(segment, entry, updater)
+        if step is not None and "step" not in (entry or {}):
+            steps[index] = step
+        if index in state and index in accumulators:
+            # Not where there is none: many an optimizer takes an entry for a complete one.
+            state[index].update(_open_window(segment, window, overflow, step))
         if index in state:
             state[index][MICRO_BATCHES] = _number(window.micro_batches)
             state[index][IS_OPEN] = _number(is_open)
@@ -144,16 +144,28 @@ def _number(value: float) -> Tensor:
     return torch.tensor(float(value), dtype=torch.float64, device="cpu")
 
 
-def _open_window(segment: Segment, window: Window, overflow: float) -> StateDict:
+def _step_of(segment: Segment, entry: StateDict | None, updater: Updater) -> float | None:
+    """A parameter's step count as far as it is known, also before the first update after a load."""
+    if segment.step is not None:
+        return float(segment.step)
+    if entry and "step" in entry:
+        return float(entry["step"])
+    if segment.knows_step and updater.scalars is not None:
+        return float(updater.scalars.steps[segment.row])
+    return None
+
+
+def _open_window(
+    segment: Segment, window: Window, overflow: float, step: float | None
+) -> StateDict:
     """What a parameter's states tell of the open window."""
-    step = -1.0 if segment.step is None else float(segment.step)
     values = (
         window.total,
         -1.0 if window.reference is None else window.reference,
         bool(window.is_explicit),
         overflow,
         window.steps or 0,
-        step,
+        -1.0 if step is None else step,
         segment.fill,
         -1.0 if window.weight is None else window.weight,
     )
@@ -366,6 +378,7 @@ def load(state_dict: StateDict, updater: Updater) -> None:
         window.micro_batches, window.total = saved["micro_batches"], saved["total"]
         window.reference, window.is_explicit = saved["reference"], saved["is_explicit"]
         window.weight, window.max_norm = saved.get("weight"), saved.get("max_norm")
+        collector.backwards.count = int(collector.has_arrivals)
         collector.scaling.restore(saved.get("overflow", 0.0))
         if scalars is not None:
             scalars.skipped.fill_(extra.get("skipped_steps", 0))

@@ -19,6 +19,7 @@ from .attached import Attached
 from .backends import Backend
 from .backwards import Backwards, refuse_kind
 from .buffers import laid_out_like
+from .by_hand import ByHand
 from .scaling import Scaling
 from .segments import Fill, Segment
 from .sums import Sums
@@ -42,6 +43,7 @@ class Collector(Attached):
     Attributes:
         trouble: why the open window cannot be used, if it cannot.
         backwards: those that are running, and how many there were in the open micro-batch.
+        by_hand: what somebody does to gradients in between.
         sums: their sums of squares.
     """
 
@@ -65,6 +67,7 @@ class Collector(Attached):
         self.sums = Sums(backend, device)
         self.trouble = Trouble()
         self.backwards = Backwards()
+        self.by_hand = ByHand(self.segments, window, self.backwards)
         self._bucket_bytes = bucket_bytes
         self._queue_bytes = bucket_bytes
         self._queue: list[Segment] = []
@@ -91,8 +94,8 @@ class Collector(Attached):
         if segment.pending:
             self.flush()  # it arrives twice in one backward: add the first gradient first
         elif grad is segment.grad:
-            if grad is not None and segment.fill is Fill.EARLIER:
-                self._check_not_zeroed(segment)
+            if self.by_hand.is_written(segment):
+                self._refuse_zeroed()
         elif grad is not None:
             self.adopt([(segment, grad)])
         elif self.window.steps is None or segment.fill is Fill.CURRENT:
@@ -115,18 +118,10 @@ class Collector(Attached):
         refuse_kind()
         with self.backwards.beginning:
             self.backwards.refuse_overlap()
-            is_nested = self.backwards.is_any_open
-            is_broken = is_nested or self.trouble.reason is not None
-            # Since its first parameter arrived, a backward that goes on shows a gradient.
-            shows_none = is_broken and all(param.grad is None for param in self.segments)
-            if shows_none and self.window.steps is None:
-                # model.zero_grad() after a backward that raised: all that the Trainer calls before
-                # it tries again with smaller batches.
-                self.discard()
-            elif not is_nested and self._is_discarded():
-                self.window.reset()
-            elif not is_nested and self.backwards.count and self._all_removed():
-                self._discard_removed()
+            if self.is_broken:
+                self._recover()
+            elif not self.backwards.is_any_open and self.by_hand.is_emptied():
+                self._discard_emptied()
             self.window.check_arrival()
             self.scaling.begin(self.device)
             self.backwards.begin(task)
@@ -137,40 +132,24 @@ class Collector(Attached):
 
         Variable._execution_engine.queue_callback(finish)
 
-    def _check_not_zeroed(self, segment: Segment) -> None:
-        """Notice that somebody zeroed the accumulators of an open window in place.
+    @property
+    def is_broken(self) -> bool:
+        """Whether the window holds part of something."""
+        return self.trouble.reason is not None or self.backwards.is_any_open
 
-        Where the loop owns the window, that starts it afresh, as torch has it.
+    def _recover(self) -> None:
+        """Start afresh after model.zero_grad(), where the loop owns the window.
 
-        Raises:
-            RuntimeError: where the wrapper counts, naming what to call instead.
+        That is all that the Trainer calls before it tries again with smaller batches. Since its
+        first parameter arrived, a backward that goes on shows a gradient.
         """
-        if self.trouble.reason or segment.grad is None or not self.window.micro_batches:
-            return
-        if segment.grad._version == segment.closed_version:
-            return
-        filled = self.filled()
-        for other in filled:  # so that it is not asked again where somebody scaled them, say
-            other.closed_version = -1 if other.grad is None else other.grad._version
-        if any(bool(s.acc.any()) for s in filled):
-            return
-        if self.window.steps is None:
-            self.window.reset()
-            return
-        self.trouble.note(
-            "the accumulators of the open window were zeroed in place, as "
-            "model.zero_grad(set_to_none=False) does, and what its closed micro-batches had "
-            "brought is lost; nothing was updated. The optimizer's zero_grad() knows the window, "
-            "the model's does not"
-        )
-        self.check()
+        if self.window.steps is None and all(param.grad is None for param in self.segments):
+            self.discard()
 
-    def _is_discarded(self) -> bool:
-        """Whether model.zero_grad() took away all that a loop's weighted window had gathered."""
-        if self.window.steps is not None or not self.window.micro_batches:
-            return False
-        filled = (s.param.grad for s in self.segments.values() if s.fill)
-        return next(filled, self) is None and all(grad is None for grad in filled)
+    def _discard_emptied(self) -> None:
+        if self.window.steps is not None:
+            self.warn_discarded("model.zero_grad() (or p.grad = None) after a backward()")
+        self.discard()
 
     @torch.no_grad()
     def flush(self) -> None:
@@ -244,7 +223,7 @@ class Collector(Attached):
                     scaling.control(i < 2) if is_scaled else None,
                 )
         for segment, _ in fresh:
-            segment.fill = Fill.CURRENT
+            segment.fill, segment.is_zero = Fill.CURRENT, False
             segment.param.grad = shown = segment.grad
             segment.has_sums |= with_sums
             segment.sums_version = shown._version if with_sums and shown is not None else None
@@ -262,7 +241,7 @@ class Collector(Attached):
 
     def unclosed(self) -> str | None:
         """What the open micro-batch was left by, in words; None where none is open."""
-        if self.backwards.is_any_open or self.trouble.reason is not None:
+        if self.is_broken:
             return "a failed backward()" if self.backwards.is_any_open else "what step() refuses"
         return "backward() without step()" if self.has_arrivals else None
 
@@ -284,43 +263,49 @@ class Collector(Attached):
             )
         if self.backwards.is_any_open:
             self.trouble.note("a backward() raised before it reached all parameters" + PART)
+        if self.trouble.reason is not None:
+            self._recover()
         self.trouble.refuse(self.window.micro_batches)
 
-    def adopt_assigned(self) -> None:
-        """Take gradients that somebody assigned, and notice those that somebody removed."""
-        loop_owned = self.window.steps is None
-        assigned: list[tuple[Segment, Tensor]] = []
-        removed: list[Segment] = []
-        for segment in self.segments.values():
-            grad = segment.param.grad
-            if grad is segment.grad:
-                if segment.fill is Fill.EARLIER:
-                    self._check_not_zeroed(segment)
-            elif grad is not None:
-                assigned.append((segment, grad))
-            elif loop_owned:
-                segment.fill = Fill.EMPTY
-            elif segment.fill is Fill.CURRENT:
-                removed.append(segment)
-            elif segment.fill is Fill.EARLIER:
-                segment.param.grad = segment.grad  # zero_grad() of the model keeps a window too
-        if removed and not assigned and self._all_removed():
-            self._discard_removed()
-        for segment in removed:
-            segment.fill = Fill.EMPTY
-        if assigned:
-            self.adopt(assigned)
+    def look(self) -> list[tuple[Segment, Tensor]]:
+        """Notice what somebody did to `p.grad`: took gradients away, zeroed them, assigned others.
 
-    def _all_removed(self) -> bool:
-        """Whether somebody took away all that the open micro-batch has brought."""
+        Returns:
+            Those that were assigned.
+
+        Raises:
+            RuntimeError: for what cannot be made good.
+        """
+        seen = self.by_hand.look()
+        if any(self.by_hand.is_written(segment) for segment in seen.shown):
+            self._refuse_zeroed()
+        if seen.is_emptied and not seen.assigned:
+            self._discard_emptied()
+            return []
+        for segment in seen.hidden:  # the model's zero_grad() after step() keeps a window too
+            segment.param.grad = segment.grad
+        return seen.assigned
+
+    def _refuse_zeroed(self) -> None:
+        """Raise if closed micro-batches were zeroed in place; where the loop owns the window, that
+        starts it afresh, as torch has it."""
+        if self.trouble.reason is not None or not self.by_hand.is_zeroed():
+            return
         if self.window.steps is None:
-            return False
-        current = (s.param.grad for s in self.segments.values() if s.fill is Fill.CURRENT)
-        return next(current, self) is None and all(grad is None for grad in current)
+            self.window.reset()
+            return
+        self.trouble.note(
+            "the accumulators of the open window were zeroed in place, as "
+            "model.zero_grad(set_to_none=False) does, and what its closed micro-batches had "
+            "brought is lost; nothing was updated. The optimizer's zero_grad() knows the window, "
+            "the model's does not"
+        )
+        self.check()
 
-    def _discard_removed(self) -> None:
-        self.warn_discarded("model.zero_grad() (or p.grad = None) after a backward()")
-        self.discard()
+    def adopt_assigned(self) -> None:
+        """`look`, and take over what was assigned."""
+        if assigned := self.look():
+            self.adopt(assigned)
 
     def warn_discarded(self, cause: str) -> None:
         """Say that the closed micro-batches of a window are given up, if there are any."""
@@ -334,12 +319,6 @@ class Collector(Attached):
             RuntimeWarning,
             stacklevel=4,
         )
-
-    def drop_assigned(self) -> None:
-        """Forget gradients that somebody assigned and that no micro-batch has taken over."""
-        for segment in self.segments.values():
-            if segment.param.grad is not segment.grad and segment.param.grad is not None:
-                segment.param.grad = segment.grad if segment.fill else None
 
     def filled(self) -> list[Segment]:
         """The parameters that the open window holds a gradient for."""
@@ -370,6 +349,13 @@ class Collector(Attached):
         self.scaling.end_window()
         self.window.reset()
 
+    def start_counting(self) -> None:
+        """The wrapper counts from now on, or to another number: sums of a loop are over."""
+        for segment in self.segments.values():
+            if not segment.is_zero:
+                segment.fill = Fill.EMPTY
+        self.window.reset()
+
     def discard(self, zeroes: bool = False) -> None:
         """Forget the window. The accumulators' next use stores, so nothing is written.
 
@@ -386,7 +372,7 @@ class Collector(Attached):
                 segment.allocate()
                 segment.param.grad = shown = segment.grad
                 shown.detach().zero_()  # type: ignore[union-attr]
-                segment.fill, segment.sums_version = Fill.EARLIER, None
+                segment.fill, segment.is_zero, segment.sums_version = Fill.EARLIER, True, None
                 segment.closed_version = shown._version  # type: ignore[union-attr]
         self.scaling.reset()
         self.window.reset()

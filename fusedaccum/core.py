@@ -15,6 +15,7 @@ from .advice import Advice
 from .collect import Collector
 from .options import Options
 from .scaling import Scaling
+from .trouble import PART
 from .update import Updater
 from .window import Window
 
@@ -37,7 +38,8 @@ class Core:
         self.optimizer, self.options = optimizer, options
         self.window_closed = False
         self.advice = Advice()
-        self._is_loading = False
+        # What load_state_dict() was given, until all of it is taken over.
+        self._loading: dict[str, Any] | None = None
         # The state that moves along, until the parts for moved parameters are complete.
         self._moving: dict[str, Any] | None = None
         self._build()
@@ -50,7 +52,7 @@ class Core:
         cap = options.bucket_cap_mb or (64 if device.type == "cpu" else 128)
         steps = options.gradient_accumulation_steps
         self.window = Window(steps)
-        self.scaling = Scaling(steps, options.grad_scaler, options.fused_unscale)
+        self.scaling = Scaling(steps, options.grad_scaler, options.fused_unscale, device)
         self.collector = Collector(
             backends.get(options.backend, device),
             self.window,
@@ -79,6 +81,7 @@ class Core:
         options = replace(old, **{name: value}).checked(self.optimizer, wrapper)
         steps = options.gradient_accumulation_steps
         if steps != old.gradient_accumulation_steps:
+            self.collector.look()
             if self.collector.is_open:
                 raise RuntimeError(
                     f"{name}={value!r} was assigned inside a window ({self.window.micro_batches} "
@@ -86,7 +89,7 @@ class Core:
                     "are scaled for the old number; nothing was changed. Assign it between windows "
                     "(window_closed), or call flush() or zero_grad() first"
                 )
-            self.collector.discard()
+            self.collector.start_counting()
             self.window.steps = steps
             self.scaling.count_to(steps)
         self.collector.wants_norm = options.wants_norm
@@ -108,10 +111,11 @@ class Core:
             RuntimeError: saying that it has to be done again.
         """
         self.updater.swap.undo()
-        if self._is_loading:
+        if self._loading is not None:
             raise RuntimeError(
                 "load_state_dict() was interrupted, and the states are in part the old ones; "
-                "nothing was done. Call load_state_dict() again"
+                "nothing was done. Call load_state_dict() again, or zero_grad(), which ends it and "
+                "discards the window"
             )
 
     def check_params(self, reattach: bool = False) -> None:
@@ -140,15 +144,19 @@ class Core:
     def zero_grad(self, set_to_none: bool) -> None:
         """See `FusedAccumOptimizer.zero_grad`."""
         self.updater.swap.undo()
+        if self._loading is not None:
+            self.load(self._loading)
         collector, window = self.collector, self.window
         if not collector.taken_over:
             collector.attach_groups(self.optimizer.param_groups)
         if window.steps is not None and window.micro_batches:
             unclosed = collector.unclosed()
+            if unclosed is None and collector.by_hand.is_zeroed():
+                unclosed = "the accumulators were zeroed in place"
             if unclosed is None:
                 if not window.is_inside:
                     window.weight = None  # of a micro-batch in which nothing arrived
-                collector.drop_assigned()
+                collector.by_hand.drop_assigned()
                 return
             collector.warn_discarded(f"zero_grad() after {unclosed}")
         collector.trouble.note("zero_grad() was interrupted")
@@ -163,6 +171,16 @@ class Core:
 
     # --- updates ---
 
+    def evaluate(self, closure: Callable[[], Any]) -> Any:
+        """Call the closure of a step()."""
+        try:
+            with torch.enable_grad():
+                return closure()
+        except BaseException:
+            if self.collector.has_arrivals:
+                self.collector.trouble.note("the closure raised after its backward()" + PART)
+            raise
+
     def step_with_closure(self, closure: Callable[[], Any] | None) -> Any:
         """Let an optimizer that evaluates the closure several times (LBFGS) do so.
 
@@ -172,8 +190,7 @@ class Core:
             raise TypeError(f"{type(self.optimizer).__name__}.step() needs a closure")
 
         def evaluate() -> Any:
-            with torch.enable_grad():
-                loss = closure()
+            loss = self.evaluate(closure)
             self.collect()
             return loss
 
@@ -188,7 +205,16 @@ class Core:
         Args:
             closes: whether the open micro-batch is closed with it.
             hooks: runs those of step().
+
+        Raises:
+            RuntimeError: inside a micro_batch() block of a loop that owns the window.
         """
+        if self.window.weight is not None and not closes and self.collector.has_arrivals:
+            raise RuntimeError(
+                "step() was called inside a micro_batch() block, whose weight does not count yet; "
+                "nothing was updated. Call step() after the block; after an exception call "
+                "zero_grad()"
+            )
         max_norm = self.window.max_norm or self.options.max_grad_norm
         with hooks as has_run:
             if has_run:
@@ -204,12 +230,24 @@ class Core:
 
     # --- checkpoints ---
 
+    def prepare_save(self) -> None:
+        """Have everything in its place that a checkpoint reads.
+
+        Raises:
+            RuntimeError: after what must not be saved.
+        """
+        self.check_usable()
+        self.collector.check()
+        if self.collector.changed() is None:
+            self.collector.attach_groups(self.optimizer.param_groups)
+        self.collector.adopt_assigned()
+
     def load(self, state_dict: dict[str, Any]) -> None:
         """See `FusedAccumOptimizer.load_state_dict`."""
         self.updater.swap.undo()
         checkpoint.check(state_dict, self.updater)
-        self._is_loading = True
+        self._loading = state_dict
         self.collector.discard()
         self.check_params(reattach=True)  # Accelerate moves the model, then loads state_dict()
         checkpoint.load(state_dict, self.updater)
-        self._is_loading = False
+        self._loading = None

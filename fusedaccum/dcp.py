@@ -19,7 +19,7 @@ def only_initialises(updater: Updater) -> bool:
     """
     optimizer, collector = updater.optimizer, updater.collector
     segments, groups = collector.segments.values(), optimizer.param_groups
-    if optimizer.state or collector.has_arrivals or not segments:
+    if optimizer.state or collector.unclosed() is not None or not segments:
         return False
     if any(group.get("lr", 0.0) != 0.0 for group in groups):
         return False

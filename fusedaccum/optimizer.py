@@ -200,6 +200,7 @@ class FusedAccumOptimizer(SharingOptimizer):
         value = arguments.check_weight(weight)
         core, window = self._core, self._core.window
         core.check_params()  # one that was unfrozen since gets its hook before the forward
+        core.collector.look()
         if window.weight is not None or core.collector.has_arrivals:
             raise RuntimeError(
                 "micro_batch() was entered while another micro-batch is open: call step() after "
@@ -209,15 +210,15 @@ class FusedAccumOptimizer(SharingOptimizer):
         try:
             window.weight, window.is_inside = value, True
             yield
+            if self.gradient_accumulation_steps is None:
+                window.check_arrival()
+                core.collector.close_micro_batch()
         except BaseException:
             core.collector.fail_block()
             window.weight = None
             raise
         finally:
             window.is_inside = False
-        if self.gradient_accumulation_steps is None:
-            window.check_arrival()
-            core.collector.close_micro_batch()
 
     def step(self, closure: Closure | None = None) -> Any:
         """Close the micro-batch; update if that ends the window.
@@ -237,8 +238,7 @@ class FusedAccumOptimizer(SharingOptimizer):
         with core.scaling.received(self):
             if self._calls_closure:
                 return core.step_with_closure(closure)
-            with torch.enable_grad():
-                loss = None if closure is None else closure()
+            loss = None if closure is None else core.evaluate(closure)
             core.collect()
             core.advice.before_step(core.collector, self.param_groups)
             steps = core.window.steps
@@ -308,6 +308,7 @@ class FusedAccumOptimizer(SharingOptimizer):
             RuntimeError: inside a window, whose gradients would be lost.
         """
         core = self._core
+        core.collector.look()
         if core.collector.is_open:
             raise RuntimeError(
                 f"detach() inside a window would lose {self.micro_batches} micro-batches: "
@@ -326,7 +327,7 @@ class FusedAccumOptimizer(SharingOptimizer):
         Raises:
             RuntimeError: after a backward that raised half-way.
         """
-        self._core.check_usable()
+        self._core.prepare_save()
         return checkpoint.save(self.optimizer.state_dict(), self._core.updater)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import reference
 from .buffers import Block, is_dense
 from .tables import count_chunks
 
@@ -83,14 +84,15 @@ class Segment:
             counter of its own, so that a change from outside is seen.
         fill: what `acc` holds of the open window.
         closed_version: version of `grad` when the last micro-batch was closed.
+        is_zero: whether `acc` holds zeros because somebody asked for them.
         pending: whether a gradient waits in the collector's queue.
         cell, n_cells: where its partial sums of squares are.
         sums_version: version of `grad` that the partial sums belong to, None if they do not.
         has_sums: whether its cells may hold something other than zero.
         kind: "none", "stochastic", "split" or "fp32", see `master_kind`.
         master: remainder or fp32 master, made at the first update.
-        loaded_master: fp32 master from a checkpoint, not yet compared with the parameter.
-        param_version: version of `param` after the last update.
+        loaded_master: fp32 master from a checkpoint, not yet compared with the parameter: the
+            weights may be loaded after the optimizer.
         states: the optimizer's states, fp32, in the rule's order.
         step: its step count, 0-d, on the device.
         knows_step: whether a checkpoint told its step count.
@@ -101,9 +103,9 @@ class Segment:
 
     __slots__ = (
         "__weakref__", "_block", "_position", "acc", "cell", "closed_version", "device", "dtype",
-        "fill", "grad", "has_sums", "hook", "is_contiguous", "kind", "knows_step",
+        "fill", "grad", "has_sums", "hook", "is_contiguous", "is_zero", "kind", "knows_step",
         "loaded_master", "master", "n_cells", "nbytes", "node", "numbers", "numel", "param",
-        "param_version", "pending", "row", "shape", "states", "step", "stride", "sums_version",
+        "pending", "row", "shape", "states", "step", "stride", "sums_version",
     )  # fmt: skip
 
     def __init__(
@@ -121,12 +123,11 @@ class Segment:
         self.acc: Tensor = None  # type: ignore[assignment]  # see `allocate`
         self.grad: Tensor | None = None
         self.fill = Fill.EMPTY
-        self.pending = self.has_sums = self.knows_step = False
+        self.pending = self.has_sums = self.knows_step = self.is_zero = False
         self.closed_version = 0
         self.sums_version: int | None = None
         self.master: Tensor | None = None
         self.loaded_master: Tensor | None = None
-        self.param_version = param._version
         self.states: tuple[Tensor, ...] = ()
         self.step: Tensor | None = None
         self.numbers: dict[str, Tensor] = {}
@@ -148,22 +149,6 @@ class Segment:
     def has_master(self) -> bool:
         """Whether something beside the parameter keeps its precise value."""
         return self.kind in ("split", "fp32")
-
-    def forget_master(self) -> None:
-        """The parameter as it shows is its precise value."""
-        self.loaded_master = None
-        if self.master is not None and self.kind == "split":
-            self.master.zero_()
-        elif self.master is not None:
-            self.master.copy_(self.param)
-        self.param_version = self.param._version
-
-    def become_fp32(self) -> None:
-        """Keep the precise value as an fp32 master from now on; nothing of it is lost."""
-        if self.kind == "split":
-            if self.master is not None:
-                self.loaded_master = self.precise()
-            self.kind, self.master = "fp32", None
 
     @property
     def sums_are_current(self) -> bool:
@@ -191,51 +176,53 @@ class Segment:
         return None
 
     def refresh_master(self) -> None:
-        """Make the master agree with the parameter where somebody wrote the parameter.
+        """Make the master where there is none yet, and take over a checkpoint's.
 
-        An fp32 master is compared element by element in the step itself. A remainder is dropped
-        when the version counter moved; a write past it (`param.data`) leaves a remainder of at
-        most half a bf16 step, under which the new value still shows.
+        A parameter written from outside needs nothing more. A remainder stays: with the written
+        value it is a master within half a bf16 step of it. An fp32 master is compared with the
+        parameter, element by element, wherever it is read (`reference.precise`). So a master of
+        zeros is that of any parameter as it is.
         """
-        param = self.param
         if not self.has_master:
             return
         if self.master is None:
             dtype = torch.int16 if self.kind == "split" else torch.float32
             self.master = self.view("master", dtype)
-            self.param_version = -1
         if self.loaded_master is not None:
-            self._adopt_loaded(self.loaded_master)
-        elif self.param_version != param._version:
-            if self.kind == "split":
-                self.master.zero_()
-            else:
-                known = self.master.to(param.dtype) == param
-                self.master.copy_(torch.where(known, self.master, param.float()))
-        self.param_version = param._version
+            self.master.copy_(self._adopted(self.loaded_master))
+            self.loaded_master = None
 
-    def _adopt_loaded(self, loaded: Tensor) -> None:
-        """Take a checkpoint's master wherever the parameter is its rounded value."""
-        assert self.master is not None
+    def _adopted(self, loaded: Tensor) -> Tensor:
+        """The master of what a checkpoint had, where the parameter is its rounded value.
+
+        Elsewhere the parameter counts alone: its remainder is 0.
+        """
+        if self.kind == "fp32":
+            return loaded
+        high, remainder = reference.split_master(loaded)
+        return torch.where(high == self.param, remainder, torch.zeros_like(remainder))
+
+    def forget_master(self) -> None:
+        """Let the parameter count alone, as before the first update."""
         self.loaded_master = None
+        if self.master is not None:
+            self.master.zero_()
+
+    def use_fp32_master(self) -> Tensor:
+        """The precise value as an fp32 master, now and from now on, for steps of other packages."""
+        value = self.precise()
         if self.kind == "split":
-            from .reference import split_master
-
-            high, remainder = split_master(loaded)
-            agrees = high == self.param
-            self.master.copy_(torch.where(agrees, remainder, torch.zeros_like(remainder)))
-        else:
-            agrees = loaded.to(self.dtype) == self.param
-            self.master.copy_(torch.where(agrees, loaded, self.param.float()))
-
-    def precise(self) -> Tensor | None:
-        """The fp32 master of the parameter as it is now, a new tensor; None if it has none."""
-        if not self.has_master or (self.master is None and self.loaded_master is None):
-            return None
+            self.kind, self.master, self.loaded_master = "fp32", None, None
         self.refresh_master()
         assert self.master is not None
-        if self.kind == "split":
-            from .reference import join_master
+        return self.master.copy_(self.param if value is None else value)
 
-            return join_master(self.param.detach(), self.master)
-        return self.master.clone()
+    def precise(self) -> Tensor | None:
+        """The fp32 value that an update would start from, a new tensor; None without a master.
+
+        Nothing is changed: a parameter that is swapped for the time being keeps its master.
+        """
+        master = self.master if self.loaded_master is None else self._adopted(self.loaded_master)
+        if not self.has_master or master is None:
+            return None
+        return reference.precise(self.param.detach(), master)

@@ -173,8 +173,6 @@ class Updater:
             # The kernels write behind autograd's back: a backward through the old weights must
             # notice.
             torch.autograd.graph.increment_version([s.param for s in updated])
-            for segment in updated:
-                segment.param_version = segment.param._version
             if skip:
                 self._watch.updated(scalars.skipped)
 
@@ -204,6 +202,8 @@ class Updater:
                 view.copy_(existing)
         views = tuple(shown.values())
         step = scalars.steps[segment.row]
+        if views and not any(isinstance(state.get(name), Tensor) for name in rule.states):
+            step.zero_()  # history begins anew, also where somebody cleared the states
         memory = rule.family.memory
         numbers = [(scalars.memory[segment.row, i], *m) for i, m in enumerate(memory)]
         if rule.family.step_key is not None:
@@ -325,12 +325,8 @@ class Updater:
         return grad
 
     def _native_master(self, segment: Segment) -> torch.nn.Parameter:
-        segment.become_fp32()  # a foreign optimizer knows nothing of remainders
-        segment.refresh_master()
-        assert segment.master is not None
+        kept = segment.use_fp32_master()
         master = self._native_masters.get(segment)
-        if master is None or master.data_ptr() != segment.master.data_ptr():
-            master = self._native_masters[segment] = torch.nn.Parameter(segment.master)
-        stored = segment.param
-        master.copy_(torch.where(master.to(stored.dtype) == stored, master, stored.float()))
+        if master is None or master.data_ptr() != kept.data_ptr():
+            master = self._native_masters[segment] = torch.nn.Parameter(kept)
         return master

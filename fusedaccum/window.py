@@ -87,7 +87,8 @@ class Window:
         """
         if not self.is_weighted or self.reference is None:
             return 1.0
-        weight = 1.0 if self.weight is None else self.weight
+        # A loop's own micro-batch is open inside its micro_batch() block alone, with a weight.
+        weight = (0.0 if self.steps is None else 1.0) if self.weight is None else self.weight
         total = self.total + (weight if is_open else 0.0)
         return self.reference / total if total else 1.0
 

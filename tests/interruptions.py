@@ -21,6 +21,7 @@ import argparse
 import collections
 import functools
 import itertools
+import signal
 import sys
 import threading
 import time
@@ -39,6 +40,7 @@ from tests.runs import Kind, Op, Oracle, Run, differences
 from tests.threads import one_thread
 
 PACKAGE = str(Path(fusedaccum.__file__).resolve().parent)
+PATIENCE = 60  # seconds
 OPTIMIZERS = str(Path(torch.optim.__file__).resolve().parent)
 
 
@@ -241,7 +243,7 @@ def examine(scenario: Scenario, make: Callable[[], Trap]) -> tuple[str, str] | N
     """
     trap = make()
     try:
-        with warnings.catch_warnings(), one_thread():
+        with warnings.catch_warnings(), one_thread(), _watchdog():
             warnings.simplefilter("ignore")
             outcome = _examine(scenario, trap, lambda: _disturb(scenario, make()))
     except Exception as error:
@@ -249,6 +251,22 @@ def examine(scenario: Scenario, make: Callable[[], Trap]) -> tuple[str, str] | N
         broken.where = trap.where
         raise broken from error
     return None if outcome is None else (outcome, trap.where)
+
+
+@contextmanager
+def _watchdog() -> Iterator[None]:
+    """A lock that is never released would hang the test; a trial takes a small part of a second."""
+
+    def bark(*_: Any) -> None:
+        raise Broken("hangs", f"for {PATIENCE} seconds")
+
+    before = signal.signal(signal.SIGALRM, bark)
+    signal.alarm(PATIENCE)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def _disturb(scenario: Scenario, trap: Trap) -> Run:
