@@ -227,6 +227,7 @@ _WRITES = {
     "element": "p[{i}].data[(0,) * p[{i}].dim()] = 1.5",
     "clamp": "with torch.no_grad():\n    p[{i}].clamp_(min=-torch.inf)",
     "half": "with torch.no_grad():\n    p[{i}].mul_(0.5)",
+    "zero": "p[{i}].data.zero_()",
     "storage": "p[{i}].data = p[{i}].data.clone()",
 }
 
@@ -238,8 +239,8 @@ def write(world: World, how: str, index: int, seed: int) -> str:
     written = shown.clone()
     if how in ("copy", "data"):
         written.copy_(helpers.fill(shown.shape, shown.dtype, seed))
-    elif how == "half":
-        written.mul_(0.5)
+    elif how in ("half", "zero"):
+        written.copy_(written * 0.5 if how == "half" else 0.0)
     elif how == "element":
         if not written.numel():
             raise Unspecified("no element")
@@ -281,7 +282,8 @@ def hyper_parameter(world: World, group: int, name: int, value: int) -> str:
     if groups[g].get("nesterov") and key == "momentum" and not new:
         raise Unspecified("nesterov without momentum")
     groups[g][key] = new
-    return f'opt.param_groups[{g}]["{key}"] = {new!r}'
+    text = f"torch.{new!r}" if isinstance(new, torch.Tensor) else repr(new)
+    return f'opt.param_groups[{g}]["{key}"] = {text}'
 
 
 @action(1.5, lambda rng: (rng.choice(STEPS),))

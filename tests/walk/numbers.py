@@ -61,14 +61,17 @@ def _adam(group: Options) -> float:
 
 _LR = {"lr": (0.5, 0.25, 0.125, 0.0)}
 _SMALL_LR = {"lr": (0.125, 0.0625, 0.03125, 0.0)}
+# CUDA graphs take the rate as a tensor.
+_SGD_LR = {"lr": (*_LR["lr"], torch.tensor(0.25))}
+_ADAM_LR = {"lr": (*_SMALL_LR["lr"], torch.tensor(0.0625))}
 _DECAY = {"weight_decay": (0.0, 0.25)}
 _ADAM_CHANGES = {
-    **_SMALL_LR,
+    **_ADAM_LR,
     **_DECAY,
     "betas": ((0.75, 0.9), (0.5, 0.75)),
     "maximize": (False, True),
 }
-_SGD_CHANGES = {**_LR, **_DECAY, "momentum": (0.0, 0.5, 0.9), "maximize": (False, True)}
+_SGD_CHANGES = {**_SGD_LR, **_DECAY, "momentum": (0.0, 0.5, 0.9), "maximize": (False, True)}
 _ADAM = {"lr": 0.0625, "betas": (0.75, 0.9), "eps": 2.0**-8}
 
 
@@ -106,6 +109,28 @@ OPTIMIZERS = {
         ({"lr": 0.25, "t0": 2.0, "lambd": 0.125}, {"lr": 0.25, "weight_decay": 0.25}),
         lambda group: 2 * group["lr"],
         changes={**_LR, **_DECAY},
+    ),
+    "adagrad": Kind(
+        "torch.optim.Adagrad",
+        torch.optim.Adagrad,
+        ({"lr": 0.25, "eps": 2.0**-4, "initial_accumulator_value": 0.5, "lr_decay": 0.25},),
+        _adam,
+        changes={**_SMALL_LR, **_DECAY},
+    ),
+    "adamax": Kind(
+        "torch.optim.Adamax",
+        torch.optim.Adamax,
+        ({**_ADAM, "weight_decay": 0.25},),
+        _adam,
+        changes={**_SMALL_LR, **_DECAY},
+    ),
+    "radam": Kind("torch.optim.RAdam", torch.optim.RAdam, (_ADAM,), _adam, changes=_SMALL_LR),
+    "rmsprop": Kind(
+        "torch.optim.RMSprop",
+        torch.optim.RMSprop,
+        ({"lr": 0.0625, "alpha": 0.75, "eps": 2.0**-6, "momentum": 0.5},),
+        _adam,
+        changes=_SMALL_LR,
     ),
     "adafactor": Kind(
         "torch.optim.Adafactor",

@@ -88,7 +88,7 @@ class Oracle(Window):
 
     def _forget_by_model(self) -> None:
         """The loop's window is discarded, if there is a gradient whose end can be seen."""
-        weighted = self.weighted
+        weighted = self.weighted or self.broken
         if any(slot.acc is not None or slot.grad is not None for slot in self.slots):
             self._forget()
             self.by_model = bool(weighted)
@@ -199,6 +199,9 @@ class Oracle(Window):
         if self.used:
             raise Unspecified("whether p.grad of a window that was used is kept")
         snapshot = copy.deepcopy(self)
+        snapshot.is_whole &= not self.has_assigned and not any(
+            slot.grad is not None and slot.acc is None for slot in self.slots
+        )
         snapshot._notice()
         for slot in snapshot.slots:
             slot.is_known = slot.is_known and slot.grad is slot.acc

@@ -195,7 +195,7 @@ def _compare_state(i: int, param: Param, name: str, got: Any, exact: Any) -> Non
         return
     if got is None:
         raise Mismatch("state missing", f"{name} of p[{i}]")
-    if exact.dim() == 0 or not isinstance(got, Tensor):
+    if name in ("step", "mu_product", "eta", "mu") or not isinstance(got, Tensor):
         if abs(float(got) - float(exact)) > 1e-6 * abs(float(exact)):
             raise Mismatch(f"state {name}", f"of p[{i}]: got {got}, expected {exact}")
         return
@@ -247,7 +247,7 @@ def run(config: Config, actions: list[Action]) -> Failure | None:
                 compare(world, names, action.name)
             except (RuntimeError, StopIteration) as error:
                 raise Mismatch(f"looking at it: {type(error).__name__}", repr(error)) from error
-        if any(is_left_out):
+        if any(is_left_out) and world.oracle.is_whole:
             action = Action("the end")
             _compare_uninterrupted(world, names, lines, is_left_out)
     except Mismatch as wrong:

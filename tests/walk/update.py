@@ -104,6 +104,7 @@ class Update:
         ]
         new.plain = OPTIMIZERS[self.kind].cls([{"params": g["params"]} for g in groups], lr=1.0)
         new.plain.param_groups, new.plain.defaults = groups, self.plain.defaults
+        new.plain.state.clear()  # Adagrad's constructor makes states
         new.plain.state.update({exact[p]: copy.deepcopy(s) for p, s in self.plain.state.items()})
         return new
 

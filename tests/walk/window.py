@@ -27,6 +27,7 @@ class Window:
         self.window_closed: bool | None = False  # None: not promised
         self.warned: set[str] = set()  # what this wrapper has said, each thing once
         self.expected = Expected()
+        self.is_whole = True  # whether all that p.grad shows is in what was loaded
         self.steps = steps
         self._start()
 
