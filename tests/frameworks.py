@@ -1,15 +1,4 @@
-"""A tiny Llama, data, and what it means that two runs are the same, for the framework tests.
-
-Two fp32 runs of 50 updates. Forward and backward are the same code, and fp32 accumulation adds the
-same numbers in the same order, so the runs differ by the roundings of the update alone: at most
-STEP_ROUNDINGS u (|param| + |step|) per update and element (see tolerances.py). How far training
-carries such differences no formula says, so it is measured: the *nudged* run is the framework's own
-run with the plain optimizer, each parameter moved at random by up to that bound after each update.
-A run is the same as the plain one if it ends no farther from it than the nudged one does.
-
-A logged loss or norm has roundings of its own beside those of the parameters: the last few sums of
-the forward, the sum over N micro-batches, the division. CURVE_ROUNDINGS u of its value are granted.
-"""
+"""A tiny Llama, data and settings for the framework tests."""
 
 from __future__ import annotations
 
@@ -17,15 +6,20 @@ import math
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from fusedaccum import FusedAccumOptimizer
+from tests.same_runs import Nudged as Nudged
+from tests.same_runs import Run as Run
+from tests.same_runs import differences as differences
+from tests.same_runs import distance as distance
+from tests.same_runs import farthest as farthest
 from tests.threads import one_thread as one_thread
-from tests.tolerances import STEP_ROUNDINGS, U
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # models are made from a config; nothing is downloaded
 transformers = pytest.importorskip("transformers")
@@ -36,12 +30,12 @@ from accelerate.state import AcceleratorState, GradientState  # noqa: E402
 VOCABULARY, LENGTH = 32, 12
 MICRO_BATCH = 2
 UPDATES = 50
-CURVE_ROUNDINGS = 16
 # 39 micro-batches per epoch, so 9 windows of 4 and a last one of 3. The very last micro-batch holds
 # one sequence instead of two.
 N_SEQUENCES = 77
 
 Batch = dict[str, Tensor]
+Wrap = Callable[[Any], Any]
 
 
 def reset() -> None:
@@ -101,58 +95,53 @@ def n_tokens(batch: Batch) -> int:
     return int((batch["labels"][..., 1:] != -100).sum())
 
 
-class Nudged(torch.optim.AdamW):
-    """AdamW whose every update is off by a random part of what rounding may do."""
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        params = [p for group in self.param_groups for p in group["params"]]
-        before = [p.clone() for p in params]
-        super().step(closure)
-        generator = torch.Generator().manual_seed(sum(int(self.state[p]["step"]) for p in params))
-        for p, old in zip(params, before, strict=True):
-            direction = 2 * torch.rand(p.shape, generator=generator) - 1
-            p += direction * STEP_ROUNDINGS * U * (p.abs() + (p - old).abs())
-
-
-@dataclass
-class Run:
-    """What a run leaves: the model, and per update the loss, gradient norm and learning rate."""
-
-    model: Any
-    optimizer: Any
-    losses: list[float] = field(default_factory=list)
-    norms: list[float] = field(default_factory=list)
-    rates: list[float] = field(default_factory=list)
+def trainer_settings(out: Path | str) -> dict[str, Any]:
+    """Arguments of a short run on the CPU of any Trainer, with everything logged."""
+    return {
+        "output_dir": str(out),
+        "use_cpu": True,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "logging_steps": 1,
+        "logging_nan_inf_filter": False,
+        "save_strategy": "no",
+        "per_device_train_batch_size": MICRO_BATCH,
+        "gradient_accumulation_steps": 4,
+        "max_steps": UPDATES,
+        "lr_scheduler_type": "linear",
+        "seed": 0,
+    }
 
 
-def distance(a: Any, b: Any) -> float:
-    """L2 distance of two models' parameters."""
-    params = ([p.detach().double() for p in model.parameters()] for model in (a, b))
-    pairs = zip(*params, strict=True)
-    return math.sqrt(sum(float((p - q).square().sum()) for p, q in pairs))
+def finished(made: Any, **how: Any) -> Run:
+    """Train, and read the log."""
+    made.train(**how)
+    rows = [row for row in made.state.log_history if "loss" in row]
+    return Run(
+        made.model,
+        made.optimizer.optimizer,
+        *([row[key] for row in rows] for key in ("loss", "grad_norm", "learning_rate")),
+    )
 
 
-def farthest(a: list[float], b: list[float]) -> float:
-    """Largest difference of two curves."""
-    return max(abs(x - y) for x, y in zip(a, b, strict=True))
+def nudge(optimizer: Any) -> Any:
+    return Nudged(optimizer.param_groups)
 
 
-def differences(run: Run, plain: Run, nudged: Run) -> list[str]:
-    """In what `run` is not the same as `plain`; empty if it is. See the top of this file."""
-    found = []
-    allowed, is_off = distance(nudged.model, plain.model), distance(run.model, plain.model)
-    if not is_off <= allowed:
-        found.append(f"parameters are {is_off:.1e} apart, allowed {allowed:.1e}")
-    for name in ("losses", "norms"):
-        curve, curve_plain, curve_nudged = (getattr(r, name) for r in (run, plain, nudged))
-        allowed = farthest(curve_nudged, curve_plain) + CURVE_ROUNDINGS * U * max(curve_plain)
-        is_off = farthest(curve, curve_plain)
-        if not is_off <= allowed:
-            found.append(f"{name} are {is_off:.1e} apart, allowed {allowed:.1e}")
-    if run.rates != plain.rates:
-        found.append(f"learning rates {run.rates[:3]}... and {plain.rates[:3]}...")
-    return found
+def faster(optimizer: Any) -> Any:
+    """Another learning rate by 1e-4 of itself: small, but no rounding."""
+    for group in optimizer.param_groups:
+        group["lr"] *= 1.0001
+    return FusedAccumOptimizer(optimizer)
+
+
+# What the runs of a Trainer do to the optimizer that it made.
+WRAPS: dict[str, Wrap] = {
+    "plain": lambda optimizer: optimizer,
+    "nudged": nudge,
+    "faster": faster,
+    "ours": FusedAccumOptimizer,
+}
 
 
 def window_gradients(batches: list[Batch], by_tokens: bool = True) -> list[Tensor]:
@@ -181,5 +170,3 @@ def relative_error(found: Iterable[Tensor], exact: Iterable[Tensor]) -> float:
 # A gradient of the tiny model in fp32 against float64: its forward and backward are sums of at most
 # a few hundred products each, two layers deep, whose roundings mostly average out. Measured: 3e-7.
 GRADIENT_RTOL = 5e-6
-
-Wrap = Callable[[Any], Any]

@@ -18,6 +18,7 @@ from accelerate.optimizer import AcceleratedOptimizer  # noqa: E402
 from torch.optim.lr_scheduler import LambdaLR  # noqa: E402
 
 from fusedaccum import FusedAccumOptimizer  # noqa: E402
+from tests.same_runs import are_equal  # noqa: E402
 from tests.tolerances import equal_bits  # noqa: E402
 
 RATE = 1e-2
@@ -167,11 +168,6 @@ def resumed(make: Any, dtype: torch.dtype, stop: int, out: Path) -> tuple[fw.Run
     loop.accelerator.load_state(str(out))
     loop.micro_batches = stop
     return straight, loop.run(24).result
-
-
-def are_equal(a: Any, b: Any) -> bool:
-    pairs = zip(a.parameters(), b.parameters(), strict=True)
-    return all(equal_bits(p.detach(), q.detach()) for p, q in pairs)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])

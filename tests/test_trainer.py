@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from tests import frameworks as fw
+from tests.frameworks import finished
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
@@ -32,23 +33,8 @@ def _own_state() -> Any:
 
 def arguments(out: Path | None = None, **changes: Any) -> Any:
     """Training arguments of a short run on the CPU, with everything logged."""
-    defaults: dict[str, Any] = {
-        "use_cpu": True,
-        "report_to": "none",
-        "disable_tqdm": True,
-        "logging_steps": 1,
-        "logging_nan_inf_filter": False,
-        "save_strategy": "no",
-        "per_device_train_batch_size": fw.MICRO_BATCH,
-        "gradient_accumulation_steps": 4,
-        "max_steps": fw.UPDATES,
-        "learning_rate": RATE,
-        "lr_scheduler_type": "linear",
-        "seed": 0,
-    }
-    return transformers.TrainingArguments(
-        output_dir=str(out or UNUSED.name), **(defaults | changes)
-    )
+    settings = fw.trainer_settings(out or UNUSED.name) | {"learning_rate": RATE} | changes
+    return transformers.TrainingArguments(**settings)
 
 
 def trainer(
@@ -63,28 +49,6 @@ def trainer(
     return made
 
 
-def finished(made: Any, **how: Any) -> fw.Run:
-    """Train, and read the log."""
-    made.train(**how)
-    rows = [row for row in made.state.log_history if "loss" in row]
-    return fw.Run(
-        made.model,
-        made.optimizer.optimizer,
-        *([row[key] for row in rows] for key in ("loss", "grad_norm", "learning_rate")),
-    )
-
-
-def nudge(optimizer: Any) -> Any:
-    return fw.Nudged(optimizer.param_groups)
-
-
-def faster(optimizer: Any) -> Any:
-    """Another learning rate by 1e-4 of itself: small, but no rounding."""
-    for group in optimizer.param_groups:
-        group["lr"] *= 1.0001
-    return FusedAccumOptimizer(optimizer)
-
-
 @functools.cache
 def run(
     how: str,
@@ -94,10 +58,9 @@ def run(
     autocast: bool = False,
 ) -> fw.Run:
     """50 updates, kept for the tests that compare with them."""
-    wraps = {"plain": lambda o: o, "nudged": nudge, "faster": faster, "ours": FusedAccumOptimizer}
     model = fw.tiny_llama(dtype)
     settings: dict[str, Any] = {"gradient_accumulation_steps": n, "learning_rate": rate}
-    made = trainer(model, wraps[how], bf16=autocast, **settings)
+    made = trainer(model, fw.WRAPS[how], bf16=autocast, **settings)
     result = finished(made)
     assert made.state.global_step == fw.UPDATES == len(result.losses)
     fw.reset()
