@@ -29,7 +29,7 @@ def accumulate(acc: Tensor, grad: Tensor, scale: float, first: bool) -> Tensor:
 
 def global_norm(tensors: Iterable[Tensor]) -> Tensor:
     """L2 norm of all elements of all tensors together, in float64."""
-    total = torch.zeros((), dtype=torch.float64)
+    total = torch.zeros((), dtype=torch.float64, device="cpu")
     for tensor in tensors:
         total += tensor.double().square().sum().cpu()
     return total.sqrt()

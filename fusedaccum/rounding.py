@@ -44,10 +44,10 @@ def chunk_key(key: int, step: int, chunk: int) -> int:
 
 def random_bits(key: int, step: int, start: int, n: int) -> Tensor:
     """r for `n` elements from `start`, int64 in [0, 2**16)."""
-    index = torch.arange(start, start + n)
+    index = torch.arange(start, start + n, dtype=torch.int64, device="cpu")
     first, last = start // CHUNK, (start + n - 1) // CHUNK
     chunks = [chunk_key(key, step, c) for c in range(first, last + 1)]
-    keys = torch.tensor(chunks, dtype=torch.int64)
+    keys = torch.tensor(chunks, dtype=torch.int64, device="cpu")
     x = (keys[index // CHUNK - first] + (index % CHUNK) * GOLDEN) & MASK
     x ^= x >> 16
     x = (x * 0x7FEB352D) & MASK

@@ -59,6 +59,9 @@ def function(module: str, name: str) -> ast.FunctionDef:
 
 def _where(condition: Any, a: Any, b: Any) -> Any:
     if isinstance(condition, Tensor):
+        if not isinstance(a, Tensor) and not isinstance(b, Tensor):
+            # Of two numbers torch would make a tensor of its default dtype.
+            a = torch.tensor(a, dtype=torch.float32, device=condition.device)
         return torch.where(condition, a, b)
     return a if condition else b
 

@@ -85,7 +85,7 @@ class TorchBackend:
         """See `Backend.accumulate`."""
         if control is not None:
             factor, keeps = control.tolist()
-            scale, first = float(torch.tensor(scale) * factor), first or not keeps
+            scale, first = float(_fp32(scale) * factor), first or not keeps
         if loops := self._reduce_loops(grads):
             loops.accumulate(accs, grads, scale, first, partials, cells)
             return
@@ -135,10 +135,10 @@ class TorchBackend:
                 sign, *values = hyper[group]
                 own, memory[row] = rule_scalars(tuple(values), steps[row], tuple(memory[row]))
                 rows[row] = [coef * sign, steps[row], *own]
-        scalars.steps.copy_(torch.tensor(steps))
-        scalars.scalars.copy_(torch.tensor(rows))
+        scalars.steps.copy_(_fp32(steps))
+        scalars.scalars.copy_(_fp32(rows))
         if request.family.memory:
-            scalars.memory.copy_(torch.tensor(memory))
+            scalars.memory.copy_(_fp32(memory))
 
     def step(self, batch: StepBatch, scalars: UpdateScalars) -> None:
         """See `Backend.step`."""
@@ -207,6 +207,11 @@ def _run(
     third_address = None if third is None else third.data_ptr()
     addresses = (table.rows.data_ptr(), table.chunks.data_ptr(), third_address)
     native.run(library, name, addresses, scale, table.n_chunks, table.n_elements)
+
+
+def _fp32(numbers: Any) -> Tensor:
+    """Numbers as a tensor of the host, whatever torch's default dtype and device are."""
+    return torch.tensor(numbers, dtype=torch.float32, device="cpu")
 
 
 def _flat(tensor: Tensor) -> Tensor:

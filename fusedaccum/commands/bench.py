@@ -156,7 +156,8 @@ class Bench:
         """Time forms in turns beside two copies, and keep the rows."""
         self.progress.describe(operation)
         source, target = (
-            torch.ones(shapes.count(self.sizes), device=self.device) for _ in range(2)
+            torch.ones(shapes.count(self.sizes), dtype=torch.float32, device=self.device)
+            for _ in range(2)
         )
         known = {form.name: form for form in built if form.name not in self.refused}
         calls: dict[str, Call] = dict.fromkeys((COPY, COPY_AGAIN), lambda: target.copy_(source)) | {

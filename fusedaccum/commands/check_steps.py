@@ -238,5 +238,8 @@ def _rounding(batch: StepBatch, i: int, update: int) -> Callable[[Tensor], Tenso
     if batch.master != "stochastic":
         return lambda value: value.float().to(param.dtype).double()
     n = param.numel()
-    random = rounding.random_bits(batch.keys[i], update, 0, n) if n else torch.zeros(0).long()
+    if n:
+        random = rounding.random_bits(batch.keys[i], update, 0, n)
+    else:
+        random = torch.zeros(0, dtype=torch.int64, device="cpu")
     return lambda value: rounding.round_stochastic(value.float(), random).double()

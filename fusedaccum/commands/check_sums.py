@@ -52,6 +52,11 @@ def _cells(tensors: list[Tensor]) -> tuple[list[int], int]:
     return cells, end
 
 
+def _poisoned(n: int, device: torch.device) -> Tensor:
+    """Partial sums of which none was written yet."""
+    return torch.full((n,), math.nan, dtype=torch.float32, device=device)
+
+
 def _accumulate(
     backend: Runner, dtype: torch.dtype, offset: int, first: bool, norm: bool, keeps: bool | None
 ) -> Check:
@@ -67,10 +72,14 @@ def _accumulate(
             for acc in accs:
                 acc.fill_(math.nan if first else math.inf)
         cells, end = _cells(accs)
-        partials = torch.full((end,), math.nan, device=backend.device) if norm else None
-        control, scale = None, float(torch.tensor(SCALE))
+        partials = (
+            torch.full((end,), math.nan, dtype=torch.float32, device=backend.device)
+            if norm
+            else None
+        )
+        control, scale = None, float(torch.tensor(SCALE, dtype=torch.float32, device="cpu"))
         if keeps is not None:
-            control = torch.tensor([0.25, float(keeps)], device=backend.device)
+            control = torch.tensor([0.25, float(keeps)], dtype=torch.float32, device=backend.device)
             scale *= 0.25
         kept = [grad.clone() for grad in grads]
         backend.accumulate(accs, grads, SCALE, first, partials, cells, control)
@@ -109,7 +118,7 @@ def _sum_of_squares(backend: Runner, dtype: torch.dtype, offset: int) -> Check:
         memory = Memory(backend.device, offset)
         tensors = [memory.holding(normal(n, 3), dtype) for n in checks.SIZES]
         cells, end = _cells(tensors)
-        partials = torch.full((end,), math.nan, device=backend.device)
+        partials = _poisoned(end, backend.device)
         backend.sum_of_squares(tensors, partials, cells)
         _require_sums(tensors, host(partials), cells)
         norm = float(host(partials).sum().sqrt())
@@ -126,7 +135,7 @@ def _nonfinite(backend: Runner) -> None:
         accs = [normal(n, 1).to(backend.device)]
         grads = [normal(n, 2).to(backend.device, torch.bfloat16)]
         grads[0][n - 1] = value
-        partials = torch.zeros(2, device=backend.device)
+        partials = torch.zeros(2, dtype=torch.float32, device=backend.device)
         backend.accumulate(accs, grads, 1.0, False, partials, [0])
         finite = partials.isfinite().tolist()
         if finite != [True, False]:
@@ -143,7 +152,7 @@ def _finalize(backend: Runner, value: float, max_norm: float | None, skip: bool)
         batch = StepBatch(rule, "none", rows=[0, 2], groups=[0, 1])
         scalars = UpdateScalars(3, rule.family.n_scalars, backend.device)
         scalars.steps += 4
-        partials = torch.tensor([4.0, 12.0 * value], device=backend.device)
+        partials = torch.tensor([4.0, 12.0 * value], dtype=torch.float32, device=backend.device)
         hyper = [(1.0, *HYPER), (-1.0, *HYPER)]
         request = UpdateRequest(rule.family, hyper, partials, 0.25, max_norm, skip)
         backend.finalize(request, [batch], scalars)
@@ -176,11 +185,13 @@ def _skipped(backend: Runner) -> None:
     batch.params.append(normal(n, 4).to(backend.device, torch.bfloat16))
     batch.masters.append(torch.ones(n, dtype=torch.int16, device=backend.device))
     batch.accs.append(normal(n, 5).to(backend.device))
-    batch.states.append((normal(n, 6).to(backend.device), torch.ones(n, device=backend.device)))
+    batch.states.append(
+        (normal(n, 6).to(backend.device), torch.ones(n, dtype=torch.float32, device=backend.device))
+    )
     written = [batch.params[0], batch.masters[0], *batch.states[0]]
     before = [tensor.clone() for tensor in written]
     scalars = UpdateScalars(1, rule.family.n_scalars, backend.device)
-    partials = torch.tensor([math.inf], device=backend.device)
+    partials = torch.tensor([math.inf], dtype=torch.float32, device=backend.device)
     request = UpdateRequest(rule.family, [(1.0, *HYPER)], partials, 1.0, 0.5, True)
     backend.finalize(request, [batch], scalars)
     backend.step(batch, scalars)

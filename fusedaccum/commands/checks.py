@@ -144,7 +144,8 @@ def normal(n: int, seed: int) -> Tensor:
 
 @lru_cache(maxsize=512)
 def _normal(n: int, seed: int) -> Tensor:
-    return torch.randn(n, generator=torch.Generator().manual_seed(10_000 * seed + n % 9_973))
+    generator = torch.Generator("cpu").manual_seed(10_000 * seed + n % 9_973)
+    return torch.randn(n, generator=generator, dtype=torch.float32, device="cpu")
 
 
 def host(tensor: Tensor) -> Tensor:

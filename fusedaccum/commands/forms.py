@@ -61,7 +61,9 @@ class Plan:
 
     def n_states(self) -> int:
         """Tensors of state per parameter."""
-        optimizer = self.plain([torch.zeros(1, requires_grad=True)])
+        optimizer = self.plain(
+            [torch.zeros(1, dtype=torch.float32, device="cpu", requires_grad=True)]
+        )
         rule = rules.select(optimizer, optimizer.param_groups[0])
         assert rule is not None
         return len(rule.states)
