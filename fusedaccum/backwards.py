@@ -18,14 +18,15 @@ MAX_NESTED = 50
 class Backwards:
     """The backwards of one optimizer's parameters.
 
+    There is no lock that an exception could leave locked: a backward enters first, and then looks
+    whether another thread is there too.
+
     Attributes:
         count: how many began in the open micro-batch; one inside another does not count.
-        beginning: a lock to hold from `refuse_overlap` to `begin`.
     """
 
     def __init__(self) -> None:
         self.count = 0
-        self.beginning = threading.Lock()
         # The thread of each graph task whose backward has not ended.
         self._threads: dict[int, int] = {}
 
@@ -37,29 +38,20 @@ class Backwards:
         """Whether one has not ended: it is running, or it raised."""
         return bool(self._threads)
 
-    def begin(self, task: int) -> None:
-        """A backward has reached its first parameter."""
-        if not self._threads:
-            self.count += 1
-        self._threads[task] = threading.get_ident()
+    def enter(self, task: int) -> bool:
+        """A backward reaches its first parameter.
 
-    def end(self, task: int) -> None:
-        """A backward has reached all of its parameters."""
-        del self._threads[task]
-
-    def forget(self) -> None:
-        """Those that raised are over, too."""
-        self.count = 0
-        self._threads.clear()
-
-    def refuse_overlap(self) -> None:
-        """Raise where another thread's backward has not ended.
+        Returns:
+            Whether another one of this thread has not ended: it runs around this, or it raised.
 
         Raises:
-            RuntimeError: saying how several threads can share an optimizer.
+            RuntimeError: where another thread's has not ended, saying how several threads can
+                share an optimizer.
         """
-        thread, others = threading.get_ident(), self._threads.values()
-        if len(others) < MAX_NESTED and any(other != thread for other in others):
+        thread = self._threads[task] = threading.get_ident()
+        others = list(self._threads.values())
+        if len(others) <= MAX_NESTED and any(other != thread for other in others):
+            self.end(task)
             raise RuntimeError(
                 "backward() was called while a backward() of another thread on the same "
                 "parameters was still running, or after one that raised there; nothing of this "
@@ -67,6 +59,22 @@ class Backwards:
                 "FusedAccumOptimizer (a threading.Lock around both does that); after an exception "
                 "call zero_grad()"
             )
+        return len(others) > 1
+
+    def begin(self, task: int) -> None:
+        """What it brings will be accumulated."""
+        self._threads[task] = threading.get_ident()
+        if len(self._threads) == 1:
+            self.count += 1
+
+    def end(self, task: int) -> None:
+        """A backward has reached all of its parameters, or was refused."""
+        self._threads.pop(task, None)
+
+    def forget(self) -> None:
+        """Those that raised are over, too."""
+        self.count = 0
+        self._threads.clear()
 
 
 def refuse_kind() -> None:

@@ -17,14 +17,12 @@ class Seen:
     """What a look at every parameter's `grad` found.
 
     Attributes:
-        shown: parameters that show a sum of closed micro-batches.
-        hidden: parameters that have one and show None.
+        earlier: parameters with a sum of closed micro-batches, which they show, or None instead.
         assigned: parameters with a gradient that somebody assigned.
         is_emptied: whether all that counts as the window was taken away.
     """
 
-    shown: list[Segment] = field(default_factory=list)
-    hidden: list[Segment] = field(default_factory=list)
+    earlier: list[Segment] = field(default_factory=list)
     assigned: list[tuple[Segment, Tensor]] = field(default_factory=list)
     is_emptied: bool = False
 
@@ -48,15 +46,12 @@ class ByHand:
         loop_owned = self._window.steps is None
         for segment in self._segments.values():
             grad = segment.param.grad
-            if grad is segment.grad:
-                if segment.fill is Fill.EARLIER:
-                    seen.shown.append(segment)
-            elif grad is not None:
+            if grad is not None and grad is not segment.grad:
                 seen.assigned.append((segment, grad))
-            elif loop_owned or segment.fill is Fill.CURRENT:
+            elif grad is None and (loop_owned or segment.fill is Fill.CURRENT):
                 segment.fill = Fill.EMPTY
             elif segment.fill is Fill.EARLIER:
-                seen.hidden.append(segment)
+                seen.earlier.append(segment)
         return seen
 
     def is_emptied(self) -> bool:

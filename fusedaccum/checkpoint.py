@@ -12,7 +12,7 @@ another optimizer's state dict has that one's keys, and must not lose a window i
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Set
 from typing import Any
 
 import torch
@@ -311,12 +311,18 @@ def _fp32_stand_ins(updater: Updater) -> dict[Tensor, Tensor]:
     }
 
 
-def _attach_frozen(state_dict: StateDict, params: dict[Any, Tensor], collector: Collector) -> None:
-    """Give parameters that are frozen now a place for what the checkpoint has of them."""
+def _attach_frozen(known: Set[Any], params: Mapping[Any, Tensor], collector: Collector) -> None:
+    """Give parameters that are frozen now a place for what the checkpoint has of them.
+
+    Args:
+        known: torch's indices of the parameters that it has something of.
+        params: all parameters, by index.
+        collector: where the places are.
+    """
     collector.attach(
-        (f"parameter {index}", params[index])
-        for index, entry in _entries(state_dict)
-        if entry and params[index] not in collector.segments and params[index].dtype in PARAM_DTYPES
+        (f"parameter {index}", param)
+        for index, param in params.items()
+        if index in known and param not in collector.segments and param.dtype in PARAM_DTYPES
     )
 
 
@@ -332,7 +338,10 @@ def load(state_dict: StateDict, updater: Updater) -> None:
     entries = state_dict["state"]
     ids = [index for group in state_dict["param_groups"] for index in group["params"]]
     params = [p for group in optimizer.param_groups for p in group["params"]]
-    _attach_frozen(state_dict, dict(zip(ids, params, strict=True)), collector)
+    known = {index for index, entry in _entries(state_dict) if entry}
+    _attach_frozen(
+        known | set(extra.get("accumulators", {})), dict(zip(ids, params, strict=True)), collector
+    )
     plain = {k: v for k, v in state_dict.items() if k != KEY}
     plain["state"] = _without_ours(state_dict)
     stand_ins = _fp32_stand_ins(updater)

@@ -93,11 +93,12 @@ class Collector(Attached):
         grad = param.grad
         if segment.pending:
             self.flush()  # it arrives twice in one backward: add the first gradient first
-        elif grad is segment.grad:
-            if self.by_hand.is_written(segment):
-                self._refuse_zeroed()
-        elif grad is not None:
+        elif grad is not None and grad is not segment.grad:
             self.adopt([(segment, grad)])
+        elif self.by_hand.is_written(segment):
+            self._refuse_zeroed()
+        elif grad is not None or segment.fill is Fill.EMPTY:
+            pass  # nearly always
         elif self.window.steps is None or segment.fill is Fill.CURRENT:
             segment.fill = Fill.EMPTY  # somebody took it away: zero_grad(), or `p.grad = None`
         param.grad = None
@@ -116,15 +117,18 @@ class Collector(Attached):
             RuntimeError: for a backward that cannot come out right. Nothing has changed then.
         """
         refuse_kind()
-        with self.backwards.beginning:
-            self.backwards.refuse_overlap()
-            if self.is_broken:
+        is_nested = self.backwards.enter(task)
+        try:
+            if is_nested or self.trouble.reason is not None:
                 self._recover()
-            elif not self.backwards.is_any_open and self.by_hand.is_emptied():
+            elif self.by_hand.is_emptied():
                 self._discard_emptied()
             self.window.check_arrival()
             self.scaling.begin(self.device)
-            self.backwards.begin(task)
+        except BaseException:
+            self.backwards.end(task)
+            raise
+        self.backwards.begin(task)
 
         def finish() -> None:
             self.flush()
@@ -277,12 +281,12 @@ class Collector(Attached):
             RuntimeError: for what cannot be made good.
         """
         seen = self.by_hand.look()
-        if any(self.by_hand.is_written(segment) for segment in seen.shown):
+        if any(self.by_hand.is_written(segment) for segment in seen.earlier):
             self._refuse_zeroed()
         if seen.is_emptied and not seen.assigned:
             self._discard_emptied()
             return []
-        for segment in seen.hidden:  # the model's zero_grad() after step() keeps a window too
+        for segment in seen.earlier:  # the model's zero_grad() after step() keeps a window too
             segment.param.grad = segment.grad
         return seen.assigned
 

@@ -136,9 +136,11 @@ class Core:
         """Build everything anew for parameters that moved; states move with them."""
         if self._moving is None:
             self._moving = checkpoint.save(self.optimizer.state_dict(), self.updater)
+        norm = self.updater.grad_norm
         self.collector.detach()
         self._build()
         checkpoint.load(self._moving, self.updater)
+        self.updater.grad_norm = None if norm is None else norm.to(self.collector.device)
         self._moving = None
 
     def zero_grad(self, set_to_none: bool) -> None:

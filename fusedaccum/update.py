@@ -136,10 +136,12 @@ class Updater:
         groups = self.optimizer.param_groups
         batches: dict[tuple[str, torch.dtype, str], StepBatch] = {}
         updated: list[Segment] = []
+        position = -1  # among all parameters, frozen ones too: a resumed run draws the same bits
         for group_index, group in enumerate(groups):
             rule = rules.select(self.optimizer, group)
             assert rule is not None
             for param in group["params"]:
+                position += 1
                 segment = self.collector.segments.get(param)
                 if segment is None or not segment.fill:
                     continue
@@ -155,7 +157,7 @@ class Updater:
                     assert segment.master is not None
                     batch.masters.append(segment.master)
                 elif segment.kind == "stochastic":
-                    batch.keys.append(tensor_key(self.seed, segment.row))
+                    batch.keys.append(tensor_key(self.seed, position))
                 updated.append(segment)
         if not updated:
             return lambda correction: None
