@@ -88,21 +88,15 @@ class Attached:
                 # Since torch 2.10 None lets `grad` have another dtype than the parameter.
                 param.grad_dtype = None if dtype != torch.float32 else dtype
                 self.segments[param] = segment
-                if param.requires_grad:
-                    self._hook(segment)
+                self._hook(segment)
 
     def attach_groups(self, groups: Sequence[dict[str, Any]]) -> None:
-        """Attach parameters of param groups that need a gradient and have no hook yet."""
+        """Attach parameters of param groups that need a gradient and have no segment yet."""
         new: list[tuple[str, Tensor]] = []
         for i, group in enumerate(groups):
             for j, param in enumerate(group["params"]):
-                if not param.requires_grad:
-                    continue
-                segment = self.segments.get(param)
-                if segment is None:
+                if param.requires_grad and param not in self.segments:
                     new.append((f"param_groups[{i}]['params'][{j}]", param))
-                elif segment.hook is None:
-                    self._hook(segment)
         self.attach(new)
 
     def refuse_take_over(self, name: str, param: Tensor, named: list[tuple[str, Tensor]]) -> None:
@@ -145,7 +139,12 @@ class Attached:
 
     def _hook(self, segment: Segment) -> None:
         param = segment.param
+        is_frozen = not param.requires_grad
+        if is_frozen:  # a checkpoint has something of it: hooked for the time when it is not
+            param.requires_grad_(True)
         segment.node = torch.autograd.graph.get_gradient_edge(param).node
+        if is_frozen:
+            param.requires_grad_(False)
         # The node holds the hook and the segment the node: a strong reference back would be a
         # cycle that Python's collector cannot see.
         segment_ref, owner_ref = weakref.ref(segment), weakref.ref(self)
@@ -161,8 +160,7 @@ class Attached:
     def detach(self) -> None:
         """Remove every hook and give `grad` its usual dtype again."""
         for segment in self.segments.values():
-            if segment.hook is not None:
-                segment.hook.remove()
+            segment.hook.remove()
             segment.node = None
             _owners.pop(segment.param, None)
             segment.param.grad = None

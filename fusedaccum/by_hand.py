@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from .backwards import Backwards
@@ -46,6 +47,9 @@ class ByHand:
         loop_owned = self._window.steps is None
         for segment in self._segments.values():
             grad = segment.param.grad
+            if grad is segment.grad and grad is not None and grad.dtype is not torch.float32:
+                segment.show_again()
+                segment.param.grad = grad = segment.grad
             if grad is not None and grad is not segment.grad:
                 seen.assigned.append((segment, grad))
             elif grad is None and (loop_owned or segment.fill is Fill.CURRENT):

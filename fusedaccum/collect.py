@@ -91,16 +91,17 @@ class Collector(Attached):
             self._begin(task)
         param = segment.param
         grad = param.grad
+        if grad is not None and grad.dtype is not torch.float32 and grad is segment.grad:
+            segment.show_again()
+            grad = segment.grad
         if segment.pending:
             self.flush()  # it arrives twice in one backward: add the first gradient first
         elif grad is not None and grad is not segment.grad:
             self.adopt([(segment, grad)])
+        elif grad is None and (self.window.steps is None or segment.fill is Fill.CURRENT):
+            segment.fill = Fill.EMPTY  # somebody took it away: zero_grad(), or `p.grad = None`
         elif self.by_hand.is_written(segment):
             self._refuse_zeroed()
-        elif grad is not None or segment.fill is Fill.EMPTY:
-            pass  # nearly always
-        elif self.window.steps is None or segment.fill is Fill.CURRENT:
-            segment.fill = Fill.EMPTY  # somebody took it away: zero_grad(), or `p.grad = None`
         param.grad = None
         if self._queue and self._queued_bytes + segment.nbytes > self._queue_bytes:
             self.flush()

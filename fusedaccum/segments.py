@@ -98,7 +98,7 @@ class Segment:
         knows_step: whether a checkpoint told its step count.
         numbers: the 0-d states that `state[param]` shows, by torch's names.
         node: the AccumulateGrad node, which autograd itself holds only weakly.
-        hook: the handle of the hook on it, None while the parameter is frozen.
+        hook: the handle of the hook on it.
     """
 
     __slots__ = (
@@ -140,6 +140,11 @@ class Segment:
             self.acc = self._block.view("acc", self._position, torch.float32, zeroed=False)
             # .data: the same memory with a version counter of its own.
             self.grad = self.acc.data
+
+    def show_again(self) -> None:
+        """Make `grad` anew, after `model.to()` converted the tensor that showed `acc`."""
+        self.grad = self.acc.data
+        self.closed_version, self.sums_version = self.grad._version, None
 
     def view(self, name: str, dtype: torch.dtype = torch.float32) -> Tensor:
         """This parameter's part of the flat buffer `name`, which starts as zeros."""

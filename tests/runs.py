@@ -74,6 +74,7 @@ class Run:
         self.scaler: Any = None
         if kind.scaled:
             self.scaler = torch.amp.GradScaler("cpu", init_scale=kind.scale)
+            self.scaler.scale(torch.zeros(()))  # it makes its scale, and refuses a step() without
         self.opt = FusedAccumOptimizer(inner, kind.steps, grad_scaler=self.scaler, **kind.options)
 
     def do(self, op: Op) -> None:
@@ -160,7 +161,6 @@ class Run:
         self.load(saved["opt"])
         if self.scaler is not None:
             self.scaler.load_state_dict(saved["scaler"])
-            self.scaler.scale(torch.zeros(()))  # without which it refuses a step()
         return self
 
 

@@ -141,3 +141,36 @@ def test_a_native_step_leaves_parameters_without_a_gradient_alone(dtype: torch.d
         for _ in range(2):
             opt.step()
     assert torch.equal(p, before) and opt.window_closed
+
+
+@pytest.mark.parametrize("when", ["after backward", "after step"])
+def test_a_conversion_that_leaves_the_parameters_as_they_are(when: str) -> None:
+    """`model.half()` of an fp16 model converts `p.grad` alone, which shows the accumulator."""
+    p = one(1.0, torch.float16)
+    opt = sgd(p, n=2)
+    for value in (1 / 3, 1.0):
+        give(p, value)
+        if when == "after backward":
+            torch.nn.ParameterList([p]).half()
+        opt.step()
+        if when == "after step":
+            torch.nn.ParameterList([p]).half()
+    expected = torch.tensor(1.0) - (torch.tensor(1 / 3).half().float() + 1.0) / 2
+    assert opt.state_dict()["state"][0]["master_param"].tolist() == [float(expected)] * 3
+
+
+def test_a_parameter_frozen_at_a_load_is_accumulated_when_it_is_not_any_more() -> None:
+    p = one()
+    opt = sgd(p, n=1)
+    give(p, 2.0)
+    saved = opt.state_dict()
+    fresh = one().requires_grad_(False)
+    again = sgd(fresh, n=1)
+    again.load_state_dict(saved)
+    again.step()
+    assert fresh.tolist() == [-1.0] * 3
+    fresh.requires_grad_(True)
+    give(fresh, 3.0)
+    assert fresh.grad is not None and fresh.grad.tolist() == [3.0] * 3
+    again.step()
+    assert fresh.tolist() == [-4.0] * 3
