@@ -78,6 +78,8 @@ class Oracle(Window):
             if self.has_arrivals or not self.micro_batches or not accs:
                 raise Unspecified("zeros written over what an open micro-batch brought")
             self.destroyed = True
+        if not self.counts and any(s.acc is None or not s.acc.value.any() for s in shown):
+            raise Unspecified("zeros written over what was used, or was zero")
         zeros = [torch.zeros_like(slot.grad.value) for slot in shown]
         if not self.counts:
             self._forget_by_model()
@@ -89,7 +91,7 @@ class Oracle(Window):
     def _forget_by_model(self) -> None:
         """The loop's window is discarded, if there is a gradient whose end can be seen."""
         weighted = self.weighted or self.broken
-        if any(slot.acc is not None or slot.grad is not None for slot in self.slots):
+        if self.broken or any(slot.acc or slot.grad for slot in self.slots):
             self._forget()
             self.by_model = bool(weighted)
 
@@ -144,8 +146,6 @@ class Oracle(Window):
 
     def clip_grad_norm(self, max_norm: float) -> None:
         """opt.clip_grad_norm_(); the norm it returns is in `update.returned`."""
-        if self.used and self.weighted:
-            raise Unspecified("a weighted window that is used twice")
         if self._refuse_broken():
             return
         self._notice()
@@ -210,6 +210,7 @@ class Oracle(Window):
             elif slot.grad is not slot.acc:
                 slot.is_known = False
         for slot in self.slots:  # it may take up what was assigned
+            slot.is_attached |= slot.needs_grad
             if slot.is_assigned:
                 slot.is_known = False
         return snapshot
@@ -219,6 +220,7 @@ class Oracle(Window):
         result = copy.deepcopy(snapshot)
         for slot, mine in zip(result.slots, self.slots, strict=True):
             slot.needs_grad = mine.needs_grad
+            slot.is_known &= slot.needs_grad or slot.acc is None
             slot.is_attached = slot.is_attached or mine.is_attached or mine.needs_grad
         result.steps, result.max_norm, result.skip = self.steps, self.max_norm, self.skip
         result.warned, result.window_closed = self.warned, None
@@ -245,4 +247,6 @@ class Oracle(Window):
         if self.in_window and not self.removed:
             self.expected.error = RuntimeError
             return False
+        if self.removed and self.micro_batches:
+            self.expected.warnings.append(DISCARDED)
         return True

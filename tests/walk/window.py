@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
 import torch
 from torch import Tensor
 
@@ -128,6 +126,8 @@ class Window:
         many = [{i: g for i, g in grads.items() if self.slots[i].needs_grad} for grads in many]
         if self.broken:
             raise Unspecified("a backward after one that raised")
+        if self.removed and not all(s.is_attached for s in self.slots if s.needs_grad):
+            raise Unspecified("assigned after everything was removed")
         if weight is not None:
             if not self.counts and (self.used or self.weighted is False):
                 raise Unspecified("weights on top of a sum without weights")
@@ -137,16 +137,13 @@ class Window:
                 raise Unspecified("an empty weighted micro-batch among others")
             for slot in self.slots:
                 slot.is_attached |= slot.needs_grad
+            self._discard_removed()
             if self.has_arrivals or self.weight is not None:
                 self.expected.error = RuntimeError  # the one before is open
                 return
-        elif not self.counts and self.used and self.weighted:
-            raise Unspecified("a sum on top of a weighted mean that has been used")
         seen = [i for grads in many for i in grads if self.slots[i].is_attached]
         if seen and self._refuse_broken():
             return
-        if self.removed and not all(s.is_attached for s in self.slots if s.needs_grad):
-            raise Unspecified("assigned after everything was removed")
         if any(
             s.acc is not None and not s.is_attached
             for s in (self.slots[i] for g in many for i in g)
@@ -205,8 +202,6 @@ class Window:
             raise Unspecified("broken twice")
         if not all(slot.is_attached for slot in self.slots):
             raise Unspecified("what the wrapper has not seen yet")
-        if self.used and self.weighted:
-            raise Unspecified("a sum on top of a weighted mean that has been used")
         if self.weighted and grads:
             self.expected.error = RuntimeError
             return
@@ -219,8 +214,6 @@ class Window:
         """step()"""
         if self._refuse_broken():
             return
-        if self.used and self.weighted:
-            raise Unspecified("a weighted window that is used twice")
         self._notice()
         if not self.counts:
             for slot in self.slots:
@@ -259,15 +252,11 @@ class Window:
         ]
         self.update.run(grads, self.max_norm if self.clip is None else self.clip, self.skip)
         self.window_closed = True
-        weighted = self.weighted
+        goes_on = not self.counts and not self.weighted
         self._start()
-        if self.counts:
-            for slot in self.slots:
-                slot.is_known &= slot.acc is None or slot.grad is slot.acc
-                slot.acc = None
-        else:
-            if "native" in os.environ.get("WALK_LENIENT", "") and not self.update.is_fused:
-                weighted = True
-            self.used, self.weighted = any(s.acc is not None for s in self.slots), weighted
-            if not (self.used and weighted):
-                self.weighted = None
+        if goes_on:
+            self.used = any(slot.acc is not None for slot in self.slots)
+            return
+        for slot in self.slots:  # p.grad goes on showing what was used
+            slot.is_known &= slot.acc is None or slot.grad is slot.acc
+            slot.acc = None
