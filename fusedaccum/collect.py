@@ -91,17 +91,12 @@ class Collector(Attached):
             self._begin(task)
         param = segment.param
         grad = param.grad
-        if grad is not None and grad.dtype is not torch.float32 and grad is segment.grad:
-            segment.show_again()
-            grad = segment.grad
         if segment.pending:
             self.flush()  # it arrives twice in one backward: add the first gradient first
         elif grad is not None and grad is not segment.grad:
             self.adopt([(segment, grad)])
         elif grad is None and (self.window.steps is None or segment.fill is Fill.CURRENT):
             segment.fill = Fill.EMPTY  # somebody took it away: zero_grad(), or `p.grad = None`
-        elif self.by_hand.is_written(segment):
-            self._refuse_zeroed()
         param.grad = None
         if self._queue and self._queued_bytes + segment.nbytes > self._queue_bytes:
             self.flush()
@@ -124,6 +119,7 @@ class Collector(Attached):
                 self._recover()
             elif self.by_hand.is_emptied():
                 self._discard_emptied()
+            self._refuse_zeroed()
             self.window.check_arrival()
             self.scaling.begin(self.device)
         except BaseException:
@@ -209,6 +205,8 @@ class Collector(Attached):
         for segment, grad in fresh:
             if segment.grad is None:
                 segment.allocate()
+            elif segment.grad.dtype is not torch.float32:
+                segment.show_again()
             if not (segment.is_contiguous and grad.is_contiguous()):
                 grad = laid_out_like(grad, segment.acc)
             if grad.dtype is not segment.dtype and grad.dtype is not torch.float32:
@@ -282,8 +280,7 @@ class Collector(Attached):
             RuntimeError: for what cannot be made good.
         """
         seen = self.by_hand.look()
-        if any(self.by_hand.is_written(segment) for segment in seen.earlier):
-            self._refuse_zeroed()
+        self._refuse_zeroed()
         if seen.is_emptied and not seen.assigned:
             self._discard_emptied()
             return []
@@ -292,9 +289,11 @@ class Collector(Attached):
         return seen.assigned
 
     def _refuse_zeroed(self) -> None:
-        """Raise if closed micro-batches were zeroed in place; where the loop owns the window, that
-        starts it afresh, as torch has it."""
-        if self.trouble.reason is not None or not self.by_hand.is_zeroed():
+        """Raise if closed micro-batches were zeroed in place before the open one brought anything;
+        where the loop owns the window, that starts it afresh, as torch has it."""
+        if self.backwards.count or self.trouble.reason is not None:
+            return
+        if not self.by_hand.is_zeroed():
             return
         if self.window.steps is None:
             self.window.reset()
@@ -338,8 +337,7 @@ class Collector(Attached):
             for segment in self.segments.values():
                 if segment.fill:
                     segment.fill = Fill.EARLIER
-                    if segment.grad is not None:
-                        segment.closed_version = segment.grad._version
+                    segment.note_version()
 
     def end_window(self) -> None:
         """The window has been used. `param.grad` still shows it.
@@ -378,7 +376,7 @@ class Collector(Attached):
                 segment.param.grad = shown = segment.grad
                 shown.detach().zero_()  # type: ignore[union-attr]
                 segment.fill, segment.is_zero, segment.sums_version = Fill.EARLIER, True, None
-                segment.closed_version = shown._version  # type: ignore[union-attr]
+                segment.note_version()
         self.scaling.reset()
         self.window.reset()
         self.backwards.forget()

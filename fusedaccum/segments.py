@@ -141,10 +141,21 @@ class Segment:
             # .data: the same memory with a version counter of its own.
             self.grad = self.acc.data
 
+    @property
+    def is_written(self) -> bool:
+        """Whether somebody wrote `grad` in place since the last micro-batch was closed."""
+        return self.grad is not None and self.grad._version != self.closed_version
+
+    def note_version(self) -> None:
+        """What `grad` is now counts as not written."""
+        if self.grad is not None:
+            self.closed_version = self.grad._version
+
     def show_again(self) -> None:
         """Make `grad` anew, after `model.to()` converted the tensor that showed `acc`."""
         self.grad = self.acc.data
-        self.closed_version, self.sums_version = self.grad._version, None
+        self.sums_version = None
+        self.note_version()
 
     def view(self, name: str, dtype: torch.dtype = torch.float32) -> Tensor:
         """This parameter's part of the flat buffer `name`, which starts as zeros."""
