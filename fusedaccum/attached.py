@@ -87,8 +87,8 @@ class Attached:
                 self.n_cells += segment.n_cells
                 # Since torch 2.10 None lets `grad` have another dtype than the parameter.
                 param.grad_dtype = None if dtype != torch.float32 else dtype
+                self._hook(segment)  # first: a segment without a hook would miss its gradients
                 self.segments[param] = segment
-                self._hook(segment)
 
     def attach_groups(self, groups: Sequence[dict[str, Any]]) -> None:
         """Attach parameters of param groups that need a gradient and have no segment yet."""
@@ -139,12 +139,13 @@ class Attached:
 
     def _hook(self, segment: Segment) -> None:
         param = segment.param
-        is_frozen = not param.requires_grad
-        if is_frozen:  # a checkpoint has something of it: hooked for the time when it is not
+        is_trained = param.requires_grad
+        try:
+            # A frozen one, of which a checkpoint has something, is hooked for the time after.
             param.requires_grad_(True)
-        segment.node = torch.autograd.graph.get_gradient_edge(param).node
-        if is_frozen:
-            param.requires_grad_(False)
+            segment.node = torch.autograd.graph.get_gradient_edge(param).node
+        finally:
+            param.requires_grad_(is_trained)
         # The node holds the hook and the segment the node: a strong reference back would be a
         # cycle that Python's collector cannot see.
         segment_ref, owner_ref = weakref.ref(segment), weakref.ref(self)

@@ -146,12 +146,13 @@ class Core:
     def zero_grad(self, set_to_none: bool) -> None:
         """See `FusedAccumOptimizer.zero_grad`."""
         self.updater.swap.undo()
+        was_loading = self._loading is not None
         if self._loading is not None:
             self.load(self._loading)
         collector, window = self.collector, self.window
         if not collector.taken_over:
             collector.attach_groups(self.optimizer.param_groups)
-        if window.steps is not None and window.micro_batches:
+        if window.steps is not None and window.micro_batches and not was_loading:
             unclosed = collector.unclosed()
             if unclosed is None and collector.by_hand.is_zeroed():
                 unclosed = "the accumulators were zeroed in place"

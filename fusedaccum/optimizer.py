@@ -43,6 +43,28 @@ class Setting:
         wrapper._core.change(self._name, value, FusedAccumOptimizer)
 
 
+class HandedOver:
+    """What GradScaler sets on an optimizer for one step(), for `scaling.py` to find in `vars()`.
+
+    It is not to be read here: GradScaler would multiply its scale with what an interrupted step()
+    has left.
+    """
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, wrapper: Any, kind: type | None = None) -> Any:
+        if wrapper is None:
+            return self
+        raise AttributeError(self._name)
+
+    def __set__(self, wrapper: Any, value: Any) -> None:
+        vars(wrapper)[self._name] = value
+
+    def __delete__(self, wrapper: Any) -> None:
+        vars(wrapper).pop(self._name, None)
+
+
 class FusedAccumOptimizer(SharingOptimizer):
     """Accumulate micro-batch gradients in fp32 and update once per window.
 
@@ -139,6 +161,7 @@ class FusedAccumOptimizer(SharingOptimizer):
     master_weights, backend, bucket_cap_mb = Setting(), Setting(), Setting()
     stochastic_rounding, seed = Setting(), Setting()
     grad_scaler, fused_unscale = Setting(), Setting()
+    grad_scale, found_inf = HandedOver(), HandedOver()
 
     def add_param_group(self, param_group: Group) -> None:
         """Add a param group, in mid-run if need be; its first gradient starts its history."""
@@ -278,6 +301,7 @@ class FusedAccumOptimizer(SharingOptimizer):
         again: the whole window is discarded then, with a warning. The same recovers from a
         backward that raised half-way.
         """
+        del self.found_inf, self.grad_scale  # of a step() that was interrupted
         self._core.zero_grad(set_to_none)
 
     @torch.no_grad()

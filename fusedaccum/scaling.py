@@ -168,7 +168,7 @@ class Scaling:
                     "was given; nothing was updated. Call scaler.step(optimizer)"
                 )
             return
-        found_inf, scale = owner.found_inf, owner.grad_scale
+        found_inf, scale = vars(owner)["found_inf"], vars(owner)["grad_scale"]
         if self._scaler is None and not self._fused_unscale:
             raise RuntimeError(
                 "GradScaler.step() is called at every micro-batch and does not know of the window "

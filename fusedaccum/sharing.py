@@ -42,6 +42,9 @@ class _HandedOn:
     def __set__(self, stand_in: Any, value: Any) -> None:
         setattr(stand_in.optimizer, self.name, value)
 
+    def __delete__(self, stand_in: Any) -> None:
+        delattr(stand_in.optimizer, self.name)
+
 
 class SharingOptimizer(Optimizer):
     """Shows the wrapped optimizer's `param_groups`, `state`, `defaults` and hooks as its own.

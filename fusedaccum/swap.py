@@ -21,24 +21,35 @@ class Swap:
     def __init__(self, optimizer: Optimizer) -> None:
         self._optimizer = optimizer
         self._originals: dict[Tensor, Tensor] = {}
+        # What has states of its own from before; None once those that were added are complete.
+        self._known: set[Tensor] | None = None
 
     @contextmanager
     def of(self, stand_ins: Mapping[Tensor, Tensor], with_states: bool) -> Iterator[None]:
         """Let each parameter's stand-in take its place; what it has as state comes back with it.
 
+        States that an exception left half made are forgotten.
+
         Args:
             stand_ins: by parameter.
             with_states: whether the parameters' states go along; else the stand-ins have none.
         """
+        self._known = {stand_ins.get(key, key) for key in self._optimizer.state}
         self._originals = {stand_in: param for param, stand_in in stand_ins.items()}
         try:
             self._exchange(stand_ins, with_states)
             yield
+            self._known = None
         finally:
             self.undo()
 
     def undo(self) -> None:
         """Put the parameters back, if that is not done."""
+        if self._known is not None:
+            for key in list(self._optimizer.state):
+                if key not in self._known:
+                    del self._optimizer.state[key]
+            self._known = None
         if self._originals:
             self._exchange(self._originals, True)
             self._originals = {}
