@@ -130,6 +130,11 @@ class Window:
         many = [{i: g for i, g in grads.items() if self.slots[i].needs_grad} for grads in many]
         if self.broken:
             raise Unspecified("a backward after one that raised")
+        other = {None, weight is not None or self.weight is not None}
+        if self.weighted not in other and not all(
+            self.slots[i].is_attached for g in many for i in g
+        ):
+            raise Unspecified("whether a resumed wrapper has a hook on what was frozen")
         if self.removed and not all(s.is_attached for s in self.slots if s.needs_grad):
             raise Unspecified("assigned after everything was removed")
         if weight is not None:
@@ -158,8 +163,6 @@ class Window:
         is_weighted = weight is not None or self.weight is not None
         if seen:
             if self.weighted is not None and self.weighted != is_weighted:
-                if any(not self.slots[i].is_attached for grads in many for i in grads):
-                    raise Unspecified("a gradient that no hook refuses")
                 self.expected.error = RuntimeError  # some with weights, some without
                 return
             self.weighted = is_weighted
