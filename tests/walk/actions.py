@@ -66,8 +66,14 @@ def _grads(world: World, seeds: Any, bad: float | None = None) -> tuple[dict[int
     like = {i: torch.zeros(world.specs[i].shape, dtype=world.specs[i].dtype) for i in used}
     grads = {i: helpers.gradient(like[i], seed, bad).double() for i, seed in used.items()}
     grads = {i: g for i, g in grads.items() if world.oracle.slots[i].needs_grad}
-    text = f"backward(p, {used}" + (f', bad=float("{bad}"))' if bad is not None else ")")
+    text = f"backward(p, {used}" + (f', bad=float("{bad}")' if bad is not None else "")
+    text += ", scaler=scaler)" if world.config.scaled else ")"
     return grads, text
+
+
+def _refuse_scaled(world: World) -> None:
+    if world.config.scaled:
+        raise Unspecified("not with a GradScaler that is linked")
 
 
 @action(24, lambda rng: (_seeds(rng),))
@@ -86,6 +92,7 @@ def bad_backward(world: World, seeds: Any, bad: float) -> str:
 
 @action(1.5, lambda rng: (_seeds(rng),))
 def reentrant_backward(world: World, seeds: Any) -> str:
+    _refuse_scaled(world)
     grads, text = _grads(world, seeds)
     world.oracle.backwards([grads, grads], None)
     return f"reentrant_{text}"
@@ -101,6 +108,7 @@ def weighted_backward(world: World, weight: float, many: Any) -> str:
 
 @action(1.5, lambda rng: (_seeds(rng),))
 def broken_backward(world: World, seeds: Any) -> str:
+    _refuse_scaled(world)
     grads, _ = _grads(world, seeds)
     world.oracle.broken_backward(grads)
     used = {i: seed for i, seed in seeds if i in grads}
@@ -113,12 +121,13 @@ def broken_backward(world: World, seeds: Any) -> str:
 @action(22)
 def step(world: World) -> str:
     world.oracle.step()
-    return "opt.step()"
+    return "scaler.step(opt)\nscaler.update()" if world.config.scaled else "opt.step()"
 
 
 @action(2, lambda rng: (_seeds(rng),))
 def closure_step(world: World, seeds: Any) -> str:
     """step() runs the closure first."""
+    _refuse_scaled(world)
     if world.oracle.broken or world.oracle.destroyed or world.oracle.removed:
         raise Unspecified("which of the two raises")
     grads, text = _grads(world, seeds)
@@ -372,8 +381,8 @@ def copied(world: World, how: str, goes_on_with_copy: bool) -> str:
     if world.oracle.broken:
         world.oracle.expected.error = RuntimeError
         return text.get(how, "opt.state_dict()")
-    if how != "file" and world.config.optimizer == "lion":
-        raise Unspecified("its own copy loses its options")
+    if how != "file" and (world.config.optimizer == "lion" or world.config.scaled):
+        raise Unspecified("its own copy loses its options; a GradScaler's copy is another")
     saved = world.oracle.saved()
     if not goes_on_with_copy:
         return text.get(how, "opt.state_dict()")
@@ -397,6 +406,8 @@ def copied(world: World, how: str, goes_on_with_copy: bool) -> str:
 )
 def rewrap(world: World, steps: Any, max_norm: Any, skip: bool, masters: str | None) -> str:
     skip |= world.config.optimizer == "lion"
+    if steps is None:
+        _refuse_scaled(world)
     if not world.oracle.detach():
         return "opt.detach()"
     return "inner = opt.detach()\n" + world.rewrap(steps, max_norm, skip, masters)

@@ -49,11 +49,12 @@ def gradient(p, seed, bad=None):
     return values
 
 
-def backward(p, seeds, bad=None):
+def backward(p, seeds, bad=None, scaler=None):
     """A backward whose gradients are known: that of p[i] is made from seeds[i]."""
     used = {i: seed for i, seed in seeds.items() if p[i].requires_grad}
     if used:
-        sum(term(p[i], seed, bad) for i, seed in used.items()).backward()
+        loss = sum(term(p[i], seed, bad) for i, seed in used.items())
+        (loss if scaler is None else scaler.scale(loss)).backward()
 
 
 def term(p, seed, bad=None):

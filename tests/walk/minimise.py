@@ -67,7 +67,7 @@ def _configs(config: Config, actions: list[Action]) -> Iterator[Walk]:
     for field, value in (
         ("optimizer", "sgd"), ("options", 0), ("groups", 1), ("max_norm", None), ("skip", True),
         ("masters", None), ("stochastic", False), ("bucket", None), ("steps", 1), ("steps", 2),
-        ("backend", None), ("watches_skipped", False),
+        ("backend", None), ("scaled", False), ("watches_skipped", False),
     ):  # fmt: skip
         if getattr(config, field) != value and not (field == "steps" and config.steps == 1):
             yield replace(config, **{field: value}), actions

@@ -128,8 +128,8 @@ class Oracle(Window):
     def assign(self, index: int, grad: Tensor) -> None:
         """p.grad = tensor"""
         slot = self.slots[index]
-        if self.broken or self.destroyed or self.removed or self.by_model:
-            raise Unspecified("after a failure")
+        if self.broken or self.destroyed or self.removed or self.by_model or self.scaled:
+            raise Unspecified("after a failure, or whether it is scaled")
         if not slot.is_attached or not slot.needs_grad:
             raise Unspecified("of what the wrapper has not seen")
         if self.weighted and not slot.arrived and self.counts:
@@ -146,6 +146,8 @@ class Oracle(Window):
 
     def clip_grad_norm(self, max_norm: float) -> None:
         """opt.clip_grad_norm_(); the norm it returns is in `update.returned`."""
+        if self.overflow:
+            raise Unspecified("of a window that will be skipped")
         if self._refuse_broken():
             return
         self._notice()
@@ -179,8 +181,8 @@ class Oracle(Window):
         """opt.gradient_accumulation_steps = steps"""
         if self.broken or self.removed or self.destroyed or self.has_assigned or self.weight:
             raise Unspecified("in the middle of something")
-        if steps == self.steps:
-            raise Unspecified("no change")
+        if steps == self.steps or (self.scaled and steps is None):
+            raise Unspecified("no change, or not with a GradScaler that is linked")
         if self.in_window:
             self.expected.error = RuntimeError
             return

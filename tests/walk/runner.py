@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 import re
 import warnings
@@ -20,7 +19,6 @@ from tests.walk.slots import DISCARDED, EMPTY, MANY, RATE, Expected, Unspecified
 from tests.walk.update import Param
 from tests.walk.world import Config, World, draw_config
 
-LENIENT = os.environ.get("WALK_LENIENT", "")
 CLEAN = {name: value for name, value in vars(helpers).items() if not name.startswith("__")}
 
 
@@ -116,15 +114,12 @@ def compare(world: World, names: dict[str, Any], action: str) -> None:
     oracle, update, opt = world.oracle, world.oracle.update, names["opt"]
     for i, (param, p) in enumerate(zip(update.params, names["p"], strict=True)):
         _compare_param(world, i, param, p.detach())
-    is_lenient = "native" in LENIENT and not world.kind.is_fused
-    if action in ("clip_grad_norm_", "torch_clip") and not is_lenient and not oracle.expected.error:
+    if action in ("clip_grad_norm_", "torch_clip") and not oracle.expected.error:
         assert update.returned is not None
         norm, error = update.returned
         if wrong := _worst(names["norm"], norm, error):
             raise Mismatch("the returned norm", wrong)
     for i, (slot, p) in enumerate(zip(oracle.slots, names["p"], strict=True)):
-        if is_lenient:
-            continue
         if not slot.is_known or oracle.destroyed:
             continue
         if (slot.grad is None) != (p.grad is None):
@@ -247,6 +242,8 @@ def run(config: Config, actions: list[Action]) -> Failure | None:
                 compare(world, names, action.name)
             except (RuntimeError, StopIteration) as error:
                 raise Mismatch(f"looking at it: {type(error).__name__}", repr(error)) from error
+            if not all(bool(p.exact.isfinite().all()) for p in world.oracle.update.params):
+                break  # whether 0 * inf is left out is not promised
         if any(is_left_out) and world.oracle.is_whole:
             action = Action("the end")
             _compare_uninterrupted(world, names, lines, is_left_out)

@@ -25,6 +25,7 @@ class Window:
         self.window_closed: bool | None = False  # None: not promised
         self.warned: set[str] = set()  # what this wrapper has said, each thing once
         self.expected = Expected()
+        self.scaled = False  # whether a GradScaler is linked
         self.is_whole = True  # whether all that p.grad shows is in what was loaded
         self.steps = steps
         self._start()
@@ -37,6 +38,7 @@ class Window:
         self.weight: float | None = None
         self.clip: float | None = None
         self.broken = False  # a backward raised half-way
+        self.overflow = False  # of a scaled gradient, in a closed micro-batch
         self.destroyed = False  # model.zero_grad(set_to_none=False) zeroed the accumulators
         self.removed = False  # somebody removed all that the open micro-batch had brought
         self.used = False  # the loop's sum has been used and goes on
@@ -72,6 +74,8 @@ class Window:
 
     def _close(self) -> None:
         self._scale()
+        if self.scaled and any(s.acc and not s.acc.value.isfinite().all() for s in self.slots):
+            self.overflow = True
         self.total += 1.0 if self.weight is None else self.weight
         self.micro_batches += 1
         self.weight = None
@@ -126,6 +130,11 @@ class Window:
         many = [{i: g for i, g in grads.items() if self.slots[i].needs_grad} for grads in many]
         if self.broken:
             raise Unspecified("a backward after one that raised")
+        other = {None, weight is not None or self.weight is not None}
+        if self.weighted not in other and not all(
+            self.slots[i].is_attached for g in many for i in g
+        ):
+            raise Unspecified("whether a resumed wrapper has a hook on what was frozen")
         if self.removed and not all(s.is_attached for s in self.slots if s.needs_grad):
             raise Unspecified("assigned after everything was removed")
         if weight is not None:
@@ -142,7 +151,7 @@ class Window:
                 self.expected.error = RuntimeError  # the one before is open
                 return
         seen = [i for grads in many for i in grads if self.slots[i].is_attached]
-        if seen and self._refuse_broken():
+        if (seen or weight is not None) and self._refuse_broken():
             return
         if any(
             s.acc is not None and not s.is_attached
@@ -154,8 +163,6 @@ class Window:
         is_weighted = weight is not None or self.weight is not None
         if seen:
             if self.weighted is not None and self.weighted != is_weighted:
-                if any(not self.slots[i].is_attached for grads in many for i in grads):
-                    raise Unspecified("a gradient that no hook refuses")
                 self.expected.error = RuntimeError  # some with weights, some without
                 return
             self.weighted = is_weighted
@@ -180,7 +187,7 @@ class Window:
         if not slot.is_attached:  # frozen when the wrapper looked: torch accumulates, as ever
             before = slot.grad if slot.is_assigned and slot.grad is not None else Grad(zero, zero)
             slot.show(before.plus(grad, 1.0))
-            slot.is_pending = True
+            slot.is_pending, slot.is_known = True, False  # a resumed wrapper may know it
             return
         if slot.is_assigned:
             assert slot.grad is not None
@@ -195,6 +202,7 @@ class Window:
         slot.acc = base.plus(grad, self._scale())
         slot.arrived = True
         slot.show(slot.acc)
+        slot.is_known = not self.overflow  # of a window that will be skipped
 
     def broken_backward(self, grads: dict[int, Tensor]) -> None:
         """A backward that raises after these gradients."""
@@ -250,7 +258,10 @@ class Window:
         grads = [
             None if s.acc is None else (s.acc.value * mean, s.acc.error * mean) for s in self.slots
         ]
-        self.update.run(grads, self.max_norm if self.clip is None else self.clip, self.skip)
+        if self.overflow:
+            grads = [pair and (pair[0] * torch.nan, pair[1]) for pair in grads]
+        clip = self.max_norm if self.clip is None else self.clip
+        self.update.run(grads, clip, self.skip or self.scaled)
         self.window_closed = True
         goes_on = not self.counts and not self.weighted
         self._start()

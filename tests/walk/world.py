@@ -71,6 +71,7 @@ class Config:
     stochastic: bool = False
     bucket: float | None = None
     backend: str | None = None
+    scaled: bool = False
     watches_skipped: bool = True  # reading it makes the device tables
 
 
@@ -81,18 +82,20 @@ def draw_config(rng: random.Random, backend: str | None) -> Config:
     masters = rng.choice([None, None, "split", "fp32", "none", "none"])
     if all(p.frozen for p in params):
         params = (replace(params[0], frozen=False), *params[1:])
+    steps = rng.choice(STEPS)
     return Config(
         optimizer,
         rng.randrange(len(kind.options)),
         params,
         rng.randint(1, min(2, len(params))),
-        rng.choice(STEPS),
+        steps,
         rng.choice([None, None, 0.5, 1e4]),
         rng.random() < 0.75 or optimizer == "lion",
         masters,
         kind.is_fused and masters == "none" and rng.random() < 0.5,
         rng.choice([None, 1e-6]),
         backend,
+        steps is not None and rng.random() < 0.15,
         rng.random() < 0.5,
     )
 
@@ -120,6 +123,7 @@ class World:
         options = self.kind.options[config.options % len(self.kind.options)]
         update = Update(config.optimizer, params, layout, options)
         self.oracle = Oracle(update, config.steps, config.max_norm, config.skip)
+        self.oracle.scaled = config.scaled
 
     @property
     def kind(self) -> Kind:
@@ -180,7 +184,11 @@ class World:
 
     def start(self) -> str:
         made = ", ".join(spec.code for spec in self.specs)
-        return f"p = [{made}]\n{self.wrap()}"
+        scaler = ""
+        if self.config.scaled:
+            scaler = 'scaler = torch.amp.GradScaler("cpu", init_scale=4.0, growth_interval=3)\n'
+            scaler += "scaler.scale(torch.ones(()))\n"
+        return f"p = [{made}]\n{scaler}{self.wrap()}"
 
     def wrap(self) -> str:
         """Lines that wrap a new optimizer of the same groups."""
@@ -203,6 +211,7 @@ class World:
             "stochastic_rounding": (config.stochastic and self.masters == "none", False),
         }
         keywords = "".join(f", {k}={v!r}" for k, (v, default) in options.items() if v != default)
+        keywords += ", grad_scaler=scaler" if config.scaled else ""
         return f"opt = FusedAccumOptimizer(inner, {oracle.steps}{keywords})"
 
     def rewrap(self, steps: Any, max_norm: Any, skip: bool, masters: str | None) -> str:
@@ -221,6 +230,6 @@ class World:
         self.oracle = Oracle(update, steps, max_norm, skip)
         for slot, old in zip(self.oracle.slots, slots, strict=True):
             slot.needs_grad = slot.is_attached = old.needs_grad
-        self.oracle.expected = expected
+        self.oracle.expected, self.oracle.scaled = expected, self.config.scaled
         self.saved = None
         return self.wrapper()
