@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from .buffers import Block
+from .engines import refuse_exchange
 from .segments import Segment, check_param, master_kind
 
 # Whose live hooks are on a parameter: two owners would take each other's accumulators for
@@ -30,11 +31,13 @@ class Attached:
 
     Attributes:
         segments: by parameter.
+        groups: the optimizer's param groups, as they were last seen.
         n_cells: partial sums of squares of all of them.
     """
 
     def __init__(self, master_weights: str | None) -> None:
         self.segments: dict[Tensor, Segment] = {}
+        self.groups: Sequence[dict[str, Any]] = ()
         self.n_cells = 0
         self._master_weights = master_weights
 
@@ -74,6 +77,8 @@ class Attached:
 
     def attach_groups(self, groups: Sequence[dict[str, Any]]) -> None:
         """Attach parameters of param groups that need a gradient and have no segment yet."""
+        refuse_exchange(self.segments, groups)
+        self.groups = groups
         self.attach(
             (f"param_groups[{i}]['params'][{j}]", param)
             for i, group in enumerate(groups)

@@ -21,6 +21,7 @@ from torch.autograd import Variable
 from .attached import Attached
 from .backends import Backend
 from .buffers import laid_out_like
+from .engines import Watch, may_reduce
 from .scaling import Scaling
 from .segments import Segment
 from .window import Window
@@ -54,6 +55,7 @@ class Collector(Attached):
         self.window = window
         self.wants_norm = wants_norm or scaling.needs_norm
         self.scaling = scaling
+        self.engines = Watch()
         self.partials: Tensor | None = None
         self.failed: str | None = None  # why the open window cannot be used
         self._bucket_bytes = bucket_bytes
@@ -103,6 +105,7 @@ class Collector(Attached):
                 "taken as it arrives; it is not supported. Compile the model "
                 "(torch.compile(model)) and leave torch._dynamo.config.compiled_autograd off"
             )
+        self.engines.begin(self)
         is_broken = bool(self._open) or self.failed is not None
         if is_broken and self.window.steps is None and not self._shows_grads():
             # model.zero_grad() after a backward that raised: all that the Trainer calls before it
@@ -119,6 +122,7 @@ class Collector(Attached):
             self._open.discard(task)
 
         Variable._execution_engine.queue_callback(finish)
+        self.engines.end(self)
 
     def _shows_grads(self) -> bool:
         """Whether any parameter has a gradient, as it does since the first one arrived."""
@@ -237,6 +241,11 @@ class Collector(Attached):
                 "micro-batches) and go on with the next one"
             )
 
+    def check_step(self) -> None:
+        """`check`, and raise if an engine has taken the parameters over."""
+        self.check()
+        self.engines.at_step(self)
+
     def adopt_assigned(self) -> None:
         """Take gradients that somebody assigned, and notice those that somebody removed."""
         loop_owned = self.window.steps is None
@@ -299,7 +308,7 @@ class Collector(Attached):
     def sums_of_squares(self) -> Tensor:
         """Partial sums of all filled accumulators, zero elsewhere; reads only what changed."""
         cells = self.cells()
-        unsure = self.scaling.may_have_divided
+        unsure = self.scaling.may_have_divided or may_reduce()
         stale = [s for s in self.filled() if unsure or not s.sums_are_current]
         if stale:
             self.backend.sum_of_squares([s.acc for s in stale], cells, [s.cell for s in stale])

@@ -348,7 +348,7 @@ class FusedAccumOptimizer(SharingOptimizer):
 
     def _collect(self) -> None:
         """Have every gradient in its accumulator, or raise before anything is updated."""
-        self._collector.check()
+        self._collector.check_step()
         self._check_params()
         self._collector.adopt_assigned()
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .buffers import Block, is_dense
+from .engines import refuse_partitioned, refuse_tensor
 from .tables import count_chunks
 
 PARAM_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -43,9 +44,11 @@ def check_param(name: str, param: Tensor) -> None:
     """Refuse a parameter that cannot be accumulated.
 
     Raises:
-        TypeError: for its dtype.
+        TypeError: for its dtype, and for a tensor that does not own its memory.
         ValueError: for its layout or device.
     """
+    refuse_partitioned(name, param)
+    refuse_tensor(name, param)
     if param.dtype not in PARAM_DTYPES:
         allowed = ", ".join(str(d) for d in PARAM_DTYPES)
         raise TypeError(
