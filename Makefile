@@ -7,13 +7,15 @@ PYTHON ?= python3
 PIP_ARGS ?=
 PYTEST_ARGS ?= -n 2
 BENCH_ARGS ?=
+SECONDS ?= 600
+SEED ?= 0
 
 PY := .venv/bin/python
 PIP := $(PY) -m pip install --quiet --constraint constraints.txt $(PIP_ARGS)
 INSTALLED := .venv/.installed
 TYPED := fusedaccum benchmarks examples
 
-.PHONY: help demo test check bench gpu wheel-test clean
+.PHONY: help demo test fuzz check bench gpu wheel-test clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -30,6 +32,10 @@ demo: $(INSTALLED)  ## train a small model with and without fusedaccum, and comp
 
 test: $(INSTALLED)  ## all tests; those that need a GPU skip themselves where there is none
 	$(PY) -m pytest -q $(PYTEST_ARGS)
+
+# Each kind of failure is printed once, as a script that does the same again.
+fuzz: $(INSTALLED)  ## random walks over the public API for SECONDS=600, beginning at SEED=0
+	$(PY) -m tests.walk --seconds $(SECONDS) --seed $(SEED)
 
 check: $(INSTALLED)  ## lint, format and types
 	$(PY) -m ruff check .

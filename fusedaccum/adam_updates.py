@@ -46,7 +46,8 @@ def adamw_(
 
     Args:
         params: bf16, fp16 or fp32, dense; changed in place.
-        grads: fp32 accumulators of the same shapes; only read, `grad_scale` times them is used.
+        grads: fp32 accumulators of the same shapes; only read, `grad_scale` times them is used. One
+            in another layout than its parameter is copied first.
         exp_avgs, exp_avg_sqs: fp32 states, zeros before the first update; changed in place.
         steps: fp32 [len(params)], updates so far; advanced in place.
         lr, betas, eps, weight_decay, maximize: as in torch. `lr` may be a 0-d device tensor.
@@ -58,7 +59,8 @@ def adamw_(
 
     Raises:
         TypeError: for another dtype.
-        ValueError: for lists, shapes, layouts or devices that do not match.
+        ValueError: for lists, shapes, layouts or devices that do not match, and for a tensor that
+            is written and shares memory with another one of the call.
 
     Example:
         >>> p, g = [torch.ones(2)], [torch.ones(2)]

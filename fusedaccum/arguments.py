@@ -38,6 +38,11 @@ def check_optimizer(
     kind = type(optimizer)
     if reason := foreign.refusal(optimizer):
         raise ValueError(f"{kind.__module__}.{kind.__name__} cannot be wrapped: {reason}")
+    if not any(group["params"] for group in optimizer.param_groups):
+        raise ValueError(
+            f"{kind.__name__} has no parameters: each of its {len(optimizer.param_groups)} param "
+            "groups is empty; wrap it when it has some"
+        )
     if any(group.get("differentiable") for group in optimizer.param_groups):
         raise ValueError(
             f"{kind.__name__}(differentiable=True) cannot be wrapped: the update is made in place "
@@ -94,11 +99,27 @@ def check_positive(name: str, value: object) -> float:
     return number
 
 
+def check_bool(name: str, value: object) -> bool:
+    """Validate a flag."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
+    return value
+
+
+def check_bucket(value: object) -> float:
+    """Validate `bucket_cap_mb`."""
+    number = check_positive("bucket_cap_mb", value)
+    if not math.isfinite(number):
+        raise ValueError(
+            f"bucket_cap_mb must be a finite number of MiB, got {value!r}; leave it None for the "
+            "default, or give what may wait beside the accumulators"
+        )
+    return number
+
+
 def check_rounding(stochastic_rounding: object, seed: object, master_weights: str | None) -> None:
     """Validate `stochastic_rounding` and `seed`."""
-    if not isinstance(stochastic_rounding, bool):
-        raise TypeError(f"stochastic_rounding must be True or False, got {stochastic_rounding!r}")
-    if stochastic_rounding and master_weights != "none":
+    if check_bool("stochastic_rounding", stochastic_rounding) and master_weights != "none":
         raise ValueError(
             'stochastic_rounding=True is for master_weights="none" (with a master nothing is lost '
             f"in rounding), got master_weights={master_weights!r}"
@@ -113,9 +134,9 @@ def check_scaler(grad_scaler: object, fused_unscale: object, steps: int | None) 
         raise TypeError(
             f"grad_scaler must be a torch.amp.GradScaler or None, got {type(grad_scaler).__name__}"
         )
-    if not isinstance(fused_unscale, bool):
-        raise TypeError(f"fused_unscale must be True or False, got {fused_unscale!r}")
-    if fused_unscale and (grad_scaler is not None or steps is not None):
+    if check_bool("fused_unscale", fused_unscale) and (
+        grad_scaler is not None or steps is not None
+    ):
         raise ValueError(
             "fused_unscale=True is for gradient_accumulation_steps=None and a GradScaler that a "
             "framework keeps; with grad_scaler=scaler gradients are unscaled as they are added "

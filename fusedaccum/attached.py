@@ -27,22 +27,38 @@ class Attached:
     """Parameters with segments and hooks; a subclass takes what arrives.
 
     Args:
+        device: where all of them are.
         master_weights: see `FusedAccumOptimizer`, or "stochastic".
+        splits: whether a master may be split; else it is an fp32 copy.
 
     Attributes:
+        device: as given.
         segments: by parameter.
         groups: the optimizer's param groups, as they were last seen.
         n_cells: partial sums of squares of all of them.
+        taken_over: whether another wrapper has the parameters now.
     """
 
-    def __init__(self, master_weights: str | None) -> None:
+    def __init__(
+        self, device: torch.device, master_weights: str | None, splits: bool = True
+    ) -> None:
+        self.device = device
         self.segments: dict[Tensor, Segment] = {}
         self.groups: Sequence[dict[str, Any]] = ()
         self.n_cells = 0
-        self._master_weights = master_weights
+        self.taken_over = False
+        self._master_weights, self._splits = master_weights, splits
 
-    def _arrive(self, segment: Segment) -> None:
-        """A gradient of `segment` is about to be accumulated by autograd."""
+    @property
+    def is_open(self) -> bool:
+        """Whether something was accumulated that no update has used."""
+        raise AssertionError("a subclass knows")
+
+    def _arrive(self, segment: Segment, is_due: bool = True) -> None:
+        """A gradient of `segment` is about to be accumulated by autograd.
+
+        `is_due`: whether there is one, and not the None of a function that has none.
+        """
         raise AssertionError("a subclass takes it")
 
     def attach(self, named_params: Iterable[tuple[str, Tensor]]) -> None:
@@ -50,41 +66,71 @@ class Attached:
         named = list(named_params)
         if not named:
             return
-        device = next(iter(self.segments.values())).device if self.segments else named[0][1].device
+        owners: dict[int, Attached] = {}
         for name, param in named:
             check_param(name, param)
             master_kind(self._master_weights, param.dtype)
             owner = _owners.get(param, lambda: None)()
             if owner is not None and owner is not self:
+                owner.refuse_take_over(name, param, named)
+                owners[id(owner)] = owner
+            if param.device != self.device:
                 raise ValueError(
-                    f"{name} of shape {tuple(param.shape)} already belongs to another "
-                    "FusedAccumOptimizer; call its detach(), or delete it, first"
+                    f"{name} is on {param.device} but others are on {self.device}; one wrapper "
+                    "serves one device: make an optimizer, and wrap it, for each device"
                 )
-            if param.device != device:
-                raise ValueError(
-                    f"{name} is on {param.device} but others are on {device}; one wrapper serves "
-                    "one device: make an optimizer, and wrap it, for each device"
-                )
+        for owner in owners.values():
+            owner.detach()
+            owner.taken_over = True
         for dtype in dict.fromkeys(param.dtype for _, param in named):
             kind = master_kind(self._master_weights, dtype)
+            if kind == "split" and not self._splits:
+                kind = "fp32"
             params = [param for _, param in named if param.dtype is dtype]
             block = Block(params)
             for position, param in enumerate(params):
                 segment = Segment(param, block, position, len(self.segments), self.n_cells, kind)
                 self.n_cells += segment.n_cells
+                # Since torch 2.10 None lets `grad` have another dtype than the parameter.
+                param.grad_dtype = None if dtype != torch.float32 else dtype
                 self.segments[param] = segment
-                self._hook(segment)
+                if param.requires_grad:
+                    self._hook(segment)
 
     def attach_groups(self, groups: Sequence[dict[str, Any]]) -> None:
-        """Attach parameters of param groups that need a gradient and have no segment yet."""
+        """Attach parameters of param groups that need a gradient and have no hook yet."""
         refuse_exchange(self.segments, groups)
         self.groups = groups
-        self.attach(
-            (f"param_groups[{i}]['params'][{j}]", param)
-            for i, group in enumerate(groups)
-            for j, param in enumerate(group["params"])
-            if param.requires_grad and param not in self.segments
-        )
+        new: list[tuple[str, Tensor]] = []
+        for i, group in enumerate(groups):
+            for j, param in enumerate(group["params"]):
+                if not param.requires_grad:
+                    continue
+                segment = self.segments.get(param)
+                if segment is None:
+                    new.append((f"param_groups[{i}]['params'][{j}]", param))
+                elif segment.hook is None:
+                    self._hook(segment)
+        self.attach(new)
+
+    def refuse_take_over(self, name: str, param: Tensor, named: list[tuple[str, Tensor]]) -> None:
+        """Raise unless another wrapper may have the parameters from now on.
+
+        It may where it serves all of them and no window is open here: a notebook's cell was run
+        once more, and something (a scheduler) still holds the wrapper of the first time.
+
+        Raises:
+            ValueError: naming a parameter, and the way out.
+        """
+        new = {id(other) for _, other in named}
+        if self.is_open or not all(id(own) in new for own in self.segments):
+            why, first = "serves other parameters too", ""
+            if self.is_open:
+                why, first = "has an open window", "its zero_grad(), which discards that, and "
+            raise ValueError(
+                f"{name} of shape {tuple(param.shape)} already belongs to another "
+                f"FusedAccumOptimizer, which {why}; call {first}its detach(), or delete it, first"
+            )
 
     def changed(self) -> Segment | None:
         """A parameter that is not what it was when it was attached, if there is one."""
@@ -107,18 +153,15 @@ class Attached:
 
     def _hook(self, segment: Segment) -> None:
         param = segment.param
-        if segment.dtype != torch.float32:
-            # Since torch 2.10 this lets `grad` have another dtype than the parameter.
-            param.grad_dtype = None
         segment.node = torch.autograd.graph.get_gradient_edge(param).node
         # The node holds the hook and the segment the node: a strong reference back would be a
         # cycle that Python's collector cannot see.
         segment_ref, owner_ref = weakref.ref(segment), weakref.ref(self)
 
-        def prehook(_: tuple[Tensor, ...]) -> None:
+        def prehook(grads: tuple[Tensor | None, ...]) -> None:
             arriving, owner = segment_ref(), owner_ref()
             if arriving is not None and owner is not None:
-                owner._arrive(arriving)
+                owner._arrive(arriving, grads[0] is not None)
 
         segment.hook = segment.node.register_prehook(prehook)
         _owners[param] = owner_ref
@@ -126,10 +169,10 @@ class Attached:
     def detach(self) -> None:
         """Remove every hook and give `grad` its usual dtype again."""
         for segment in self.segments.values():
-            segment.hook.remove()
+            if segment.hook is not None:
+                segment.hook.remove()
             segment.node = None
             _owners.pop(segment.param, None)
             segment.param.grad = None
-            if segment.dtype != torch.float32:
-                segment.param.grad_dtype = segment.dtype
+            segment.param.grad_dtype = segment.param.dtype
         self.segments.clear()

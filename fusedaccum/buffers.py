@@ -38,8 +38,8 @@ class Block:
         """
         flat = self._flats.get((name, dtype))
         if flat is None:
-            make = torch.zeros if zeroed else torch.empty
-            flat = self._flats[name, dtype] = make(self._numel, dtype=dtype, device=self.device)
+            flat = torch.empty(self._numel, dtype=dtype, device=self.device)
+            self._flats[name, dtype] = flat.zero_() if zeroed else flat
         shape, stride = self._sizes[index]
         return flat.as_strided(shape, stride, self._offsets[index])
 
@@ -59,15 +59,26 @@ def is_dense(tensor: Tensor) -> bool:
     return True
 
 
+def same_order(a: Tensor, b: Tensor) -> bool:
+    """Whether element `i` of the memory of dense `a` is element `i` of that of `b`, for every `i`.
+
+    A dimension of size 1 may have any stride.
+    """
+    if a.shape != b.shape:
+        return False
+    if a.stride() == b.stride() or (a.is_contiguous() and b.is_contiguous()):
+        return True
+    pairs = zip(a.shape, a.stride(), b.stride(), strict=True)
+    return all(x == y for n, x, y in pairs if n != 1) or a.numel() == 0
+
+
 def laid_out_like(tensor: Tensor, like: Tensor) -> Tensor:
     """`tensor` itself where element `i` of its memory is element `i` of `like`'s, else such a copy.
 
     A gradient may be expanded, transposed, or sparse; the kernels walk memory.
     """
     if tensor.layout is torch.strided:
-        if tensor.is_contiguous() and like.is_contiguous():
-            return tensor
-        if tensor.stride() == like.stride():
+        if same_order(tensor, like):
             return tensor
     else:
         tensor = tensor.to_dense()

@@ -13,7 +13,6 @@ another optimizer's state dict has that one's keys, and must not lose a window i
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -23,7 +22,8 @@ from torch.optim import Optimizer
 from . import rules
 from .collect import Collector
 from .frameworks import refuse_second_count
-from .segments import Segment
+from .malformed import refuse_malformed
+from .segments import PARAM_DTYPES, Fill, Segment
 from .update import Updater
 from .window import Window
 
@@ -32,12 +32,15 @@ KEY = "fusedaccum"
 MASTER = "master_param"
 GRAD = "window_grad"
 MICRO_BATCHES = "window_micro_batches"
-# Numbers of an open window, 0-d; the last is the parameter's step count when it was saved.
+# Whether a window is open, with or without a closed micro-batch.
+IS_OPEN = "window_is_open"
+# Numbers of an open window, 0-d. "window_step" is the parameter's step count when it was saved,
+# "window_fill" its `Fill`, "window_weight" that of the open micro-batch.
 NUMBERS = (
     "window_total", "window_reference", "window_is_explicit", "window_overflow", "window_steps",
-    "window_step",
+    "window_step", "window_fill", "window_weight",
 )  # fmt: skip
-OURS = frozenset((MASTER, GRAD, MICRO_BATCHES, *NUMBERS))
+OURS = frozenset((MASTER, GRAD, MICRO_BATCHES, IS_OPEN, *NUMBERS))
 
 StateDict = dict[str, Any]
 
@@ -57,11 +60,11 @@ def save(inner: StateDict, updater: Updater) -> StateDict:
         updater: the wrapper's.
     """
     collector, window = updater.collector, updater.collector.window
-    collector.check()
     segments = _indexed(updater.optimizer, collector)
     state = _without_ours(inner)
     accumulators = _open_accumulators(segments, collector)
     overflow = 0.0 if collector.scaling.overflow is None else float(collector.scaling.overflow)
+    is_open = bool(window.micro_batches or accumulators)
     steps: dict[int, float] = {}
     for index, segment in segments.items():
         entry = state.get(index)
@@ -69,14 +72,17 @@ def save(inner: StateDict, updater: Updater) -> StateDict:
         if precise is not None:
             state.setdefault(index, {})[MASTER] = precise
         for name in segment.numbers:
-            if entry is not None:
+            if entry is not None and name in entry:
                 entry[name] = entry[name].detach().cpu()  # where torch keeps them by default
-        if segment.step is not None and "step" not in segment.numbers:
-            steps[index] = float(segment.step)
-        if window.micro_batches and index in accumulators:
-            state.setdefault(index, {}).update(_open_window(segment, window, overflow))
+        step = _step_of(segment, entry, updater)
+        if step is not None and "step" not in (entry or {}):
+            steps[index] = step
+        if index in state and index in accumulators:
+            # Not where there is none: many an optimizer takes an entry for a complete one.
+            state[index].update(_open_window(segment, window, overflow, step))
         if index in state:
             state[index][MICRO_BATCHES] = _number(window.micro_batches)
+            state[index][IS_OPEN] = _number(is_open)
     extra: StateDict = {
         "version": VERSION,
         "gradient_accumulation_steps": window.steps,
@@ -86,8 +92,11 @@ def save(inner: StateDict, updater: Updater) -> StateDict:
             "reference": window.reference,
             "is_explicit": window.is_explicit,
             "overflow": overflow,
+            "weight": window.weight,
+            "max_norm": window.max_norm,
         },
         "accumulators": accumulators,
+        "arrived": [i for i in accumulators if segments[i].fill is Fill.CURRENT],
         "steps": steps,
         "skipped_steps": 0 if updater.scalars is None else int(updater.scalars.skipped),
     }
@@ -105,7 +114,7 @@ def _open_accumulators(segments: dict[int, Segment], collector: Collector) -> di
     return {
         i: s.grad
         for i, s in segments.items()
-        if s.filled and s.grad is not None and (window.steps or s.param.grad is not None)
+        if s.fill and s.grad is not None and (window.steps or s.param.grad is not None)
     }
 
 
@@ -132,15 +141,34 @@ def _without_gaps(state_dict: StateDict) -> StateDict:
 
 
 def _number(value: float) -> Tensor:
-    return torch.tensor(float(value), dtype=torch.float64)
+    return torch.tensor(float(value), dtype=torch.float64, device="cpu")
 
 
-def _open_window(segment: Segment, window: Window, overflow: float) -> StateDict:
+def _step_of(segment: Segment, entry: StateDict | None, updater: Updater) -> float | None:
+    """A parameter's step count as far as it is known, also before the first update after a load."""
+    if segment.step is not None:
+        return float(segment.step)
+    if entry and "step" in entry:
+        return float(entry["step"])
+    if segment.knows_step and updater.scalars is not None:
+        return float(updater.scalars.steps[segment.row])
+    return None
+
+
+def _open_window(
+    segment: Segment, window: Window, overflow: float, step: float | None
+) -> StateDict:
     """What a parameter's states tell of the open window."""
-    step = -1.0 if segment.step is None else float(segment.step)
-    reference = -1.0 if window.reference is None else window.reference
-    explicit = bool(window.is_explicit)
-    values = (window.total, reference, explicit, overflow, window.steps or 0, step)
+    values = (
+        window.total,
+        -1.0 if window.reference is None else window.reference,
+        bool(window.is_explicit),
+        overflow,
+        window.steps or 0,
+        -1.0 if step is None else step,
+        segment.fill,
+        -1.0 if window.weight is None else window.weight,
+    )
     return {GRAD: segment.grad, **dict(zip(NUMBERS, map(_number, values), strict=True))}
 
 
@@ -153,31 +181,54 @@ def _extra(state_dict: StateDict) -> StateDict:
     if KEY in state_dict:
         return dict(state_dict[KEY])
     extra: StateDict = {}
+    for index, entry in _entries(state_dict):
+        try:
+            _add_window(extra, index, entry)
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
+            raise ValueError(
+                f"the numbers of the open window beside the states of parameter {index} are "
+                f"malformed ({type(error).__name__}: {error}); nothing was loaded"
+            ) from error
+    return extra
+
+
+def _entries(state_dict: StateDict) -> Iterator[tuple[Any, StateDict]]:
+    """The states of each parameter."""
     for group in state_dict["param_groups"]:
         for index in group["params"]:
-            entry = state_dict["state"].get(index, {})
-            if not float(entry.get(MICRO_BATCHES, 0)):
-                continue
-            if GRAD not in entry:
-                extra.setdefault("lost", int(entry[MICRO_BATCHES]))
-                continue
-            numbers = (float(entry[name]) for name in NUMBERS)
-            total, reference, is_explicit, overflow, steps, step = numbers
-            if step >= 0 and float(entry.get("step", step)) != step:
-                continue
-            extra |= {
-                "version": VERSION,
-                "gradient_accumulation_steps": int(steps) or None,
-                "window": {
-                    "micro_batches": int(entry[MICRO_BATCHES]),
-                    "total": total,
-                    "reference": None if reference < 0 else reference,
-                    "is_explicit": bool(is_explicit),
-                    "overflow": overflow,
-                },
-            }
-            extra.setdefault("accumulators", {})[index] = entry[GRAD]
-    return extra
+            yield index, state_dict["state"].get(index, {})
+
+
+def _add_window(extra: StateDict, index: Any, entry: StateDict) -> None:
+    """Take what a parameter's states tell of an open window over into `extra`."""
+    micro_batches = int(entry.get(MICRO_BATCHES, 0))
+    if not (micro_batches or float(entry.get(IS_OPEN, 0))):
+        return
+    if GRAD not in entry:
+        if micro_batches:  # else this parameter had none
+            extra.setdefault("lost", micro_batches)
+        return
+    values = {name: float(entry[name]) for name in NUMBERS if name in entry}
+    step = values["window_step"]
+    if step >= 0 and float(entry.get("step", step)) != step:
+        return
+    reference, weight = values["window_reference"], values.get("window_weight", -1.0)
+    extra |= {
+        "version": VERSION,
+        "gradient_accumulation_steps": int(values["window_steps"]) or None,
+        "window": {
+            "micro_batches": micro_batches,
+            "total": values["window_total"],
+            "reference": None if reference < 0 else reference,
+            "is_explicit": bool(values["window_is_explicit"]),
+            "overflow": values["window_overflow"],
+            "weight": None if weight < 0 else weight,
+        },
+    }
+    extra.setdefault("accumulators", {})[index] = entry[GRAD]
+    if "window_fill" in values:
+        arrived = extra.setdefault("arrived", [])
+        arrived += [index] if values["window_fill"] == Fill.CURRENT else []
 
 
 def check(state_dict: StateDict, updater: Updater) -> None:
@@ -228,6 +279,7 @@ def check(state_dict: StateDict, updater: Updater) -> None:
             f"the checkpoint was written by version {extra.get('version')!r} of the format, this "
             f"fusedaccum reads version {VERSION}"
         )
+    refuse_malformed(extra, set(ids))
     is_open = extra["window"]["micro_batches"] > 0 or accumulators
     if is_open and extra["gradient_accumulation_steps"] != window.steps:
         raise ValueError(
@@ -246,31 +298,26 @@ def _elementwise(updater: Updater) -> set[str]:
     return names
 
 
-@contextmanager
-def _fp32_stand_ins(updater: Updater) -> Iterator[None]:
-    """Show the wrapped optimizer fp32 parameters: loading rounds states to a parameter's dtype.
+def _fp32_stand_ins(updater: Updater) -> dict[Tensor, Tensor]:
+    """An fp32 tensor for each parameter: loading rounds states to a parameter's dtype.
 
-    Not those whose native step really runs in low precision.
+    Not for those whose native step really runs in low precision.
     """
-    optimizer, segments = updater.optimizer, updater.collector.segments
     is_fused = updater.is_fused
-    originals = {
-        torch.zeros((), device=s.device).expand(s.shape): s.param
-        for s in segments.values()
+    return {
+        s.param: torch.zeros((), dtype=torch.float32, device=s.device).expand(s.shape)
+        for s in updater.collector.segments.values()
         if s.dtype != torch.float32 and (is_fused or s.has_master)
     }
-    stand_ins = {param: stand_in for stand_in, param in originals.items()}
-    for group in optimizer.param_groups:
-        group["params"] = [stand_ins.get(p, p) for p in group["params"]]
-    try:
-        yield
-    finally:
-        for group in optimizer.param_groups:
-            group["params"] = [originals.get(p, p) for p in group["params"]]
-        for stand_in, param in originals.items():
-            updater.has_own_states.add(segments[param])
-            if stand_in in optimizer.state:
-                optimizer.state[param] = optimizer.state.pop(stand_in)
+
+
+def _attach_frozen(state_dict: StateDict, params: dict[Any, Tensor], collector: Collector) -> None:
+    """Give parameters that are frozen now a place for what the checkpoint has of them."""
+    collector.attach(
+        (f"parameter {index}", params[index])
+        for index, entry in _entries(state_dict)
+        if entry and params[index] not in collector.segments and params[index].dtype in PARAM_DTYPES
+    )
 
 
 @torch.no_grad()
@@ -283,99 +330,55 @@ def load(state_dict: StateDict, updater: Updater) -> None:
     state_dict = _without_gaps(state_dict)
     extra = _extra(state_dict)
     entries = state_dict["state"]
-    plain = {k: v for k, v in state_dict.items() if k != KEY}
-    plain["state"] = _without_ours(state_dict)
-    with _fp32_stand_ins(updater):
-        optimizer.load_state_dict(plain)
-    updater.is_provisional = False
-    collector.discard()
     ids = [index for group in state_dict["param_groups"] for index in group["params"]]
     params = [p for group in optimizer.param_groups for p in group["params"]]
+    _attach_frozen(state_dict, dict(zip(ids, params, strict=True)), collector)
+    plain = {k: v for k, v in state_dict.items() if k != KEY}
+    plain["state"] = _without_ours(state_dict)
+    stand_ins = _fp32_stand_ins(updater)
+    with updater.swap.of(stand_ins, with_states=False):
+        optimizer.load_state_dict(plain)
+    updater.has_own_states.update(collector.segments[param] for param in stand_ins)
+    updater.is_provisional = False
+    collector.discard()
     scalars = updater.prepared_scalars() if collector.segments else None
     accumulators = extra.get("accumulators", {})
     steps = extra.get("steps", {})
     is_weighted = bool(extra) and extra["window"]["micro_batches"] > 0
+    # A checkpoint of before 0.1.0 does not tell what the open micro-batch has brought: there it is
+    # the one that a loop with its own window never closes.
+    unknown = list(accumulators) if collector.window.steps is None and not is_weighted else []
+    arrived = set(extra.get("arrived", unknown))
     for index, param in zip(ids, params, strict=True):
         param.grad = None
         segment = collector.segments.get(param)
         if segment is None or scalars is None:
             continue
         entry = entries.get(index, {})
+        segment.forget_master()
         for name, value in entry.items():
             if name == MASTER:
                 segment.loaded_master = value.to(param.device, torch.float32)
             elif optimizer.state[param].get(name) is value and type(value) is Tensor:
                 optimizer.state[param][name] = value.clone()  # the caller's; a step would write it
-        segment.states, segment.step = (), None
+        segment.states, segment.step, segment.numbers = (), None, {}
+        segment.knows_step = index in steps
         scalars.steps[segment.row] = float(steps.get(index, 0.0))
         accumulated = accumulators.get(index)
         if accumulated is not None:
             segment.allocate()
             assert segment.grad is not None
             segment.acc.copy_(accumulated)
-            segment.filled, segment.sums_version = True, None
-            # Of the micro-batch that a loop with its own window never closes.
-            segment.arrived = collector.window.steps is None and not is_weighted
+            segment.fill = Fill.CURRENT if index in arrived else Fill.EARLIER
+            segment.sums_version, segment.closed_version = None, segment.grad._version
             param.grad = segment.grad
     window = collector.window
     if extra:
         saved = extra["window"]
         window.micro_batches, window.total = saved["micro_batches"], saved["total"]
         window.reference, window.is_explicit = saved["reference"], saved["is_explicit"]
+        window.weight, window.max_norm = saved.get("weight"), saved.get("max_norm")
+        collector.backwards.count = int(collector.has_arrivals)
         collector.scaling.restore(saved.get("overflow", 0.0))
         if scalars is not None:
             scalars.skipped.fill_(extra.get("skipped_steps", 0))
-
-
-@torch.no_grad()
-def only_initialises(updater: Updater) -> bool:
-    """Whether this step() is made for the sake of states alone; then they are there, and no more.
-
-    torch.distributed.checkpoint calls step() of an optimizer without states with lr 0 and zeros
-    assigned to every gradient, to have a state dict with all keys. That is no micro-batch, and
-    must not count as one.
-    """
-    optimizer, collector = updater.optimizer, updater.collector
-    segments, groups = collector.segments.values(), optimizer.param_groups
-    if optimizer.state or collector.has_arrivals or not segments:
-        return False
-    if any(group.get("lr", 0.0) != 0.0 for group in groups):
-        return False
-    for segment in segments:
-        grad = segment.param.grad
-        if grad is None or grad is segment.grad or bool(grad.any()):
-            return False
-    if updater.is_fused:
-        for group in groups:
-            rule = rules.select(optimizer, group)
-            for param in group["params"]:
-                segment_or_none = collector.segments.get(param)
-                if segment_or_none is not None and rule is not None:
-                    updater.bind(segment_or_none, rule, group)
-    elif not collector.window.micro_batches:
-        collector.adopt_assigned()
-        updater.run(1.0, None)
-        collector.discard()
-    updater.is_provisional = True
-    for segment in segments:
-        segment.param.grad = segment.grad if segment.filled else None
-        if segment.param in optimizer.state:
-            # DCP's unflattening takes from a file what the optimizer has names for.
-            optimizer.state[segment.param].update(dict.fromkeys(OURS))
-    return True
-
-
-@torch.no_grad()
-def release_states(updater: Updater) -> None:
-    """Give the wrapped optimizer states of its own, in the dtypes plain torch would have."""
-    if updater.is_provisional:
-        updater.optimizer.state.clear()
-    for param, segment in updater.collector.segments.items():
-        entry = updater.optimizer.state.get(param, {})
-        for name, value in entry.items():
-            if not isinstance(value, Tensor):
-                continue
-            if value.dim() == 0:
-                entry[name] = value.detach().clone().cpu()
-            elif value.is_floating_point():
-                entry[name] = value.to(segment.dtype, copy=True)

@@ -4,14 +4,11 @@ One hook per parameter, before its AccumulateGrad node: it takes `param.grad` (t
 away, so that autograd keeps the fresh gradient without a copy. The parameter is queued; when the
 queue would exceed the bucket, and when the backward ends, one launch adds the whole queue, the
 fresh gradients are freed and `param.grad` shows the accumulator again.
-
-A backward is known by its graph task, so reentrant checkpoints and a parameter that arrives twice
-come out right, and a backward that raised half-way is remembered.
 """
 
 from __future__ import annotations
 
-import sys
+import warnings
 from collections.abc import Iterable
 
 import torch
@@ -20,10 +17,14 @@ from torch.autograd import Variable
 
 from .attached import Attached
 from .backends import Backend
+from .backwards import Backwards, refuse_kind
 from .buffers import laid_out_like
+from .by_hand import ByHand
 from .engines import Watch, may_reduce
 from .scaling import Scaling
-from .segments import Segment
+from .segments import Fill, Segment
+from .sums import Sums
+from .trouble import PART, Trouble
 from .window import Window
 
 
@@ -37,7 +38,15 @@ class Collector(Attached):
             (or half of it and one gradient, where that is more).
         wants_norm: whether updates need the norm, so that the last accumulation leaves its sums.
         master_weights: see `FusedAccumOptimizer`, or "stochastic".
+        splits: whether a master may be split; else it is an fp32 copy.
         scaling: what a GradScaler does to the gradients.
+
+    Attributes:
+        trouble: why the open window cannot be used, if it cannot.
+        backwards: those that are running, and how many there were in the open micro-batch.
+        by_hand: what somebody does to gradients in between.
+        engines: those that would write or replace what is ours.
+        sums: their sums of squares.
     """
 
     def __init__(
@@ -48,19 +57,22 @@ class Collector(Attached):
         bucket_bytes: int,
         wants_norm: bool,
         master_weights: str | None,
+        splits: bool,
         scaling: Scaling,
+        device: torch.device,
     ) -> None:
-        super().__init__(master_weights)
+        super().__init__(device, master_weights, splits)
         self.backend = backend
         self.window = window
-        self.wants_norm = wants_norm or scaling.needs_norm
+        self.wants_norm = wants_norm
         self.scaling = scaling
-        self.engines = Watch()
-        self.partials: Tensor | None = None
-        self.failed: str | None = None  # why the open window cannot be used
+        self.sums = Sums(backend, device)
+        self.trouble = Trouble()
+        self.backwards = Backwards()
+        self.by_hand = ByHand(self.segments, window, self.backwards)
+        self.engines = Watch(self)
         self._bucket_bytes = bucket_bytes
         self._queue_bytes = bucket_bytes
-        self._open: set[int] = set()  # graph tasks of backwards that have not ended
         self._queue: list[Segment] = []
         self._queued_bytes = 0
 
@@ -69,71 +81,79 @@ class Collector(Attached):
         before = len(self.segments)
         super().attach(named_params)
         if len(self.segments) > before:
-            self.partials = None  # made again, larger, when first needed
+            self.sums.forget()
             largest = max(s.nbytes for s in self.segments.values())
             self._queue_bytes = self._bucket_bytes - min(largest, self._bucket_bytes // 2)
 
     # --- the backward ---
 
-    def _arrive(self, segment: Segment) -> None:
-        """A gradient of `segment` is about to be accumulated by autograd."""
+    def _arrive(self, segment: Segment, is_due: bool = True) -> None:  # see `Attached`
         task = torch._C._current_graph_task_id()
-        if task not in self._open:
+        if task not in self.backwards:
             self._begin(task)
         param = segment.param
         grad = param.grad
         if segment.pending:
             self.flush()  # it arrives twice in one backward: add the first gradient first
-        elif grad is not None and grad is not segment.grad:
+        elif grad is segment.grad:
+            if self.by_hand.is_written(segment):
+                self._refuse_zeroed()
+        elif grad is not None:
             self.adopt([(segment, grad)])
-        elif grad is None and self.window.steps is None:
-            segment.filled = False  # zero_grad(), the optimizer's or the model's
+        elif self.window.steps is None or segment.fill is Fill.CURRENT:
+            segment.fill = Fill.EMPTY  # somebody took it away: zero_grad(), or `p.grad = None`
         param.grad = None
         if self._queue and self._queued_bytes + segment.nbytes > self._queue_bytes:
             self.flush()
-        segment.pending = True
+        segment.pending, segment.is_due = True, is_due
         self._queue.append(segment)
         self._queued_bytes += segment.nbytes
 
     # Not traced: compiled autograd would stop at the code below the error, and not say why.
     @torch._disable_dynamo  # type: ignore[attr-defined]
     def _begin(self, task: int) -> None:
-        compiled = sys.modules.get("torch._dynamo.compiled_autograd")
-        if getattr(compiled, "in_compiled_autograd_region", False):
-            raise RuntimeError(
-                "compiled autograd makes one graph of the backward, in which no gradient can be "
-                "taken as it arrives; it is not supported. Compile the model "
-                "(torch.compile(model)) and leave torch._dynamo.config.compiled_autograd off"
-            )
-        self.engines.begin(self)
-        is_broken = bool(self._open) or self.failed is not None
-        if is_broken and self.window.steps is None and not self._shows_grads():
-            # model.zero_grad() after a backward that raised: all that the Trainer calls before it
-            # tries again with smaller batches.
-            self.discard()
-        elif not self._open and self._is_discarded():
-            self.window.restart()
-        self.window.check_arrival()
-        self.scaling.begin(next(iter(self.segments.values())).device)
-        self._open.add(task)
+        """A backward reaches its first parameter.
+
+        Raises:
+            RuntimeError: for a backward that cannot come out right. Nothing has changed then.
+        """
+        refuse_kind()
+        self.engines.begin()
+        with self.backwards.beginning:
+            self.backwards.refuse_overlap()
+            if self.is_broken:
+                self._recover()
+            elif not self.backwards.is_any_open and self.by_hand.is_emptied():
+                self._discard_emptied()
+            self.window.check_arrival()
+            self.scaling.begin(self.device)
+            self.backwards.begin(task)
 
         def finish() -> None:
             self.flush()
-            self._open.discard(task)
+            self.backwards.end(task)
 
         Variable._execution_engine.queue_callback(finish)
-        self.engines.end(self)
+        self.engines.end()
 
-    def _shows_grads(self) -> bool:
-        """Whether any parameter has a gradient, as it does since the first one arrived."""
-        return any(param.grad is not None for param in self.segments)
+    @property
+    def is_broken(self) -> bool:
+        """Whether the window holds part of something."""
+        return self.trouble.reason is not None or self.backwards.is_any_open
 
-    def _is_discarded(self) -> bool:
-        """Whether model.zero_grad() took away all that a loop's weighted window had gathered."""
-        if self.window.steps is not None or not self.window.micro_batches:
-            return False
-        filled = (s.param.grad for s in self.segments.values() if s.filled)
-        return next(filled, self) is None and all(grad is None for grad in filled)
+    def _recover(self) -> None:
+        """Start afresh after model.zero_grad(), where the loop owns the window.
+
+        That is all that the Trainer calls before it tries again with smaller batches. Since its
+        first parameter arrived, a backward that goes on shows a gradient.
+        """
+        if self.window.steps is None and all(param.grad is None for param in self.segments):
+            self.discard()
+
+    def _discard_emptied(self) -> None:
+        if self.window.steps is not None:
+            self.warn_discarded("model.zero_grad() (or p.grad = None) after a backward()")
+        self.discard()
 
     @torch.no_grad()
     def flush(self) -> None:
@@ -144,7 +164,8 @@ class Collector(Attached):
             segment.pending = False
             grad = segment.param.grad
             if grad is None:  # a function gave None for its gradient: what was there stays
-                segment.param.grad = segment.grad if segment.filled else None
+                self.engines.refuse_taken(segment)
+                segment.param.grad = segment.grad if segment.fill else None
             elif grad.shape != segment.shape:
                 raise RuntimeError(
                     f"a parameter changed after it was wrapped ({segment.difference()}): call "
@@ -162,13 +183,14 @@ class Collector(Attached):
         gradient and is added.
         """
         loop_owned = self.window.steps is None
-        replacing = [(s, grad) for s, grad in assigned if loop_owned or s.arrived]
-        adding = [(s, grad) for s, grad in assigned if not (loop_owned or s.arrived)]
-        for segment, _ in replacing:
-            segment.filled = False
-        self._add(replacing, 1.0, is_scaled=False)
-        if adding:
-            self._add(adding, self.window.scale())
+        replacing = [(s, g) for s, g in assigned if loop_owned or s.fill is Fill.CURRENT]
+        adding = [(s, g) for s, g in assigned if not (loop_owned or s.fill is Fill.CURRENT)]
+        with self.trouble.unless_done("taking over gradients that were assigned to p.grad"):
+            for segment, _ in replacing:
+                segment.fill = Fill.EMPTY
+            self._add(replacing, 1.0, is_scaled=False)
+            if adding:
+                self._add(adding, self.window.scale())
 
     @torch.no_grad()
     def _add(
@@ -180,9 +202,9 @@ class Collector(Attached):
         """
         window, scaling = self.window, self.scaling
         is_last = window.steps is None or window.is_last or scaling.is_linked
-        with_sums = self.wants_norm and is_last
-        cells = self.cells() if with_sums else None
-        # What starts the window, what starts the micro-batch, what has arrived in it already.
+        with_sums = is_last and (self.wants_norm or scaling.needs_norm)
+        cells = self.sums.cells(self.segments.values(), self.n_cells) if with_sums else None
+        # One for each Fill: what starts the window, what starts the micro-batch, what goes on.
         parts: tuple[list[tuple[Segment, Tensor]], ...] = ([], [], [])
         for segment, grad in fresh:
             if segment.grad is None:
@@ -191,9 +213,7 @@ class Collector(Attached):
                 grad = laid_out_like(grad, segment.acc)
             if grad.dtype is not segment.dtype and grad.dtype is not torch.float32:
                 grad = grad.float()
-            parts[int(segment.filled) + int(segment.filled and segment.arrived)].append(
-                (segment, grad)
-            )
+            parts[segment.fill].append((segment, grad))
         if not scaling.is_linked:  # the last two differ in what a GradScaler has to say
             parts = (parts[0], parts[1] + parts[2], [])
         for i, members in enumerate(parts):
@@ -208,7 +228,7 @@ class Collector(Attached):
                     scaling.control(i < 2) if is_scaled else None,
                 )
         for segment, _ in fresh:
-            segment.filled = segment.arrived = True
+            segment.fill, segment.is_zero = Fill.CURRENT, False
             segment.param.grad = shown = segment.grad
             segment.has_sums |= with_sums
             segment.sums_version = shown._version if with_sums and shown is not None else None
@@ -218,105 +238,153 @@ class Collector(Attached):
     @property
     def has_arrivals(self) -> bool:
         """Whether the open micro-batch has contributed anything."""
-        return any(s.arrived for s in self.segments.values())
+        return any(s.fill is Fill.CURRENT for s in self.segments.values())
+
+    @property
+    def is_open(self) -> bool:  # see `Attached`
+        return bool(self.window.micro_batches) or self.unclosed() is not None
 
     def unclosed(self) -> str | None:
         """What the open micro-batch was left by, in words; None where none is open."""
-        if self._open or self.failed is not None:
-            return "a failed backward()"
+        if self.is_broken:
+            return "a failed backward()" if self.backwards.is_any_open else "what step() refuses"
         return "backward() without step()" if self.has_arrivals else None
 
+    def fail_block(self) -> None:
+        """A micro_batch() block raised."""
+        if self.has_arrivals:
+            self.trouble.note("a micro_batch() block raised after its backward()" + PART)
+
     def check(self) -> None:
-        """Raise if the open window holds half a micro-batch.
+        """Raise if the open window cannot be used.
 
         Raises:
             RuntimeError: naming what happened and the way out.
         """
-        if self._open and self.failed is None:
-            self.failed = "a backward() raised before it reached all parameters"
-        if self.failed is not None:
+        if self.taken_over:
             raise RuntimeError(
-                f"{self.failed}, so this window holds part of a micro-batch; nothing was updated. "
-                f"Call zero_grad() to discard the window ({self.window.micro_batches} closed "
-                "micro-batches) and go on with the next one"
+                "another FusedAccumOptimizer was made for the parameters of this one and has "
+                "taken them over; nothing was updated. Use that one, in the scheduler too"
             )
+        if self.backwards.is_any_open:
+            self.trouble.note("a backward() raised before it reached all parameters" + PART)
+        if self.trouble.reason is not None:
+            self._recover()
+        self.trouble.refuse(self.window.micro_batches)
 
-    def check_step(self) -> None:
-        """`check`, and raise if an engine has taken the parameters over."""
+    def look(self) -> list[tuple[Segment, Tensor]]:
+        """Notice what somebody did to `p.grad`: took gradients away, zeroed them, assigned others.
+
+        Returns:
+            Those that were assigned.
+
+        Raises:
+            RuntimeError: for what cannot be made good.
+        """
+        seen = self.by_hand.look()
+        if any(self.by_hand.is_written(segment) for segment in seen.shown):
+            self._refuse_zeroed()
+        if seen.is_emptied and not seen.assigned:
+            self._discard_emptied()
+            return []
+        for segment in seen.hidden:  # the model's zero_grad() after step() keeps a window too
+            segment.param.grad = segment.grad
+        return seen.assigned
+
+    def _refuse_zeroed(self) -> None:
+        """Raise if closed micro-batches were zeroed in place; where the loop owns the window, that
+        starts it afresh, as torch has it."""
+        if self.trouble.reason is not None or not self.by_hand.is_zeroed():
+            return
+        if self.window.steps is None:
+            self.window.reset()
+            return
+        self.trouble.note(
+            "the accumulators of the open window were zeroed in place, as "
+            "model.zero_grad(set_to_none=False) does, and what its closed micro-batches had "
+            "brought is lost; nothing was updated. The optimizer's zero_grad() knows the window, "
+            "the model's does not"
+        )
         self.check()
-        self.engines.at_step(self)
 
     def adopt_assigned(self) -> None:
-        """Take gradients that somebody assigned, and notice those that somebody removed."""
-        loop_owned = self.window.steps is None
-        assigned: list[tuple[Segment, Tensor]] = []
-        for segment in self.segments.values():
-            grad = segment.param.grad
-            if grad is None:
-                if loop_owned:
-                    segment.filled = False
-            elif grad is not segment.grad:
-                assigned.append((segment, grad))
-        if assigned:
+        """`look`, and take over what was assigned."""
+        if assigned := self.look():
             self.adopt(assigned)
+
+    def warn_discarded(self, cause: str) -> None:
+        """Say that the closed micro-batches of a window are given up, if there are any."""
+        if not self.window.micro_batches:
+            return
+        warnings.warn(
+            f"{cause} discards the whole window: {self.window.micro_batches} closed "
+            "micro-batches. Call step() after every backward(). If the backward() belonged to "
+            "another optimizer and only passed through these parameters (the generator's step of "
+            "a GAN), call requires_grad_(False) on them around it",
+            RuntimeWarning,
+            stacklevel=4,
+        )
 
     def filled(self) -> list[Segment]:
         """The parameters that the open window holds a gradient for."""
-        return [s for s in self.segments.values() if s.filled]
+        return [s for s in self.segments.values() if s.fill]
 
     def close_micro_batch(self) -> None:
         """The open micro-batch is over."""
-        self.scaling.close_micro_batch()
-        self.window.close_micro_batch()
-        for segment in self.segments.values():
-            segment.arrived = False
+        with self.trouble.unless_done("closing a micro-batch"):
+            self.scaling.close_micro_batch()
+            self.window.close_micro_batch()
+            self.backwards.count = 0
+            for segment in self.segments.values():
+                if segment.fill:
+                    segment.fill = Fill.EARLIER
+                    if segment.grad is not None:
+                        segment.closed_version = segment.grad._version
 
     def end_window(self) -> None:
         """The window has been used. `param.grad` still shows it.
 
-        A loop that owns the window and does not zero it goes on adding, as in torch; where the
-        wrapper counts, the next gradient starts afresh.
+        A loop that owns the window and does not zero it goes on adding, as in torch. A mean (the
+        wrapper counts, or the loop gives weights) starts afresh with the next gradient.
         """
+        keeps = not self.window.is_weighted
+        self.backwards.count = 0
         for segment in self.segments.values():
-            segment.arrived = False
-            if self.window.steps is not None:
-                segment.filled = False
+            segment.fill = Fill.EARLIER if keeps and segment.fill else Fill.EMPTY
         self.scaling.end_window()
         self.window.reset()
 
-    def discard(self) -> None:
-        """Forget the window. The accumulators' next use stores, so nothing is written."""
-        self._open.clear()
-        self._queue.clear()
-        self._queued_bytes = 0
-        self.failed = None
+    def start_counting(self) -> None:
+        """The wrapper counts from now on, or to another number: sums of a loop are over."""
         for segment in self.segments.values():
-            segment.filled = segment.arrived = segment.pending = False
-        self.scaling.reset()
+            if not segment.is_zero:
+                segment.fill = Fill.EMPTY
         self.window.reset()
 
-    def cells(self) -> Tensor:
-        """fp32 partial sums of squares, a range per parameter."""
-        if self.partials is None:
-            device = next(iter(self.segments.values())).device
-            self.partials = torch.zeros(self.n_cells, dtype=torch.float32, device=device)
-            for segment in self.segments.values():
-                segment.sums_version, segment.has_sums = None, False
-        return self.partials
+    def discard(self, zeroes: bool = False) -> None:
+        """Forget the window. The accumulators' next use stores, so nothing is written.
 
-    @torch.no_grad()
-    def sums_of_squares(self) -> Tensor:
-        """Partial sums of all filled accumulators, zero elsewhere; reads only what changed."""
-        cells = self.cells()
-        unsure = self.scaling.may_have_divided or may_reduce()
-        stale = [s for s in self.filled() if unsure or not s.sums_are_current]
-        if stale:
-            self.backend.sum_of_squares([s.acc for s in stale], cells, [s.cell for s in stale])
-            for segment in stale:
-                assert segment.grad is not None
-                segment.sums_version, segment.has_sums = segment.grad._version, True
+        Args:
+            zeroes: gradients that are shown become zeros, which the next update uses, as torch's
+                `zero_grad(set_to_none=False)` has it.
+        """
+        self.trouble.note("zero_grad() was interrupted")
+        self._queue.clear()
+        self._queued_bytes = 0
         for segment in self.segments.values():
-            if segment.has_sums and not segment.filled:
-                cells[segment.cell : segment.cell + segment.n_cells].zero_()
-                segment.sums_version, segment.has_sums = None, False
-        return cells
+            segment.fill, segment.pending = Fill.EMPTY, False
+            if zeroes and segment.param.grad is not None:
+                segment.allocate()
+                segment.param.grad = shown = segment.grad
+                shown.detach().zero_()  # type: ignore[union-attr]
+                segment.fill, segment.is_zero, segment.sums_version = Fill.EARLIER, True, None
+                segment.closed_version = shown._version  # type: ignore[union-attr]
+        self.scaling.reset()
+        self.window.reset()
+        self.backwards.forget()
+        self.trouble.reason = None
+
+    def sums_of_squares(self) -> Tensor:
+        """Partial sums of all filled accumulators, zero elsewhere."""
+        unsure = self.scaling.may_have_divided or may_reduce()
+        return self.sums.of_filled(self.segments.values(), self.n_cells, unsure)

@@ -7,11 +7,13 @@ from typing import Any
 
 from . import backends, rules
 from .collect import Collector
+from .options import Options
 from .update import Updater
 
 
-def describe(updater: Updater, backend: str | None, max_grad_norm: float | None) -> str:
+def describe(updater: Updater, options: Options) -> str:
     """A few lines for people."""
+    backend, max_grad_norm = options.backend, options.max_grad_norm
     inner, collector = updater.optimizer, updater.collector
     window = collector.window
     device = next(p.device for g in inner.param_groups for p in g["params"])
@@ -27,7 +29,7 @@ def describe(updater: Updater, backend: str | None, max_grad_norm: float | None)
         f"  window: {owner}",
         f"  backend: {chosen} ({because})",
         f"  max_grad_norm: {clip}; non-finite windows are "
-        + ("skipped" if updater.skip_nonfinite else "applied"),
+        + ("skipped" if options.skip_nonfinite else "applied"),
     ]
     fused = updater.is_fused
     for index, group in enumerate(inner.param_groups):
@@ -50,7 +52,7 @@ def _params(params: list[Any], collector: Collector, fused: bool) -> str:
         numel += param.numel()
         dtype = str(param.dtype).removeprefix("torch.")
         segment = collector.segments.get(param)
-        if segment is None:
+        if segment is None or not param.requires_grad:
             kinds[f"{dtype} (frozen)"] += 1
             continue
         kind = segment.kind if fused or not segment.has_master else "fp32"

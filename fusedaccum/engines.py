@@ -22,7 +22,8 @@ from __future__ import annotations
 
 import gc
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from types import FrameType
 from typing import Any, NoReturn, Protocol
@@ -32,6 +33,8 @@ from torch import Tensor
 from torch.autograd import Variable
 from torch.nn import Module
 from torch.nn.parallel import DistributedDataParallel
+
+from .trouble import Trouble
 
 REDUCE = (
     "Leave the model unwrapped, wrap the optimizer with gradient_accumulation_steps=None, "
@@ -61,13 +64,14 @@ class Owned(Protocol):
 
     param: Tensor
     grad: Tensor | None
-    arrived: bool
+    shape: torch.Size
+    is_due: bool
 
 
 class Owner(Protocol):
     """What is asked of a collector."""
 
-    failed: str | None
+    trouble: Trouble
     groups: Sequence[dict[str, Any]]
 
     @property
@@ -232,78 +236,86 @@ def _caller() -> str:
 class Watch:
     """What one collector knows of engines around it."""
 
-    def __init__(self) -> None:
+    def __init__(self, owner: Owner) -> None:
+        self._owner = weakref.proxy(owner)
         self._looked = False
         self._kept: list[tuple[Owned, int]] = []
 
-    def begin(self, owner: Owner) -> None:
+    def begin(self) -> None:
         """A backward begins.
 
         Raises:
-            RuntimeError: for an engine that owns a parameter of ours; the window is marked failed.
-                For param groups in which somebody replaced the parameters.
+            RuntimeError: for an engine that owns a parameter of ours, and for param groups in which
+                somebody replaced the parameters. The window is marked.
         """
-        refuse_exchange(owner.segments, owner.groups)
+        refuse_exchange(self._owner.segments, self._owner.groups)
         if not self._looked and is_distributed():
-            self._look(owner)
+            self._look()
 
-    def at_step(self, owner: Owner) -> None:
+    def at_step(self) -> None:
         """The window is about to be used; an engine that replaced parameters left it empty.
 
         Raises:
             RuntimeError: as `begin` does.
         """
-        if is_distributed() and (not self._looked or _is_empty(owner.segments.values())):
-            self._look(owner)
+        if is_distributed() and (not self._looked or self._is_empty()):
+            self._look()
 
-    def _look(self, owner: Owner) -> None:
-        found = _engine(owner.segments)
+    def _is_empty(self) -> bool:
+        return all(param.grad is None for param in self._owner.segments)
+
+    def _look(self) -> None:
+        found = _engine(self._owner.segments)
         if found is not None:
             gc.collect()  # one that is only garbage has no say, and its hooks go with it
-            found = _engine(owner.segments)
+            found = _engine(self._owner.segments)
         self._looked = found is None
         if found is not None:
-            _fail(owner, found)
+            self._fail(found)
 
-    def end(self, owner: Owner) -> None:
+    def end(self) -> None:
         """Have the end of this backward see whether somebody writes `p.grad` after we did.
 
-        To be called when our own callback is queued. Those of engines, which begin when the last
-        gradient has arrived, are queued later, and a callback that is queued by a callback runs
-        after all of them.
+        To be called when our own callback is queued. Those of engines are queued later, when the
+        last gradient has arrived, and a callback that is queued by a callback runs after all.
 
         Raises:
-            RuntimeError: from the backward; the window is marked failed.
+            RuntimeError: from the backward. The window is marked.
         """
         queue = Variable._execution_engine.queue_callback
 
         def remember() -> None:
             # Wherever an engine may be, all of them: it may own some parameters only.
             most = None if is_distributed() else 1
-            arrived = (s for s in owner.segments.values() if s.arrived and s.grad is not None)
-            self._kept = [(s, s.grad._version) for s in islice(arrived, most)]
+            shown = (
+                (segment, segment.grad._version)
+                for segment in self._owner.segments.values()
+                if segment.grad is not None and segment.param.grad is segment.grad
+            )
+            self._kept = list(islice(shown, most))
             queue(compare)
 
         def compare() -> None:
             kept, self._kept = self._kept, []
             for segment, version in kept:
                 grad = segment.param.grad
-                if grad is not segment.grad or grad is None or grad._version != version:
-                    _fail(owner, _WRITTEN.format(tuple(segment.param.shape)))
+                if grad is None or grad is not segment.grad or grad._version != version:
+                    self._fail(_WRITTEN.format(tuple(segment.shape)))
 
         queue(remember)
 
+    def refuse_taken(self, segment: Owned) -> None:
+        """A gradient that arrived is not there when it is to be added.
 
-def _fail(owner: Owner, reason: str) -> NoReturn:
-    owner.failed = reason
-    raise RuntimeError(
-        f"{reason}. Nothing was updated; zero_grad() discards the window once that is changed"
-    )
+        Raises:
+            RuntimeError: if there was one. The window is marked.
+        """
+        if segment.is_due:
+            self._fail(_TAKEN.format(tuple(segment.shape)))
 
-
-def _is_empty(segments: Iterable[Owned]) -> bool:
-    """Whether no parameter has a gradient."""
-    return all(segment.param.grad is None for segment in segments)
+    def _fail(self, reason: str) -> NoReturn:
+        self._owner.trouble.note(reason)
+        raise RuntimeError(f"{reason}. Nothing was updated")
 
 
 def _modules() -> list[Module]:
@@ -359,4 +371,10 @@ _WRITTEN = (
     "something else wrote p.grad, which is this optimizer's accumulator, at the end of a "
     "backward() (a parameter of shape {}). DistributedDataParallel and engines like it do "
     f"that: the average of one micro-gradient takes the place of the sum. {REDUCE}"
+)
+_TAKEN = (
+    "a gradient (of a parameter of shape {}) was taken away during the backward(), before it was "
+    "accumulated. Gradient release does that (an optimizer step in a hook), and DeepSpeed, also "
+    "where the Trainer or Accelerate use it beside this optimizer. Call detach() on this optimizer "
+    f"to train that way. {PLAIN}"
 )

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .adam_updates import adam_, adamax_, adamw_, nadam_, radam_
-from .apply import backend_for, check, check_written
+from .apply import backend_for, check, check_apart, check_shapes, check_written
 from .backends import Backend
 from .backends.base import GRAD_DTYPES
 from .buffers import is_dense, laid_out_like
@@ -62,16 +62,11 @@ def accumulate_(
     check_written("accumulators", accumulators, accumulators)
     if len(accumulators) != len(grads):
         raise ValueError(f"{len(accumulators)} accumulators but {len(grads)} grads")
-    for i, (acc, grad) in enumerate(zip(accumulators, grads, strict=True)):
-        if acc.shape != grad.shape:
-            raise ValueError(
-                f"grads[{i}] has shape {tuple(grad.shape)}, its accumulator {tuple(acc.shape)}"
-            )
-        if acc.device != grad.device:
-            raise ValueError(f"grads[{i}] is on {grad.device}, its accumulator on {acc.device}")
+    check_shapes("grads", grads, accumulators)
     if not accumulators:
         return
     laid_out = [laid_out_like(g, a) for g, a in zip(grads, accumulators, strict=True)]
+    check_apart({"accumulators": accumulators}, {"grads": laid_out})
     backend_for(backend, accumulators[0].device).accumulate(accumulators, laid_out, scale, first)
 
 
@@ -95,7 +90,7 @@ def global_norm(tensors: Sequence[Tensor], *, backend: str | None = None) -> Ten
     """
     check("tensors", tensors, GRAD_DTYPES)
     if not tensors:
-        return torch.zeros(())
+        return torch.zeros((), dtype=torch.float32, device="cpu")
     partials = sum_of_squares(backend_for(backend, tensors[0].device), tensors)
     return partials.double().sum().sqrt().float()
 

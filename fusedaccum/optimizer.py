@@ -2,24 +2,45 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from . import arguments, backends, checkpoint, describe, foreign
-from .collect import Collector
-from .scaling import Scaling
+from . import arguments, checkpoint, describe
+from .core import Core
+from .dcp import only_initialises
+from .options import Options
 from .sharing import SharingOptimizer
-from .update import Updater
-from .window import Window
 
 Closure = Callable[[], Any]
 Group = dict[str, Any]
+
+
+class Setting:
+    """A setting that shows as an attribute; what may be assigned acts on the wrapper's parts."""
+
+    def __init__(self, *, is_changeable: bool = False) -> None:
+        self._is_changeable = is_changeable
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, wrapper: Any, kind: type | None = None) -> Any:
+        return self if wrapper is None else getattr(wrapper._core.options, self._name)
+
+    def __set__(self, wrapper: Any, value: Any) -> None:
+        if not self._is_changeable:
+            raise AttributeError(
+                f"{self._name} is fixed by the constructor: it is "
+                f"{self.__get__(wrapper)!r}, got {value!r}. Call detach() and wrap again with "
+                f"{self._name}={value!r}"
+            )
+        wrapper._core.change(self._name, value, FusedAccumOptimizer)
 
 
 class FusedAccumOptimizer(SharingOptimizer):
@@ -58,9 +79,12 @@ class FusedAccumOptimizer(SharingOptimizer):
         bucket_cap_mb: MiB of micro-gradients that wait to be added in one launch, all that they
             take beside the accumulators. None: 128, but 64 on a CPU (benchmarks/README.md).
 
+    `gradient_accumulation_steps` may be assigned between windows (a batch size that grows);
+    `max_grad_norm` and `skip_nonfinite` at any time, for the updates to come. The other settings
+    are fixed.
+
     Attributes:
         optimizer: the wrapped one.
-        window_closed: whether the last `step()` ended a window: step a scheduler then.
 
     Raises:
         TypeError, ValueError: for what cannot be served, before anything is changed.
@@ -93,57 +117,47 @@ class FusedAccumOptimizer(SharingOptimizer):
         grad_scaler: torch.amp.GradScaler | None = None,
         fused_unscale: bool = False,
     ) -> None:
-        steps = arguments.check_steps(gradient_accumulation_steps)
-        max_grad_norm = arguments.check_positive_or_none("max_grad_norm", max_grad_norm)
-        arguments.check_optimizer(optimizer, FusedAccumOptimizer, steps, max_grad_norm)
-        self.bucket_cap_mb = arguments.check_positive_or_none("bucket_cap_mb", bucket_cap_mb)
-        arguments.check_rounding(stochastic_rounding, seed, master_weights)
-        arguments.check_scaler(grad_scaler, fused_unscale, steps)
+        options = Options(
+            gradient_accumulation_steps,
+            max_grad_norm,
+            master_weights,
+            skip_nonfinite,
+            backend,
+            bucket_cap_mb,
+            stochastic_rounding,
+            seed,
+            grad_scaler,
+            fused_unscale,
+        ).checked(optimizer, FusedAccumOptimizer)
         self.optimizer = optimizer
-        self.gradient_accumulation_steps, self.max_grad_norm = steps, max_grad_norm
-        self.master_weights, self.skip_nonfinite = master_weights, skip_nonfinite
-        self.backend = backend
-        self.stochastic_rounding, self.seed = stochastic_rounding, seed
-        self.grad_scaler, self.fused_unscale = grad_scaler, fused_unscale
-        self._next_max_norm: float | None = None
-        self.window_closed = False
-        self._build()
+        self._core = Core(optimizer, options)
+        self._calls_closure = arguments.calls_closure(optimizer)
 
-    def _build(self) -> None:
-        """Accumulators, hooks and tables for the parameters as they are now."""
-        device = self.param_groups[0]["params"][0].device
-        self._window = Window(self.gradient_accumulation_steps)
-        self._scaling = Scaling(
-            self.gradient_accumulation_steps, self.grad_scaler, self.fused_unscale
-        )
-        self._collector = Collector(
-            backends.get(self.backend, device),
-            self._window,
-            bucket_bytes=int((self.bucket_cap_mb or (64 if device.type == "cpu" else 128)) * 2**20),
-            wants_norm=self.skip_nonfinite or self.max_grad_norm is not None,
-            master_weights="stochastic"
-            if self.stochastic_rounding
-            else foreign.master_weights(self.optimizer, self.master_weights),
-            scaling=self._scaling,
-        )
-        self._updater = Updater(self.optimizer, self._collector, self.skip_nonfinite, self.seed)
-        if self.stochastic_rounding:
-            self._updater.refuse_native("stochastic_rounding=True")
-        self._collector.attach_groups(self.param_groups)
+    gradient_accumulation_steps = Setting(is_changeable=True)
+    max_grad_norm = Setting(is_changeable=True)
+    skip_nonfinite = Setting(is_changeable=True)
+    master_weights, backend, bucket_cap_mb = Setting(), Setting(), Setting()
+    stochastic_rounding, seed = Setting(), Setting()
+    grad_scaler, fused_unscale = Setting(), Setting()
 
     def add_param_group(self, param_group: Group) -> None:
         """Add a param group, in mid-run if need be; its first gradient starts its history."""
         self.optimizer.add_param_group(param_group)
         try:
-            self._collector.attach_groups(self.param_groups)
+            self._core.collector.attach_groups(self.param_groups)
         except Exception:
             self.optimizer.param_groups.pop()
             raise
 
     @property
+    def window_closed(self) -> bool:
+        """Whether the last `step()` or `flush()` ended a window: step a scheduler then."""
+        return self._core.window_closed
+
+    @property
     def micro_batches(self) -> int:
         """Micro-batches closed so far in the open window."""
-        return self._window.micro_batches
+        return self._core.window.micro_batches
 
     @property
     def grad_norm(self) -> Tensor | None:
@@ -152,12 +166,12 @@ class FusedAccumOptimizer(SharingOptimizer):
         None before the first update, and without both clipping and `skip_nonfinite`. Reading its
         value waits for the device; keep a `.clone()` to read it later.
         """
-        return self._updater.grad_norm
+        return self._core.updater.grad_norm
 
     @property
     def skipped_steps(self) -> Tensor:
         """Updates skipped because of NaN or Inf, 0-d int64 on the device."""
-        return self._updater.prepared_scalars().skipped
+        return self._core.updater.prepared_scalars().skipped
 
     @contextmanager
     def micro_batch(self, weight: float = 1.0) -> Iterator[None]:
@@ -184,23 +198,27 @@ class FusedAccumOptimizer(SharingOptimizer):
             ...     opt.step()
         """
         value = arguments.check_weight(weight)
-        if self._window.weight is not None or self._collector.has_arrivals:
+        core, window = self._core, self._core.window
+        core.check_params()  # one that was unfrozen since gets its hook before the forward
+        core.collector.look()
+        if window.weight is not None or core.collector.has_arrivals:
             raise RuntimeError(
                 "micro_batch() was entered while another micro-batch is open: call step() after "
                 "each micro_batch() block (or, with gradient_accumulation_steps=None, run every "
-                "backward() of the window inside such a block)"
+                "backward() of the window inside such a block). After an exception call zero_grad()"
             )
-        self._window.weight = value
         try:
+            window.weight, window.is_inside = value, True
             yield
+            if self.gradient_accumulation_steps is None:
+                window.check_arrival()
+                core.collector.close_micro_batch()
         except BaseException:
-            if self._collector.has_arrivals:
-                self._collector.failed = "a micro_batch() block raised after its backward()"
-            self._window.weight = None
+            core.collector.fail_block()
+            window.weight = None
             raise
-        if self.gradient_accumulation_steps is None:
-            self._window.check_arrival()
-            self._collector.close_micro_batch()
+        finally:
+            window.is_inside = False
 
     def step(self, closure: Closure | None = None) -> Any:
         """Close the micro-batch; update if that ends the window.
@@ -214,20 +232,21 @@ class FusedAccumOptimizer(SharingOptimizer):
             RuntimeError: if a backward raised half-way, or a parameter changed its dtype, shape or
                 device since it was wrapped. Nothing is updated then.
         """
-        if closure is None and checkpoint.only_initialises(self._updater):
+        core = self._core
+        if closure is None and only_initialises(core.updater):
             return None
-        with self._scaling.received(self):
-            if arguments.calls_closure(self.optimizer):
-                return self._step_with_closure(closure)
-            with torch.enable_grad():
-                loss = None if closure is None else closure()
-            self._collect()
-            closing = self._window.steps is None or self._window.is_last
-            if self._window.steps is not None:
-                self._collector.close_micro_batch()
-            self.window_closed = False
-            if closing:
-                self._update()
+        with core.scaling.received(self):
+            if self._calls_closure:
+                return core.step_with_closure(closure)
+            loss = None if closure is None else core.evaluate(closure)
+            core.collect()
+            core.advice.before_step(core.collector, self.param_groups)
+            steps = core.window.steps
+            if steps is None or core.window.is_last:
+                core.update(closes=steps is not None, hooks=self._hooks())
+            else:
+                core.collector.close_micro_batch()
+                core.window_closed = False
         return loss
 
     # Keeps torch.optim.Optimizer from patching step() to run hooks at every call: they run once per
@@ -245,11 +264,12 @@ class FusedAccumOptimizer(SharingOptimizer):
                 "flush() is for gradient_accumulation_steps=N; here the loop owns the window: "
                 "call step()"
             )
-        self._collect()
-        if self._collector.has_arrivals:
-            self._collector.close_micro_batch()
-        if self._window.micro_batches:
-            self._update()
+        core = self._core
+        core.collect()
+        is_open = core.collector.has_arrivals
+        core.window_closed = False
+        if is_open or core.window.micro_batches:
+            core.update(closes=is_open, hooks=self._hooks())
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Start afresh; inside a window of N micro-batches keep what was accumulated.
@@ -258,25 +278,7 @@ class FusedAccumOptimizer(SharingOptimizer):
         again: the whole window is discarded then, with a warning. The same recovers from a
         backward that raised half-way.
         """
-        if self._window.steps is not None:
-            unclosed = self._collector.unclosed()
-            if unclosed and self.micro_batches:
-                warnings.warn(
-                    f"zero_grad() after {unclosed} discards the whole window: "
-                    f"{self.micro_batches} closed micro-batches",
-                    RuntimeWarning,
-                    stacklevel=2,
-                )
-            elif self.micro_batches:
-                return
-        self._collector.discard()
-        for group in self.param_groups:
-            for param in group["params"]:
-                if set_to_none or param.grad is None:
-                    param.grad = None
-                else:
-                    param.grad = param.grad.detach().zero_()
-        self._check_params(reattach=True)
+        self._core.zero_grad(set_to_none)
 
     @torch.no_grad()
     def clip_grad_norm_(self, max_norm: float) -> Tensor:
@@ -289,12 +291,12 @@ class FusedAccumOptimizer(SharingOptimizer):
             The L2 norm of the mean gradient so far, 0-d fp32 on the device.
         """
         max_norm = arguments.check_positive("max_norm", max_norm)
-        self._collect()
-        self._next_max_norm = max_norm
-        if not self._collector.segments:
-            return torch.zeros(())
-        total = self._collector.sums_of_squares().double().sum()
-        return (total.sqrt() * self._window.correction_so_far()).float()
+        core = self._core
+        core.collect()
+        core.window.max_norm = max_norm
+        total = core.collector.sums_of_squares().double().sum()
+        correction = core.window.correction_so_far(is_open=core.collector.has_arrivals)
+        return (total.sqrt() * correction).float()
 
     def detach(self) -> Optimizer:
         """Remove every hook and give the plain optimizer and model back.
@@ -305,13 +307,15 @@ class FusedAccumOptimizer(SharingOptimizer):
         Raises:
             RuntimeError: inside a window, whose gradients would be lost.
         """
-        if self._window.micro_batches or self._collector.has_arrivals:
+        core = self._core
+        core.collector.look()
+        if core.collector.is_open:
             raise RuntimeError(
-                f"detach() inside a window would lose {self._window.micro_batches} micro-batches: "
+                f"detach() inside a window would lose {self.micro_batches} micro-batches: "
                 "call flush() (or step()) to use them, or zero_grad() to discard them, first"
             )
-        checkpoint.release_states(self._updater)
-        self._collector.detach()
+        core.updater.release_states()
+        core.collector.detach()
         return self.optimizer
 
     def state_dict(self) -> dict[str, Any]:
@@ -323,7 +327,8 @@ class FusedAccumOptimizer(SharingOptimizer):
         Raises:
             RuntimeError: after a backward that raised half-way.
         """
-        return checkpoint.save(self.optimizer.state_dict(), self._updater)
+        self._core.prepare_save()
+        return checkpoint.save(self.optimizer.state_dict(), self._core.updater)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict of this class or of the plain optimizer; states stay fp32.
@@ -332,69 +337,33 @@ class FusedAccumOptimizer(SharingOptimizer):
             ValueError: for other groups, other shapes or another format version, naming the
                 difference; nothing is loaded then.
         """
-        checkpoint.check(state_dict, self._updater)
-        self._collector.discard()
-        self._check_params(reattach=True)  # Accelerate moves the model, then loads state_dict()
-        checkpoint.load(state_dict, self._updater)
+        self._core.load(state_dict)
 
     def __repr__(self) -> str:
-        return describe.describe(self._updater, self.backend, self.max_grad_norm)
+        return describe.describe(self._core.updater, self._core.options)
+
+    def __getattr__(self, name: str) -> Any:
+        value = super().__getattr__(name)
+        if name in ("train", "eval") and callable(value):
+            # Schedule-free optimizers rewrite the parameters there: their masters, that is.
+            return partial(self._core.updater.on_masters, value)
+        return value
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Asked by GradScaler: False lets it unscale `p.grad`, once per window, before step().
+
+        True has it hand over its scale instead (`scaling.py`).
+        """
+        core = vars(self).get("_core")
+        return core is not None and bool(core.scaling.asked())
 
     def _found_inf_per_device(self) -> dict[torch.device, Tensor]:
         """What a linked GradScaler asks instead of unscaling `p.grad`, which is unscaled."""
-        self._collect()
-        sums = self._collector.sums_of_squares()
-        return {sums.device: self._scaling.found_inf(sums)}
+        self._core.collect()
+        sums = self._core.collector.sums_of_squares()
+        return {sums.device: self._core.scaling.found_inf(sums)}
 
-    def _collect(self) -> None:
-        """Have every gradient in its accumulator, or raise before anything is updated."""
-        self._collector.check_step()
-        self._check_params()
-        self._collector.adopt_assigned()
-
-    def _check_params(self, reattach: bool = False) -> None:
-        """Notice parameters that were added, unfrozen, or changed by `model.to()` and the like."""
-        self._collector.attach_groups(self.param_groups)
-        if self._collector.changed() is None:
-            return
-        if reattach and not self._window.micro_batches:
-            self._reattach()
-        else:
-            self._collector.refuse_changed()
-
-    def _reattach(self) -> None:
-        """Build everything anew for parameters that moved; states move with them."""
-        state = checkpoint.save(self.optimizer.state_dict(), self._updater)
-        self._collector.detach()
-        self._build()
-        checkpoint.load(state, self._updater)
-
-    def _step_with_closure(self, closure: Closure | None) -> Any:
-        """Let an optimizer that evaluates the closure several times (LBFGS) do so.
-
-        The gradients it reads are the fp32 accumulators; there is no window to normalise or clip.
-        """
-        if closure is None:
-            raise TypeError(f"{type(self.optimizer).__name__}.step() needs a closure")
-
-        def evaluate() -> Any:
-            with torch.enable_grad():
-                loss = closure()
-            self._collect()
-            return loss
-
-        loss = self.optimizer.step(evaluate)
-        self.window_closed = True
-        self._collector.end_window()
-        return loss
-
-    def _update(self) -> None:
-        """One update; then the window is over."""
-        max_norm = self.max_grad_norm if self._next_max_norm is None else self._next_max_norm
-        self._next_max_norm = None
-        correction = self._scaling.correction(self._window.correction())
-        # The wrapped optimizer's own step() runs the hooks itself.
-        with self._step_hooks() if self._updater.is_fused else nullcontext():
-            self._updater.run(correction, max_norm)
-        self.window_closed = True
-        self._collector.end_window()
+    def _hooks(self) -> AbstractContextManager[Any]:
+        """Hooks of step(), but for an optimizer whose own step() runs them itself."""
+        return self._step_hooks() if self._core.updater.is_fused else nullcontext()

@@ -43,9 +43,14 @@ def clip_coefficient(norm: float, max_norm: float | None) -> float:
 
 
 def join_master(high: Tensor, remainder: Tensor) -> Tensor:
-    """fp32 master from its bf16 high half and int16 remainder."""
-    bits = high.float().view(torch.int32) + remainder.int()
-    return bits.view(torch.float32)
+    """fp32 master from its bf16 high half and int16 remainder.
+
+    A remainder that would make a number a NaN came with another parameter (`kernels/_math.py` says
+    which do); the parameter then counts alone.
+    """
+    alone = high.float()
+    master = (alone.view(torch.int32) + remainder.int()).view(torch.float32)
+    return torch.where(master.isnan(), alone, master)
 
 
 def split_master(master: Tensor) -> tuple[Tensor, Tensor]:
@@ -55,6 +60,17 @@ def split_master(master: Tensor) -> tuple[Tensor, Tensor]:
     high = (bits + 0x8000) >> 16
     remainder = bits - (high << 16)
     return high.to(torch.int16).view(torch.bfloat16), remainder.to(torch.int16)
+
+
+def precise(param: Tensor, master: Tensor) -> Tensor:
+    """fp32 value of a parameter as it is now and its master, an int16 remainder or fp32.
+
+    An element of an fp32 master counts as long as the parameter is its rounded value. Elsewhere
+    somebody wrote the parameter, and the written element counts.
+    """
+    if master.dtype == torch.int16:
+        return join_master(param, master)
+    return torch.where(master.to(param.dtype) == param, master, param.float())
 
 
 def adam_scalars(hyper: Scalars, step: float, memory: Scalars) -> Both:

@@ -226,6 +226,11 @@ def select(optimizer: torch.optim.Optimizer, group: Group) -> Rule | None:
     return None
 
 
+def serve(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether every param group of `optimizer` has a fused rule."""
+    return all(select(optimizer, group) is not None for group in optimizer.param_groups)
+
+
 def has_rule(kind: type) -> bool:
     """Whether an optimizer class has a fused rule for some of its options."""
     names = (kind.__module__.split(".")[0], kind.__name__)

@@ -34,14 +34,19 @@ class Scaling:
         steps: micro-batches per window, or None where the loop owns it.
         scaler: the linked GradScaler, or None.
         fused_unscale: whether `step()` takes the scale over.
+        device: of the gradients.
 
     Attributes:
         overflow: 0-d fp32 on the device, above 0 once a micro-batch of the open window overflowed;
-            None without a linked scaler that is in use.
+            None without a linked scaler.
     """
 
     def __init__(
-        self, steps: int | None, scaler: torch.amp.GradScaler | None, fused_unscale: bool
+        self,
+        steps: int | None,
+        scaler: torch.amp.GradScaler | None,
+        fused_unscale: bool,
+        device: torch.device,
     ) -> None:
         self._steps = steps
         self._scaler = scaler
@@ -52,8 +57,12 @@ class Scaling:
         # Whether a GradScaler asked about the coming step, and whether one did about the last.
         self._was_asked, self._is_likely = False, True
         self.overflow: Tensor | None = None
-        if scaler is not None:
+        if scaler is not None and scaler.is_enabled():
             _link(scaler)
+            # By whether a parameter has arrived in the open micro-batch before: what 1 / scale is,
+            # and whether its accumulator is kept.
+            self._control = torch.ones(2, 2, dtype=torch.float32, device=device)
+            self.overflow = torch.zeros((), dtype=torch.float32, device=device)
 
     @property
     def is_linked(self) -> bool:
@@ -69,6 +78,16 @@ class Scaling:
         """
         self._was_asked = True
         return self._steps is not None or self._scaler is not None or self._fused_unscale
+
+    def count_to(self, steps: int | None) -> None:
+        """The window has another length from now on."""
+        self._steps = steps
+
+    @property
+    def takes_part(self) -> bool:
+        """Whether `correction` will be a tensor, which may say that the update is skipped."""
+        received = self._found_inf is not None or self._divisor is not None
+        return received or self.overflow is not None
 
     @property
     def needs_norm(self) -> bool:
@@ -102,12 +121,7 @@ class Scaling:
                 "grad_scaler was given, but backward() ran on a loss that it did not scale: call "
                 "scaler.scale(loss).backward()"
             )
-        if self._control is None:
-            self._control = torch.ones(2, 2, device=device)
-            overflow = self.overflow
-            self.overflow = torch.zeros((), device=device)
-            if overflow is not None:
-                self.overflow.copy_(overflow)
+        assert self._control is not None
         self._control[:, 0] = scale.to(device, non_blocking=True).double().reciprocal().float()
 
     def control(self, is_first: bool) -> Tensor | None:
@@ -194,8 +208,11 @@ class Scaling:
 
     def restore(self, overflow: float) -> None:
         """Go on with a window of a checkpoint."""
-        if overflow:
-            self.overflow = torch.tensor(overflow)
+        if overflow and self._control is not None and self.overflow is not None:
+            self.overflow.fill_(overflow)
+            self._control[0, 1] = 0.0  # what overflowed is not added to
+        elif overflow:
+            self.overflow = torch.tensor(overflow, dtype=torch.float32, device="cpu")
 
     def end_window(self) -> None:
         """The window has been used."""

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+from enum import IntEnum
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from . import reference
 from .buffers import Block, is_dense
 from .engines import refuse_partitioned, refuse_tensor
 from .tables import count_chunks
 
 PARAM_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class Fill(IntEnum):
+    """What a parameter's accumulator holds of the open window."""
+
+    EMPTY = 0  # Nothing: the next gradient is stored and not added.
+    EARLIER = 1  # A sum that the open micro-batch has not contributed to.
+    CURRENT = 2  # A sum that the open micro-batch has contributed to.
 
 
 def master_kind(mode: str | None, dtype: torch.dtype) -> str:
@@ -75,28 +85,31 @@ class Segment:
         acc: its fp32 accumulator, part of a flat buffer, made when first needed.
         grad: the same memory as `acc`, the tensor that `param.grad` shows. It has a version
             counter of its own, so that a change from outside is seen.
-        filled: whether `acc` holds something of this window (if not, the next gradient stores).
-        arrived: whether the open micro-batch has contributed.
+        fill: what `acc` holds of the open window.
+        closed_version: version of `grad` when the last micro-batch was closed.
+        is_zero: whether `acc` holds zeros because somebody asked for them.
         pending: whether a gradient waits in the collector's queue.
+        is_due: whether that is one, and not a None.
         cell, n_cells: where its partial sums of squares are.
         sums_version: version of `grad` that the partial sums belong to, None if they do not.
         has_sums: whether its cells may hold something other than zero.
         kind: "none", "stochastic", "split" or "fp32", see `master_kind`.
         master: remainder or fp32 master, made at the first update.
-        loaded_master: fp32 master from a checkpoint, not yet compared with the parameter.
-        param_version: version of `param` after the last update.
+        loaded_master: fp32 master from a checkpoint, not yet compared with the parameter: the
+            weights may be loaded after the optimizer.
         states: the optimizer's states, fp32, in the rule's order.
         step: its step count, 0-d, on the device.
+        knows_step: whether a checkpoint told its step count.
         numbers: the 0-d states that `state[param]` shows, by torch's names.
         node: the AccumulateGrad node, which autograd itself holds only weakly.
-        hook: the handle of the hook on it.
+        hook: the handle of the hook on it, None while the parameter is frozen.
     """
 
     __slots__ = (
-        "__weakref__", "_block", "_position", "acc", "arrived", "cell", "device", "dtype",
-        "filled", "grad", "has_sums", "hook", "is_contiguous", "kind", "loaded_master",
-        "master", "n_cells", "nbytes", "node", "numbers", "numel", "param", "param_version",
-        "pending", "row", "shape", "states", "step", "stride", "sums_version",
+        "__weakref__", "_block", "_position", "acc", "cell", "closed_version", "device", "dtype",
+        "fill", "grad", "has_sums", "hook", "is_contiguous", "is_due", "is_zero", "kind",
+        "knows_step", "loaded_master", "master", "n_cells", "nbytes", "node", "numbers", "numel",
+        "param", "pending", "row", "shape", "states", "step", "stride", "sums_version",
     )  # fmt: skip
 
     def __init__(
@@ -113,11 +126,12 @@ class Segment:
         self.kind = kind
         self.acc: Tensor = None  # type: ignore[assignment]  # see `allocate`
         self.grad: Tensor | None = None
-        self.filled = self.arrived = self.pending = self.has_sums = False
+        self.fill = Fill.EMPTY
+        self.pending = self.has_sums = self.knows_step = self.is_zero = self.is_due = False
+        self.closed_version = 0
         self.sums_version: int | None = None
         self.master: Tensor | None = None
         self.loaded_master: Tensor | None = None
-        self.param_version = param._version
         self.states: tuple[Tensor, ...] = ()
         self.step: Tensor | None = None
         self.numbers: dict[str, Tensor] = {}
@@ -166,51 +180,53 @@ class Segment:
         return None
 
     def refresh_master(self) -> None:
-        """Make the master agree with the parameter where somebody wrote the parameter.
+        """Make the master where there is none yet, and take over a checkpoint's.
 
-        An fp32 master is compared element by element in the step itself. A remainder is dropped
-        when the version counter moved; a write past it (`param.data`) leaves a remainder of at
-        most half a bf16 step, under which the new value still shows.
+        A parameter written from outside needs nothing more. A remainder stays: with the written
+        value it is a master within half a bf16 step of it. An fp32 master is compared with the
+        parameter, element by element, wherever it is read (`reference.precise`). So a master of
+        zeros is that of any parameter as it is.
         """
-        param = self.param
         if not self.has_master:
             return
         if self.master is None:
             dtype = torch.int16 if self.kind == "split" else torch.float32
             self.master = self.view("master", dtype)
-            self.param_version = -1
         if self.loaded_master is not None:
-            self._adopt_loaded(self.loaded_master)
-        elif self.param_version != param._version:
-            if self.kind == "split":
-                self.master.zero_()
-            else:
-                known = self.master.to(param.dtype) == param
-                self.master.copy_(torch.where(known, self.master, param.float()))
-        self.param_version = param._version
+            self.master.copy_(self._adopted(self.loaded_master))
+            self.loaded_master = None
 
-    def _adopt_loaded(self, loaded: Tensor) -> None:
-        """Take a checkpoint's master wherever the parameter is its rounded value."""
-        assert self.master is not None
+    def _adopted(self, loaded: Tensor) -> Tensor:
+        """The master of what a checkpoint had, where the parameter is its rounded value.
+
+        Elsewhere the parameter counts alone: its remainder is 0.
+        """
+        if self.kind == "fp32":
+            return loaded
+        high, remainder = reference.split_master(loaded)
+        return torch.where(high == self.param, remainder, torch.zeros_like(remainder))
+
+    def forget_master(self) -> None:
+        """Let the parameter count alone, as before the first update."""
         self.loaded_master = None
+        if self.master is not None:
+            self.master.zero_()
+
+    def use_fp32_master(self) -> Tensor:
+        """The precise value as an fp32 master, now and from now on, for steps of other packages."""
+        value = self.precise()
         if self.kind == "split":
-            from .reference import split_master
-
-            high, remainder = split_master(loaded)
-            agrees = high == self.param
-            self.master.copy_(torch.where(agrees, remainder, torch.zeros_like(remainder)))
-        else:
-            agrees = loaded.to(self.dtype) == self.param
-            self.master.copy_(torch.where(agrees, loaded, self.param.float()))
-
-    def precise(self) -> Tensor | None:
-        """The fp32 master of the parameter as it is now, a new tensor; None if it has none."""
-        if not self.has_master or (self.master is None and self.loaded_master is None):
-            return None
+            self.kind, self.master, self.loaded_master = "fp32", None, None
         self.refresh_master()
         assert self.master is not None
-        if self.kind == "split":
-            from .reference import join_master
+        return self.master.copy_(self.param if value is None else value)
 
-            return join_master(self.param.detach(), self.master)
-        return self.master.clone()
+    def precise(self) -> Tensor | None:
+        """The fp32 value that an update would start from, a new tensor; None without a master.
+
+        Nothing is changed: a parameter that is swapped for the time being keeps its master.
+        """
+        master = self.master if self.loaded_master is None else self._adopted(self.loaded_master)
+        if not self.has_master or master is None:
+            return None
+        return reference.precise(self.param.detach(), master)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim import optimizer as torch_optimizer
+from torch.utils._pytree import tree_map_only
 
 from .engines import refuse_deepspeed
 
@@ -76,7 +77,11 @@ class SharingOptimizer(Optimizer):
         # The constructor keeps each of its options under its own name.
         _, *names = inspect.signature(_wrapper(type(self))).parameters
         options = {name: getattr(self, name) for name in names}
-        return _rebuild, (type(self), self.optimizer, options, self.state_dict())
+        # States are views of flat buffers, each of which would take all of its buffer along.
+        state = tree_map_only(Tensor, torch.Tensor.clone, self.state_dict())
+        bare = copy.copy(self.optimizer)
+        bare.state = defaultdict(dict)
+        return _rebuild, (type(self), bare, options, state)
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -110,23 +115,15 @@ class SharingOptimizer(Optimizer):
         # Hook dicts, and whatever a subclass has; asked only for what is not ours.
         if name == "optimizer":
             raise AttributeError(name)
-        value = getattr(self.optimizer, name)
-        if name in ("train", "eval") and callable(value):
-            return partial(self.__dict__["_updater"].on_masters, value)
-        return value
-
-    @property
-    def _step_supports_amp_scaling(self) -> bool:
-        """Asked by GradScaler: False lets it unscale `p.grad`, once per window, before step().
-
-        True has it hand over its scale instead (`scaling.py`).
-        """
-        scaling = self.__dict__.get("_scaling")
-        return scaling is not None and bool(scaling.asked())
+        return getattr(self.optimizer, name)
 
     @contextmanager
-    def _step_hooks(self) -> Iterator[None]:
-        """What torch does around a step(): a profiler record, and the hooks of both kinds."""
+    def _step_hooks(self) -> Iterator[bool]:
+        """What torch does around a step(): a profiler record, and the hooks of both kinds.
+
+        Yields:
+            Whether there was one before.
+        """
         with torch.autograd.profiler.record_function(f"Optimizer.step#{type(self).__name__}.step"):
             before = (
                 torch_optimizer._global_optimizer_pre_hooks,
@@ -134,7 +131,7 @@ class SharingOptimizer(Optimizer):
             )
             for hook in chain.from_iterable(hooks.values() for hooks in before):
                 hook(self, (self,), {})
-            yield
+            yield any(before)
             after = (
                 self.optimizer._optimizer_step_post_hooks,
                 torch_optimizer._global_optimizer_post_hooks,

@@ -8,6 +8,7 @@ allocator hands out the same blocks.
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 from collections.abc import Hashable, Sequence
 from typing import Any
@@ -49,14 +50,16 @@ class _Staging:
     def __init__(self) -> None:
         self._arena: Tensor | None = None
         self._used = 0
+        self._lock = threading.Lock()  # of what is used: every optimizer's tables come here
 
     def stage(self, source: Tensor, capturing: bool) -> Tensor:
         """A pinned copy of `source`."""
         if self._arena is None and not capturing:
-            self._arena = torch.empty(ARENA_BYTES, dtype=torch.uint8, pin_memory=True)
+            self._arena = torch.empty(ARENA_BYTES, dtype=torch.uint8, device="cpu", pin_memory=True)
         if not capturing:
             return torch.empty_like(source, pin_memory=True).copy_(source)
-        start, self._used = self._used, self._used + -(-source.nbytes // 64) * 64
+        with self._lock:
+            start, self._used = self._used, self._used + -(-source.nbytes // 64) * 64
         if self._arena is None or self._used > ARENA_BYTES:
             raise RuntimeError(
                 f"no pinned memory left for the tables of captured CUDA graphs ({ARENA_BYTES} "
@@ -76,7 +79,7 @@ class Mirror:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._host: npt.NDArray[Any] | None = None
-        self.tensor = torch.empty(0, device=device)
+        self.tensor = torch.empty(0, dtype=torch.float32, device=device)
 
     def set(self, host: npt.NDArray[Any]) -> Tensor:
         """The device copy of `host`. Nothing waits for the device.

@@ -15,8 +15,13 @@ from .backends import StepBatch, UpdateRequest, UpdateScalars
 from .collect import Collector
 from .rounding import tensor_key
 from .segments import Segment
+from .skips import SkipWatch
+from .swap import Swap
 
 Group = dict[str, Any]
+# What is still to do of an update, given the factor that makes the accumulated sum the mean: a
+# tensor where a GradScaler takes part, NaN after an overflow, which skips the update in any case.
+Apply = Callable[[float | Tensor], None]
 
 
 def _zero(_: Group) -> float:
@@ -29,17 +34,15 @@ class Updater:
     Args:
         optimizer: the wrapped one; its `state` and `param_groups` are read and written.
         collector: where the accumulators are.
-        skip_nonfinite: leave everything as it was where the norm is not finite.
         seed: of stochastic rounding.
     """
 
-    def __init__(
-        self, optimizer: Optimizer, collector: Collector, skip_nonfinite: bool, seed: int = 0
-    ) -> None:
+    def __init__(self, optimizer: Optimizer, collector: Collector, seed: int = 0) -> None:
         self.optimizer = optimizer
         self.collector = collector
-        self.skip_nonfinite = skip_nonfinite
         self.seed = seed
+        self.swap = Swap(optimizer)
+        self._watch = SkipWatch()
         self.scalars: UpdateScalars | None = None
         self.grad_norm: Tensor | None = None
         self._native_masters: dict[Segment, torch.nn.Parameter] = {}
@@ -51,8 +54,7 @@ class Updater:
     @property
     def is_fused(self) -> bool:
         """Whether every param group has a fused rule; one without takes all to the native step."""
-        groups = self.optimizer.param_groups
-        return all(rules.select(self.optimizer, group) is not None for group in groups)
+        return rules.serve(self.optimizer)
 
     def refuse_native(self, what: str) -> None:
         """Raise if the optimizer takes its native step.
@@ -70,38 +72,39 @@ class Updater:
         if old is None or len(old.steps) < n:
             rule = rules.select(self.optimizer, self.optimizer.param_groups[0])
             n_scalars = rule.family.n_scalars if rule else 0
-            device = next(iter(self.collector.segments.values())).device
             n_memory = len(rule.family.memory) if rule else 0
-            self.scalars = UpdateScalars(n, n_scalars, device, n_memory)
+            new = UpdateScalars(n, n_scalars, self.collector.device, n_memory)
             if old is not None:
-                self.scalars.memory[: len(old.memory)] = old.memory
-                self.scalars.steps[: len(old.steps)] = old.steps
-                self.scalars.norm, self.scalars.skipped = old.norm, old.skipped
+                new.memory[: len(old.memory)] = old.memory
+                new.steps[: len(old.steps)] = old.steps
+                new.norm, new.skipped = old.norm, old.skipped
                 for segment in self.collector.segments.values():
                     segment.step = None  # what `state` shows is in the old tables
+            self.scalars = new
         assert self.scalars is not None
         return self.scalars
 
     @torch.no_grad()
-    def run(self, correction: float | Tensor, max_norm: float | None) -> None:
-        """One update with what the window holds.
+    def prepare(self, max_norm: float | None, skip_nonfinite: bool, is_scaled: bool) -> Apply:
+        """Make one update with what the window holds ready. Weights and states do not change.
 
         Args:
-            correction: makes the accumulated sum the mean; a tensor where a GradScaler takes part,
-                NaN after an overflow: the update is skipped then in any case.
             max_norm: clip to it, or None.
+            skip_nonfinite: leave everything as it was where the norm is not finite.
+            is_scaled: whether a GradScaler takes part, so that the factor is a tensor.
+
+        Returns:
+            What applies it. Until that is called, all of this may be given up and done again.
         """
-        if not self.collector.segments:
-            return
+        if not any(segment.fill for segment in self.collector.segments.values()):
+            return lambda correction: None  # torch's step() without a gradient does nothing either
         if self.is_provisional:
             self._forget_states()
-        skip = self.skip_nonfinite or isinstance(correction, Tensor)
+        skip = skip_nonfinite or is_scaled
         needs_norm = max_norm is not None or skip
         partials = self.collector.sums_of_squares() if needs_norm else None
-        if self.is_fused:
-            self._fused(correction, max_norm, partials, skip)
-        else:
-            self._native(float(correction), max_norm, partials, skip)
+        make = self._fused if self.is_fused else self._native
+        return make(max_norm, partials, skip)
 
     def _forget_states(self) -> None:
         """Let the states start as if there had been none."""
@@ -111,15 +114,24 @@ class Updater:
         for segment in self.collector.segments.values():
             segment.states, segment.step = (), None
 
+    @torch.no_grad()
+    def release_states(self) -> None:
+        """Give the wrapped optimizer states of its own, in the dtypes plain torch would have."""
+        if self.is_provisional:
+            self.optimizer.state.clear()
+        for param, segment in self.collector.segments.items():
+            entry = self.optimizer.state.get(param, {})
+            for name, value in entry.items():
+                if not isinstance(value, Tensor):
+                    continue
+                if value.dim() == 0:
+                    entry[name] = value.detach().clone().cpu()
+                elif value.is_floating_point():
+                    entry[name] = value.to(segment.dtype, copy=True)
+
     # --- the fused step ---
 
-    def _fused(
-        self,
-        correction: float | Tensor,
-        max_norm: float | None,
-        partials: Tensor | None,
-        skip: bool,
-    ) -> None:
+    def _fused(self, max_norm: float | None, partials: Tensor | None, skip: bool) -> Apply:
         scalars = self.prepared_scalars()
         groups = self.optimizer.param_groups
         batches: dict[tuple[str, torch.dtype, str], StepBatch] = {}
@@ -129,7 +141,7 @@ class Updater:
             assert rule is not None
             for param in group["params"]:
                 segment = self.collector.segments.get(param)
-                if segment is None or not segment.filled:
+                if segment is None or not segment.fill:
                     continue
                 self.bind(segment, rule, group)
                 key = (rule.name, segment.dtype, segment.kind)
@@ -146,158 +158,175 @@ class Updater:
                     batch.keys.append(tensor_key(self.seed, segment.row))
                 updated.append(segment)
         if not updated:
-            return  # torch's step() without a gradient does nothing either
+            return lambda correction: None
         first = next(iter(batches.values())).rule.family
         hyper = [(rules.sign(group), *first.hyper(group)) for group in groups]
-        request = UpdateRequest(first, hyper, partials, correction, max_norm, skip)
         backend = self.collector.backend
-        backend.finalize(request, list(batches.values()), scalars)
-        for batch in batches.values():
-            backend.step(batch, scalars)
-        if partials is not None:
-            self.grad_norm = scalars.norm
-        # The kernels write behind autograd's back: a backward through the old weights must notice.
-        torch.autograd.graph.increment_version([s.param for s in updated])
-        for segment in updated:
-            segment.param_version = segment.param._version
+
+        @torch.no_grad()
+        def apply(correction: float | Tensor) -> None:
+            request = UpdateRequest(first, hyper, partials, correction, max_norm, skip)
+            backend.finalize(request, list(batches.values()), scalars)
+            for batch in batches.values():
+                backend.step(batch, scalars)
+            self.grad_norm = None if partials is None else scalars.norm
+            # The kernels write behind autograd's back: a backward through the old weights must
+            # notice.
+            torch.autograd.graph.increment_version([s.param for s in updated])
+            if skip:
+                self._watch.updated(scalars.skipped)
+
+        return apply
 
     def bind(self, segment: Segment, rule: rules.Rule, group: Group) -> None:
-        """Make `state[param]` show the flat buffers, taking over what somebody put there."""
+        """Make `state[param]` show the flat buffers, taking over what somebody put there.
+
+        It shows all of them or none: what raises before leaves `state` as it was.
+        """
         scalars = self.prepared_scalars()
         state = self.optimizer.state[segment.param]
         segment.refresh_master()
-        family = rule.family
-        numbers = [(scalars.memory[segment.row, i], *m) for i, m in enumerate(family.memory)]
-        own = dict(zip(rule.states, segment.states, strict=False))
         if segment.step is not None and len(segment.states) == len(rule.states):
-            own |= segment.numbers
+            own = dict(zip(rule.states, segment.states, strict=True)) | segment.numbers
             if all(state.get(name) is tensor for name, tensor in own.items()):
                 return
-        had_states = False
-        views = []
+        is_foreign = False  # whether it comes from a plain run, or from a checkpoint
+        shown: dict[str, Tensor] = {}
         for name in rule.states:
-            view, existing = segment.view(name), state.get(name)
+            shown[name] = view = segment.view(name)
+            existing = state.get(name)
             if not isinstance(existing, Tensor):
                 view.fill_(rule.start(name, group))
-            else:
-                had_states = True
-                if existing.data_ptr() != view.data_ptr():
-                    view.copy_(existing)
-            state[name] = view
-            views.append(view)
-        segment.states = tuple(views)
+            elif existing.data_ptr() != view.data_ptr():
+                is_foreign = True
+                view.copy_(existing)
+        views = tuple(shown.values())
         step = scalars.steps[segment.row]
-        if family.step_key is not None:
-            numbers.append((step, family.step_key, _zero))
-        elif segment.step is None and had_states:
+        if views and not any(isinstance(state.get(name), Tensor) for name in rule.states):
+            step.zero_()  # history begins anew, also where somebody cleared the states
+        memory = rule.family.memory
+        numbers = [(scalars.memory[segment.row, i], *m) for i, m in enumerate(memory)]
+        if rule.family.step_key is not None:
+            numbers.append((step, rule.family.step_key, _zero))
+        elif is_foreign and not segment.knows_step:
             step.clamp_(min=1.0)  # a momentum buffer from before: this is not the first update
-        segment.step = step
-        segment.numbers = {}
         for number, name, start in numbers:
+            shown[name] = number
             existing = state.get(name, start(group))
             if not isinstance(existing, Tensor):
                 number.fill_(existing)
             elif existing.data_ptr() != number.data_ptr():
                 number.copy_(existing)
-            state[name] = segment.numbers[name] = number
+        state.update(shown)
+        segment.states = views
+        segment.numbers = {name: number for number, name, _ in numbers}
+        segment.step = step
 
     # --- the wrapped optimizer's own step ---
 
-    def _native(
-        self, correction: float, max_norm: float | None, partials: Tensor | None, skip: bool
-    ) -> None:
+    def _native(self, max_norm: float | None, partials: Tensor | None, skip: bool) -> Apply:
         filled = self.collector.filled()
         if any(segment.kind == "stochastic" for segment in filled):
             self.refuse_native("stochastic_rounding=True")
         scalars = self.prepared_scalars()
-        if partials is not None:
-            norm = partials.double().sum().sqrt() * correction
-            self.grad_norm = scalars.norm.copy_(norm)
-            # The one wait of this library, and only here: a foreign step() cannot be skipped on
-            # the device.
-            if skip and not bool(norm.isfinite()):
-                scalars.skipped += 1
-                return
-            coef = torch.full_like(norm, correction)
-            if max_norm is not None:
-                coef *= (max_norm / (norm + 1e-6)).clamp(max=1.0)
-            if filled and (max_norm is not None or correction != 1.0):
-                torch._foreach_mul_([s.acc for s in filled], coef.float())
-        elif filled and correction != 1.0:
-            torch._foreach_mul_([s.acc for s in filled], correction)
-        for segment in filled:
-            # The sums and the norm are of the gradient before this.
-            segment.sums_version = None
-        with self.substituted_masters(filled):
-            self.optimizer.step()
+        masters = {s: self._native_master(s) for s in filled if s.has_master}
+
+        @torch.no_grad()
+        def apply(correction: float | Tensor) -> None:
+            factor = float(correction)
+            coef: Tensor | float = factor
+            self.grad_norm = None
+            if partials is not None:
+                norm = partials.double().sum().sqrt() * factor
+                self.grad_norm = scalars.norm.copy_(norm)
+                # The one wait of this library, and only here: a foreign step() cannot be skipped
+                # on the device.
+                if skip and not bool(norm.isfinite()):
+                    scalars.skipped += 1
+                    self._watch.updated(scalars.skipped)
+                    return
+                if max_norm is not None:
+                    coef = (factor * (max_norm / (norm + 1e-6)).clamp(max=1.0)).float()
+            grads = [segment.acc for segment in filled]
+            if max_norm is not None or factor != 1.0:
+                if self.collector.window.steps is None:
+                    grads = list(torch._foreach_mul(grads, coef))  # the loop may go on adding
+                else:
+                    torch._foreach_mul_(grads, coef)
+                    for segment in filled:
+                        segment.sums_version = None  # the sums are of the gradient before this
+            with self._substituted(dict(zip(filled, grads, strict=True)), masters):
+                self.optimizer.step()
+            for segment, master in masters.items():
+                segment.param.copy_(master)
+            if skip:
+                self._watch.updated(scalars.skipped)
+
+        return apply
 
     @torch.no_grad()
     def on_masters(self, method: Callable[[], Any]) -> Any:
         """Call a method that rewrites parameters (schedule-free optimizers' train() and eval())."""
-        segments = [s for s in self.collector.segments.values() if s.has_master]
-        with self.substituted_masters([] if self.is_fused else segments):
-            return method()
+        kept = (
+            [] if self.is_fused else [s for s in self.collector.segments.values() if s.has_master]
+        )
+        masters = {s: self._native_master(s) for s in kept}
+        with self._substituted({s: s.acc for s in masters if s.fill}, masters):
+            result = method()
+        for segment, master in masters.items():
+            segment.param.copy_(master)
+        return result
 
     @contextmanager
-    def substituted_masters(self, filled: list[Segment]) -> Iterator[None]:
-        """Let the wrapped optimizer step fp32 masters instead of bf16 and fp16 parameters.
+    def _substituted(
+        self, grads: dict[Segment, Tensor], masters: dict[Segment, torch.nn.Parameter]
+    ) -> Iterator[None]:
+        """Let the wrapped optimizer see fp32 masters instead of bf16 and fp16 parameters.
 
         Its states are then fp32 too. For the time of the step the masters stand in `param_groups`
-        and `state`; afterwards the parameters do again, rounded from them.
+        and `state`; afterwards the parameters do again. Parameters without a gradient in this
+        window show none.
         """
-        new = {s.param for s in filled if s not in self.has_own_states}
-        masters = {s.param: self._native_master(s) for s in filled if s.has_master}
-        plain = [s for s in filled if not s.has_master]
-        for segment in plain:
-            segment.param.grad = self._native_grad(segment)
-        state, groups = self.optimizer.state, self.optimizer.param_groups
-        originals = [group["params"] for group in groups]
-        for param, master in masters.items():
-            if param in state:
-                state[master] = state.pop(param)
-                # Made in the parameter's dtype, by a constructor (Adagrad) or by a plain run. What
-                # it made, or loaded, for fp32 parameters is in the dtype that it wants.
-                for name, value in state[master].items() if param in new else ():
-                    if isinstance(value, Tensor) and value.dim() and value.dtype == param.dtype:
-                        state[master][name] = value.float()
-        self.has_own_states.update(filled)
-        for group in groups:
-            group["params"] = [masters.get(p, p) for p in group["params"]]
+        state = self.optimizer.state
+        segments = self.collector.segments.values()
+        shown = [(s.param, s.param.grad) for s in segments if s not in masters]
         try:
-            yield
+            for segment in segments:
+                if segment not in masters:
+                    grad = grads.get(segment)
+                    segment.param.grad = None if grad is None else self._native_grad(segment, grad)
+            with self.swap.of({s.param: master for s, master in masters.items()}, True):
+                for segment, master in masters.items():
+                    grad = grads.get(segment)
+                    master.grad = None if grad is None else self._native_grad(segment, grad)
+                    # Made in the parameter's dtype, by a constructor (Adagrad) or by a plain run.
+                    # What it made, or loaded, for fp32 parameters is in the dtype that it wants.
+                    entry = {} if segment in self.has_own_states else state.get(master, {})
+                    for name, value in entry.items():
+                        is_tensor = isinstance(value, Tensor) and value.dim() > 0
+                        if is_tensor and value.dtype == segment.dtype:
+                            entry[name] = value.float()
+                self.has_own_states.update(grads)
+                yield
         finally:
-            for group, params in zip(groups, originals, strict=True):
-                group["params"] = params
-            for param, master in masters.items():
-                if master in state:
-                    state[param] = state.pop(master)
+            for param, grad in shown:
+                param.grad = grad
+            for master in masters.values():
                 master.grad = None
-            for segment in plain:
-                segment.param.grad = segment.grad
-        for param, master in masters.items():
-            param.copy_(master)
 
-    def _native_grad(self, segment: Segment) -> Tensor | None:
-        """The accumulator in the form that the wrapped optimizer takes."""
-        grad = segment.grad
-        converts = not foreign.reads_fp32_gradients(self.optimizer)
-        if not segment.has_master and segment.dtype != torch.float32 and converts:
-            grad = segment.acc.to(segment.dtype)
+    def _native_grad(self, segment: Segment, grad: Tensor) -> Tensor:
+        """A gradient in the form that the wrapped optimizer takes."""
         if isinstance(self.optimizer, torch.optim.SparseAdam):
             # It takes nothing else, and touches only these rows: those with a gradient.
-            grad = segment.acc.to_sparse(1)
+            return grad.to_sparse(1)
+        converts = not foreign.reads_fp32_gradients(self.optimizer)
+        if not segment.has_master and segment.dtype != torch.float32 and converts:
+            return grad.to(segment.dtype)
         return grad
 
     def _native_master(self, segment: Segment) -> torch.nn.Parameter:
-        segment.kind = "fp32"  # a foreign optimizer knows nothing of remainders
-        if segment.master is not None and segment.master.dtype != torch.float32:
-            segment.master = None
-        segment.refresh_master()
-        assert segment.master is not None
+        kept = segment.use_fp32_master()
         master = self._native_masters.get(segment)
-        if master is None or master.data_ptr() != segment.master.data_ptr():
-            master = self._native_masters[segment] = torch.nn.Parameter(segment.master)
-        stored = segment.param
-        master.copy_(torch.where(master.to(stored.dtype) == stored, master, stored.float()))
-        master.grad = self._native_grad(segment)
+        if master is None or master.data_ptr() != kept.data_ptr():
+            master = self._native_masters[segment] = torch.nn.Parameter(kept)
         return master

@@ -26,6 +26,8 @@ class Window:
     total: float = 0.0  # sum of the closed micro-batches' weights
     reference: float | None = None  # W_ref, fixed by the first micro-batch
     weight: float | None = None  # of the open micro-batch, where micro_batch() gave one
+    is_inside: bool = False  # whether a micro_batch() block is being run
+    max_norm: float | None = None  # what clip_grad_norm_() asked for, instead of the setting
     is_explicit: bool | None = None  # whether this window's micro-batches come with weights
 
     @property
@@ -77,22 +79,22 @@ class Window:
             return 1.0
         return self.reference / self.total
 
-    def correction_so_far(self) -> float:
-        """`correction`, with the open micro-batch counted."""
-        if not self.is_weighted:
-            return 1.0
-        self.scale()
-        weight = 1.0 if self.weight is None else self.weight
-        assert self.reference is not None
-        return self.reference / (self.total + weight)
+    def correction_so_far(self, is_open: bool) -> float:
+        """`correction` of what has been added so far.
 
-    def restart(self) -> None:
-        """Forget the closed micro-batches; the open one is now the first."""
-        weight = self.weight
-        self.reset()
-        self.weight = weight
+        Args:
+            is_open: whether the open micro-batch has contributed and counts too.
+        """
+        if not self.is_weighted or self.reference is None:
+            return 1.0
+        # A loop's own micro-batch is open inside its micro_batch() block alone, with a weight.
+        weight = (0.0 if self.steps is None else 1.0) if self.weight is None else self.weight
+        total = self.total + (weight if is_open else 0.0)
+        return self.reference / total if total else 1.0
 
     def reset(self) -> None:
-        """Start the next window."""
+        """Start the next window. A micro_batch() block that is being run becomes its first."""
         self.micro_batches, self.total = 0, 0.0
-        self.reference = self.weight = self.is_explicit = None
+        self.reference = self.is_explicit = self.max_norm = None
+        if not self.is_inside:
+            self.weight = None

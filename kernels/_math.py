@@ -6,6 +6,12 @@ rounded to nearest (ties away from zero); an int16 remainder is the signed dista
     bits(master) = (bits(high) << 16) + remainder          exactly, for every finite master and inf
 
 so that high is a parameter that a model can use and nothing of the fp32 value is lost.
+
+Others may write the parameter, so any high half can meet any remainder. The sum of the two is then
+a number that rounds to high, within half a bf16 step of it, with two exceptions: a negative
+remainder beside a high half of +-0, and a positive one beside +-inf, would make the sum a NaN. No
+master has such a pair, so the high half alone counts there. A negative remainder beside inf is
+legitimate: the two are a finite master of more than 3.39e38, which rounds to inf.
 """
 
 import triton
@@ -22,9 +28,10 @@ QUIET_NAN_HIGH = tl.constexpr(0x7FC0)
 
 @triton.jit
 def join_master(high, remainder):
-    """fp32 master from a bf16 high half and its int16 remainder."""
+    """fp32 master from a bf16 high half and its int16 remainder, which never makes it a NaN."""
     bits = (high.to(tl.int16, bitcast=True).to(tl.int32) << 16) + remainder.to(tl.int32)
-    return bits.to(tl.float32, bitcast=True)
+    master = bits.to(tl.float32, bitcast=True)
+    return tl.where(master == master, master, high.to(tl.float32))
 
 
 @triton.jit

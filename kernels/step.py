@@ -6,9 +6,10 @@
 computed in fp32. How the parameter is kept is MASTER:
 
     "none"   the parameter is loaded and stored in its own dtype
-    "split"  a bf16 parameter and an int16 remainder are together the exact fp32 master
+    "split"  a bf16 parameter and an int16 remainder are together the exact fp32 master; one
+             that somebody wrote from outside keeps its remainder, at most half a bf16 step
     "fp32"   an fp32 master beside the parameter; where the parameter is no longer the rounded
-             master, somebody wrote it from outside, and the parameter wins
+             master, somebody wrote it from outside, and the written element wins
     "stochastic"
              a bf16 parameter without a master, rounded up or down at random
 

@@ -123,7 +123,7 @@ class WithoutCompiler:
 def forget_compiled() -> None:
     """Let the torch backend look for a compiler again."""
     torch_backend = importlib.import_module("fusedaccum.backends.torch")
-    native.compiler.cache_clear()
+    native.forget()
     for function in ("_library", "_reduce_library", "_step_library"):
         getattr(torch_backend, function).cache_clear()
 

@@ -50,7 +50,7 @@ class Package:
             names = self.refused
         else:
             wrapped = FusedAccumOptimizer(optimizer)
-            names = self.fused if wrapped._updater.is_fused else self.native
+            names = self.fused if wrapped._core.updater.is_fused else self.native
             wrapped.detach()
         name = f"`{type(optimizer).__name__}`"
         if name not in names:

@@ -159,7 +159,8 @@ def test_the_format() -> None:
     run(model, opt, 0, 5, torch.bfloat16)
     state = opt.state_dict()
     assert set(state) == {"state", "param_groups", "fusedaccum"}
-    states = {"step", "exp_avg", "exp_avg_sq", "master_param", "window_micro_batches"}
+    states = {"step", "exp_avg", "exp_avg_sq", "master_param"}
+    states |= {"window_micro_batches", "window_is_open"}
     assert set(state["state"][0]) == states | {"window_grad", *checkpoint.NUMBERS}
     extra = state["fusedaccum"]
     assert extra["version"] == 1 and extra["window"]["micro_batches"] == 1

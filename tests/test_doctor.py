@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from fusedaccum import cli
-from fusedaccum.backends import cgen, native
+from fusedaccum.backends import cgen, compiler
 from fusedaccum.commands import check_steps, checks, doctor
 from fusedaccum.rules import RULES
 from fusedaccum.window import Window
@@ -222,7 +222,7 @@ def test_a_fault_is_found(
     only: Callable[[str], None],
 ) -> None:
     install, pattern, message = FAULTS[fault]
-    if native.compiler() is None and install.__qualname__.startswith("text_of_rules"):
+    if compiler.find() is None and install.__qualname__.startswith("text_of_rules"):
         pytest.skip("no C compiler: there is no text to spoil")
     only(pattern)
     assert report(capsys)[0] == 0, "sound before"

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fusedaccum.backends import native
+from fusedaccum.backends import compiler, native, store
 from fusedaccum.commands import doctor, machine, output
 from tests.cases import forget_compiled
 
@@ -32,7 +32,7 @@ def test_warnings_of_a_sound_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     monkeypatch.setattr(machine, "usable_cores", lambda: float(torch.get_num_threads()))
     monkeypatch.setattr(machine, "_driver", lambda: None)
-    if native.compiler() and native._openmp() and not torch.cuda.is_available():
+    if compiler.find() and native._openmp() and not torch.cuda.is_available():
         assert machine.warnings() == []
 
 
@@ -51,18 +51,20 @@ def test_cpu_warnings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert warned("triton 3.5.0 is older than 3.6")
     blocked = tmp_path / "file"
     blocked.touch()
-    monkeypatch.setattr(native, "_cache_folder", lambda: blocked / "cache")
+    monkeypatch.setattr(store, "folder", lambda: blocked / "cache")
     assert warned(str(blocked), "cannot be written", "XDG_CACHE_HOME")
     monkeypatch.setattr(native, "_openmp", lambda: None)
     assert warned("OpenMP", "one thread of 4")
+    monkeypatch.setattr(store, "folder", lambda: None)
+    assert warned("no home directory", "XDG_CACHE_HOME")
     monkeypatch.setenv("FUSEDACCUM_CC", "0")
+    forget_compiled()
     assert warned("FUSEDACCUM_CC=0", "4 times to step")
 
 
 def test_no_compiler_is_worth_a_word(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FUSEDACCUM_CC", "no-such-compiler")
     forget_compiled()
-    native.load.cache_clear()
     assert warned("no C compiler", "Install a C compiler")
     assert machine.backend_of(CPU, torch.bfloat16)["path"] == "ATen blocks"
 

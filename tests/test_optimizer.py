@@ -205,7 +205,7 @@ def test_a_dropped_wrapper_is_freed() -> None:
     model = small_model()
     opt = FusedAccumOptimizer(torch.optim.AdamW(model.parameters()), 2)
     loss(model, batches(1)[0]).backward()
-    gone = weakref.ref(opt._collector)
+    gone = weakref.ref(opt._core.collector)
     del opt
     gc.collect()
     assert gone() is None

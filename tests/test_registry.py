@@ -214,3 +214,27 @@ def test_the_example_checks_itself() -> None:
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "fused rule 'ademamix'" in done.stdout
+
+
+@pytest.mark.parametrize("mode", ["split", "fp32"])
+def test_masters_outlive_the_end_of_the_fused_rule(mode: str) -> None:
+    """An option that the rule does not serve takes the class's step() on the same fp32 numbers."""
+    register()
+    models = [Gradients([torch.ones(40, dtype=d)]) for d in (torch.bfloat16, torch.float32)]
+    opts = []
+    for model in models:
+        opts.append(
+            fusedaccum.FusedAccumOptimizer(
+                Signum(model.parameters(), lr=1e-4), 1, master_weights=mode
+            )
+        )
+    for momentum in (0.9, 0.9, 0.9, 0.0, 0.0):
+        for model, opt in zip(models, opts, strict=True):
+            opt.param_groups[0]["momentum"] = momentum
+            model.backward([torch.linspace(-1, 1, 40).bfloat16()])
+            opt.step()
+            opt.zero_grad()
+    assert not opts[0]._updater.is_fused
+    master = opts[0].state_dict()["state"][0]["master_param"]
+    assert tolerances.equal_bits(master, models[1].params[0].detach())
+    assert not torch.equal(master, models[0].params[0].float())

@@ -69,7 +69,7 @@ def test_the_loop_owns_the_window_without_a_pass(
     scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
     opt = wrap(ours, None, scaler if linked else None, fused_unscale=not linked)
     passes: list[int] = []
-    backend = opt._collector.backend
+    backend = opt._core.collector.backend
     stock = backend.sum_of_squares
     monkeypatch.setattr(backend, "sum_of_squares", lambda *a: (passes.append(1), stock(*a)))
     xs = inputs(12, dtype)
@@ -94,7 +94,7 @@ def test_a_step_that_raised_leaves_no_scale_behind(monkeypatch: pytest.MonkeyPat
         raise MemoryError
 
     with monkeypatch.context() as broken:
-        broken.setattr(opt._updater, "run", fail)
+        broken.setattr(opt._core.updater, "prepare", fail)
         with pytest.raises(MemoryError):
             scaler.step(opt)
     scaler.step(opt)

@@ -66,9 +66,11 @@ def test_two_wrappers_of_one_parameter() -> None:
     model = small_model(torch.bfloat16)
     inner = sgd(model)
     first = FusedAccumOptimizer(inner, 2)
+    model(torch.randn(2, model[0].in_features, dtype=torch.bfloat16)).sum().backward()
     for again in (inner, sgd(model)):
         with pytest.raises(ValueError, match=r"already belongs to another .* detach\(\)"):
             FusedAccumOptimizer(again, 2)
+    first.zero_grad()
     first.detach()
     second = FusedAccumOptimizer(inner, 2)
     del second  # as a notebook cell that is run again does

@@ -42,6 +42,12 @@ static inline uint16_t to_bf16(float x) {
   return x != x ? (uint16_t)((bits >> 16) | 0x0040u) : (uint16_t)rounded;
 }
 static inline float same(float x) { return x; }
+/* kernels/_math.py: halves of a master, and no NaN of a remainder that is not the high half's. */
+static inline float join_master(uint16_t high, int16_t remainder) {
+  uint32_t bits = (uint32_t)high << 16;
+  float master = bits_to_float(bits + (uint32_t)(int32_t)remainder);
+  return master != master ? bits_to_float(bits) : master;
+}
 /* rounding.py: hash of 32 bits, and stochastic rounding. */
 static inline uint32_t mix_bits(uint32_t x) {
   x ^= x >> 16; x *= 0x7FEB352Du; x ^= x >> 15; x *= 0x846CA68Bu; return x ^ (x >> 16);
@@ -168,7 +174,7 @@ void step(const int64_t *table, const int32_t *chunks, void *third, float unused
 
 _LOAD_PARAM = {
     "none": "float param = %(load)s(params[i]);",
-    "split": "float param = bits_to_float(((uint32_t)params[i] << 16) + (int32_t)masters[i]);",
+    "split": "float param = join_master(params[i], masters[i]);",
     "stochastic": "float param = %(load)s(params[i]);",
     "fp32": "float param = masters[i];"
     " if (%(load)s(%(store)s(param)) != %(load)s(params[i])) param = %(load)s(params[i]);",

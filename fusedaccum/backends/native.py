@@ -2,8 +2,8 @@
 
 Stock ATen adds a bf16 tensor to an fp32 one at about a fifth of the memory rate, and blocks through
 a scratch buffer take 1.2 times a copy; one compiled pass takes 0.7 (benchmarks/README.md). A
-compile takes about 0.2 s, once per machine. Without a compiler the torch backend says so once and
-uses blocks. FUSEDACCUM_CC=0 turns the loops off, FUSEDACCUM_CC=<command> names a compiler.
+compile takes about 0.2 s, once per machine. Whatever goes wrong on the way, from no compiler to a
+cache that is damaged, the torch backend says once why and uses blocks.
 """
 
 from __future__ import annotations
@@ -13,99 +13,209 @@ import hashlib
 import os
 import platform
 import shutil
-import subprocess
 import tempfile
+import threading
 import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
 
-# No FMA contraction: the same bits as the reference. No errno: sqrtf becomes one instruction.
-_FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-fPIC", "-shared")
+from . import compiler, store
+from .compiler import CompilerMissing
+
 # Waking a team of threads costs some 10 us, in which one thread does this many elements.
 MIN_PARALLEL_ELEMENTS = 1 << 16
-
-
-class CompilerMissing(RuntimeError):
-    """There is no C compiler, or it does not compile what it is given."""
-
-
-@lru_cache(maxsize=1)
-def compiler() -> str | None:
-    """The C compiler's command, or None where there is none or it is turned off."""
-    wanted = os.environ.get("FUSEDACCUM_CC")
-    if wanted == "0":
-        return None
-    if wanted:
-        return shutil.which(wanted)
-    return next((found for name in ("cc", "gcc", "clang") if (found := shutil.which(name))), None)
-
-
-def _cache_folder() -> Path:
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(root) / "fusedaccum"
 
 
 @lru_cache(maxsize=1)
 def _machine() -> str:
     """What -march=native depends on: a home directory may be shared between machines."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
         flags = next((line for line in lines if line.startswith(("flags", "Features"))), "")
     except OSError:
         flags = ""
     return f"{platform.machine()} {platform.processor()} {flags}"
 
 
-@cache
+class _Libraries:
+    """The libraries of this process, and the sources that cannot be had; each is tried once.
+
+    Threads that want one source wait for the first of them; two sources compile side by side.
+    """
+
+    def __init__(self) -> None:
+        self.forget()
+
+    def forget(self) -> None:
+        self._results: dict[str, ctypes.CDLL | CompilerMissing] = {}
+        self._warned: set[str] = set()
+        self.after_fork()
+
+    def after_fork(self) -> None:
+        """New locks: a thread that held one does not exist in a forked process."""
+        self._guard = threading.Lock()
+        self._locks: dict[str, threading.Lock] = {}
+
+    def get(self, source: str) -> ctypes.CDLL:
+        with self._guard:
+            lock = self._locks.setdefault(source, threading.Lock())
+        with lock:
+            if source not in self._results:
+                try:
+                    self._results[source] = _find_or_build(source)
+                except CompilerMissing as error:
+                    self._results[source] = error
+                except OSError as error:
+                    self._results[source] = CompilerMissing(f"compiled loops: {error}")
+        result = self._results[source]
+        if isinstance(result, CompilerMissing):
+            raise result
+        return result
+
+    def is_news(self, text: str) -> bool:
+        """Whether nobody has warned of this."""
+        with self._guard:
+            is_new = text not in self._warned
+            self._warned.add(text)
+        return is_new
+
+
+_libraries = _Libraries()
+# The threads of an OpenMP team do not exist in a forked process either, but the runtime waits for
+# them there without end. The loops take one thread then.
+_is_forked = False
+
+
+def _after_fork() -> None:
+    global _is_forked
+    _is_forked = True
+    _libraries.after_fork()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
 def load(source: str) -> ctypes.CDLL:
     """The compiled library of a C source, from the cache on disk where it is there.
 
     Raises:
-        CompilerMissing: if there is no compiler or it fails.
+        CompilerMissing: if it cannot be had, for whatever reason.
     """
-    command = compiler()
-    if command is None:
-        raise CompilerMissing("no C compiler (cc, gcc or clang) was found")
-    version = _compiler_version(command)
-    text = "\n".join((source, command, version, " ".join(_FLAGS), _machine()))
-    name = hashlib.sha256(text.encode()).hexdigest()[:32] + ".so"
+    return _libraries.get(source)
+
+
+def forget() -> None:
+    """Look for a compiler and for libraries again, and warn again."""
+    compiler.find.cache_clear()
+    compiler.hung.clear()
+    compiler_version.cache_clear()
+    _libraries.forget()
+
+
+def _find_or_build(source: str) -> ctypes.CDLL:
+    """The library of a source: kept code where it is sound and loads, else built anew."""
+    command = compiler.require()
+    text = "\n".join((source, *command, compiler_version(command), *compiler.FLAGS, _machine()))
+    name = hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:32]
+    code = None
     try:
-        folder = _cache_folder()
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / name
-        if not path.exists():
-            _compile(command, source, path)
-    except OSError:
-        # A read-only home: a folder of this process's own.
-        path = Path(tempfile.mkdtemp(prefix="fusedaccum-")) / name
-        _compile(command, source, path)
-    return ctypes.CDLL(str(path))
+        code = store.read(name)
+    except store.Untrusted as error:
+        _warn(f"{error}; it is not used, and every process compiles its loops anew")
+    if code is not None:
+        with suppress(OSError, CompilerMissing):
+            return _open(code)
+    with _scratch() as folder:
+        code = compiler.build(command, source, folder)
+    library = _open(code)
+    with suppress(OSError):  # a read-only home: every process compiles for itself
+        store.write(name, code)
+    return library
 
 
 @lru_cache(maxsize=1)
-def _compiler_version(command: str) -> str:
-    done = subprocess.run([command, "--version"], capture_output=True, text=True, check=False)
-    return done.stdout
+def compiler_version(command: compiler.Command) -> str:
+    """What the compiler says of itself.
+
+    Raises:
+        CompilerMissing, OSError: if it does not end, or cannot be run.
+    """
+    with _scratch() as folder:
+        return compiler.version(command, folder)
 
 
-def _compile(command: str, source: str, path: Path) -> None:
-    """Compile to a name of this process's own and rename: other processes see all or nothing."""
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        c_file, so_file = Path(folder, "loops.c"), Path(folder, "loops.so")
-        c_file.write_text(source, encoding="utf-8")
-        done = subprocess.run(
-            [command, *_FLAGS, str(c_file), "-o", str(so_file), "-lm"],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        if done.returncode:
-            raise CompilerMissing(f"{command} failed: {done.stderr.strip()[-500:]}")
-        os.replace(so_file, path)
+def _open(code: bytes) -> ctypes.CDLL:
+    """Load code, from a file of its own that nobody can change or cut afterwards.
+
+    Raises:
+        CompilerMissing: if it cannot be loaded from anywhere, or is a library of something else.
+    """
+    problem = ""
+    for place in _places():
+        try:
+            with _own_folder(place) as folder:
+                library = _library_of(folder / "loops.so", code)
+        except OSError as error:
+            problem = str(error)
+            continue
+        if not hasattr(library, "run_share"):
+            raise CompilerMissing("the C compiler made a library without the loops in it")
+        return library
+    raise CompilerMissing(f"compiled loops cannot be loaded: {problem}")
+
+
+def _library_of(path: Path, code: bytes) -> ctypes.CDLL:
+    path.write_bytes(code)
+    try:
+        return ctypes.CDLL(str(path))
+    except OSError as error:  # mounted noexec, say. A warning must not name a new folder each time.
+        why = str(error).replace(str(path), path.name)
+        raise OSError(f"{why} (in a folder of {path.parent.parent})") from None
+
+
+@contextmanager
+def _scratch() -> Iterator[Path]:
+    """A folder of this process's own, in the first place that has room for one."""
+    with ExitStack() as stack:
+        problem = OSError("no folder can be written")
+        for place in _places():
+            try:
+                folder = stack.enter_context(_own_folder(place))
+            except OSError as error:
+                problem = error
+                continue
+            yield folder
+            return
+        raise problem
+
+
+def _places() -> Iterator[Path | None]:
+    """Where this process may make folders: the system's place, then that of the kept code."""
+    yield None
+    if not store.why_not():
+        yield store.folder()
+
+
+@contextmanager
+def _own_folder(place: Path | None) -> Iterator[Path]:
+    """A new folder that only this user can enter. (A TemporaryDirectory would be removed a second
+    time, too early, where a process that was forked meanwhile ends.)"""
+    parent = place or Path(tempfile.gettempdir())
+    try:
+        folder = Path(tempfile.mkdtemp(prefix="fusedaccum-", dir=parent))
+    except OSError as error:
+        raise OSError(f"{parent} cannot be written ({error.strerror})") from None
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 class _Job(ctypes.Structure):
@@ -137,14 +247,17 @@ def _openmp() -> _OpenMP | None:
     """torch's own OpenMP runtime, or None where it cannot be found (its team is not idle: after
     each ATen operation its threads spin for some time, and threads of ours would wait for them)."""
     try:
-        maps = Path("/proc/self/maps").read_text()
+        maps = Path("/proc/self/maps").read_text(encoding="utf-8", errors="surrogateescape")
     except OSError:
         return None
-    paths = {line.split()[-1] for line in maps.splitlines() if "libgomp" in line}
+    paths = {line.split(maxsplit=5)[-1] for line in maps.splitlines() if "libgomp" in line}
     own = sorted(paths, key=lambda path: "torch" not in path)
     if not own:
         return None
-    library = ctypes.CDLL(own[0])
+    try:
+        library = ctypes.CDLL(own[0])
+    except OSError:  # its file was replaced since
+        return None
     library.GOMP_parallel.argtypes = [
         ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint
     ]  # fmt: skip
@@ -180,7 +293,8 @@ def run(
     """
     loop = getattr(library, name)
     n = min(torch.get_num_threads(), n_chunks)
-    openmp = _openmp() if n > 1 and n_elements >= MIN_PARALLEL_ELEMENTS else None
+    is_worth_it = n > 1 and n_elements >= MIN_PARALLEL_ELEMENTS and not _is_forked
+    openmp = _openmp() if is_worth_it else None
     if openmp is None:
         pointers = [ctypes.c_void_p(address) for address in addresses]
         loop(*pointers, ctypes.c_float(scale), ctypes.c_int64(0), ctypes.c_int64(n_chunks))
@@ -191,14 +305,16 @@ def run(
     openmp.parallel(_address(library.run_share), ctypes.addressof(job), n, 0)
 
 
-@lru_cache(maxsize=1)
 def warn_missing(reason: str) -> None:
-    """Say once that the slower path is taken."""
-    if os.environ.get("FUSEDACCUM_CC") != "0":
-        warnings.warn(
-            f"fusedaccum: {reason}; the torch backend falls back to blocks of ATen operations, "
-            "which take about 1.7 times as long to accumulate bf16 and 4 times to step. Install a "
-            "C compiler, or set FUSEDACCUM_CC=0 to silence this",
-            RuntimeWarning,
-            stacklevel=3,
+    """Say once for each reason that the slower path is taken."""
+    if os.environ.get(compiler.VARIABLE, "").strip() != "0":
+        _warn(
+            f"{reason}; the torch backend falls back to blocks of ATen operations, which take "
+            "about 1.7 times as long to accumulate bf16 and 4 times to step. Install a C compiler, "
+            "or set FUSEDACCUM_CC=0 to silence this"
         )
+
+
+def _warn(text: str) -> None:
+    if _libraries.is_news(text):
+        warnings.warn(f"fusedaccum: {text}", RuntimeWarning, stacklevel=3)

@@ -24,6 +24,7 @@ from ..rules import Family, Rule
 from ..tables import CHUNK, LaunchTable, count_chunks
 from . import cgen, native
 from .base import StepBatch, TableBackend, UpdateRequest, UpdateScalars
+from .compiler import CompilerMissing
 
 # Elements. fp32 scratch of 512 KiB: with its gradient and accumulator it fits a core's L2 cache.
 ATEN_BLOCK = 1 << 17
@@ -32,12 +33,9 @@ ATEN_BLOCK = 1 << 17
 @cache
 def _library(source: str) -> ctypes.CDLL | None:
     """The compiled library, or None (and a warning, once) where it cannot be had."""
-    if native.compiler() is None:
-        native.warn_missing("no C compiler was found")
-        return None
     try:
         return native.load(source)
-    except native.CompilerMissing as error:
+    except CompilerMissing as error:
         native.warn_missing(str(error))
         return None
 
@@ -158,7 +156,7 @@ class TorchBackend:
             start = 0
             for p, acc, *rest in _blocks(param, batch.accs[i], *masters, *batch.states[i]):
                 master, states = rest[: len(masters)], rest[len(masters) :]
-                full = _load_master(p, master, batch.master)
+                full = _load_master(p, master)
                 full, updated = rule(full, acc * coef, tuple(states), tuple(values))
                 if batch.master == "stochastic":
                     random = random_bits(batch.keys[i], int(step), start, p.numel())
@@ -222,14 +220,9 @@ def _blocks(*tensors: Tensor) -> zip[tuple[Tensor, ...]]:
     return zip(*(_flat(t).split(ATEN_BLOCK) for t in tensors), strict=True)
 
 
-def _load_master(param: Tensor, master: list[Tensor], kind: str) -> Tensor:
+def _load_master(param: Tensor, master: list[Tensor]) -> Tensor:
     """fp32 value of a block of parameters."""
-    if kind == "split":
-        return reference.join_master(param, master[0])
-    if kind == "fp32":
-        untouched = master[0].to(param.dtype) == param
-        return torch.where(untouched, master[0], param.float())
-    return param.float()
+    return reference.precise(param, master[0]) if master else param.float()
 
 
 def _store_master(value: Tensor, param: Tensor, master: list[Tensor], kind: str) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import reference, rounding
-from ..backends import StepBatch, UpdateRequest, UpdateScalars, cgen, native
+from ..backends import StepBatch, UpdateRequest, UpdateScalars, cgen, compiler, native
 from ..rules import RULES, Rule, sign
 from ..tables import OWN
 from . import checks
@@ -65,7 +65,7 @@ def compile_ahead(full: bool) -> None:
     """Have the CPU's loops compiled, on all cores; what fails is found by the checks."""
 
     def load(source: str) -> None:
-        with suppress(native.CompilerMissing):
+        with suppress(compiler.CompilerMissing):
             native.load(source)
 
     layouts = [*LAYOUTS, *HALF_LAYOUTS] if full else LAYOUTS

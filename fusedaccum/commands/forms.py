@@ -188,7 +188,7 @@ class Ours(Form):
             max_grad_norm=plan.max_norm if counts else None,
             backend=backend,
         )
-        self.collector = self.optimizer._collector
+        self.collector = self.optimizer._core.collector
         size = params[0].element_size()
         master = {torch.float32: 0, torch.bfloat16: 2, torch.float16: 4}[params[0].dtype]
         step = 2 * (size + master) + 4 + 8 * plan.n_states()
@@ -205,7 +205,7 @@ class Ours(Form):
             grads,
             1 / self.plan.n,
             first,
-            self.collector.cells() if with_norm else None,
+            self.collector.sums.cells(segments, self.collector.n_cells) if with_norm else None,
             [s.cell for s in segments],
         )
 

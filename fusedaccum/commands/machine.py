@@ -7,6 +7,7 @@ import importlib.metadata
 import os
 import platform
 import re
+import shlex
 import subprocess
 import tempfile
 from functools import cache
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 
 from .. import __version__, backends
-from ..backends import cgen, native
+from ..backends import cgen, compiler, native, store
 from ..backends.base import GRAD_DTYPES
 
 MIN_TORCH, MIN_TRITON = (2, 11), (3, 6)
@@ -36,7 +37,7 @@ def installed() -> dict[str, Any]:
         "hip": torch.version.hip,
         "gpu_driver": _driver(),
         "c_compiler": _compiler(),
-        "c_cache": str(native._cache_folder()),
+        "c_cache": str(store.folder() or "nowhere: there is no home directory"),
         "openmp": _openmp(),
     }
 
@@ -52,7 +53,15 @@ def version_of(package: str) -> str | None:
 def first_line(*command: str) -> str:
     """The first line that a command prints; nothing where it is missing or fails."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+        done = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            stdin=subprocess.DEVNULL,
+            timeout=20,
+            check=True,
+        )
     except (OSError, subprocess.SubprocessError):
         return ""
     return done.stdout.strip().partition("\n")[0].strip()
@@ -75,8 +84,14 @@ def _driver() -> str | None:
 
 
 def _compiler() -> str | None:
-    command = native.compiler()
-    return f"{command} ({first_line(command, '--version')})" if command else None
+    command = compiler.find()
+    if command is None:
+        return None
+    try:
+        version = native.compiler_version(command).strip().partition("\n")[0]
+    except (compiler.CompilerMissing, OSError) as error:
+        version = str(error)
+    return f"{shlex.join(command)} ({version})"
 
 
 def _openmp() -> str | None:
@@ -84,7 +99,7 @@ def _openmp() -> str | None:
     if native._openmp() is None:
         return None
     try:
-        maps = Path("/proc/self/maps").read_text(encoding="utf-8")
+        maps = Path("/proc/self/maps").read_text(encoding="utf-8", errors="surrogateescape")
     except OSError:
         return None
     names = {Path(line.split()[-1]).name for line in maps.splitlines() if "libgomp" in line}
@@ -93,13 +108,11 @@ def _openmp() -> str | None:
 
 def cpu_path(dtype: torch.dtype) -> tuple[str, str]:
     """How the torch backend serves a CPU tensor, and why."""
-    if os.environ.get("FUSEDACCUM_CC") == "0":
-        return "ATen blocks", "FUSEDACCUM_CC=0"
     try:
         native.load(cgen.reduce_source(dtype))
-    except native.CompilerMissing as error:
+    except compiler.CompilerMissing as error:
         return "ATen blocks", str(error)
-    return "compiled C loops", f"made by {native.compiler()}"
+    return "compiled C loops", f"made by {shlex.join(compiler.find() or ())}"
 
 
 def backend_of(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
@@ -234,10 +247,10 @@ def _cpu_warnings() -> list[str]:
             f"CPU: {because}; ATen blocks take about 1.7 times as long to accumulate bf16 and 4 "
             "times to step. Install a C compiler (or unset FUSEDACCUM_CC)"
         )
-    elif not is_writable(native._cache_folder()):
+    elif reason := store.why_not():
         found.append(
-            f"CPU: {native._cache_folder()} cannot be written, so every process compiles its loops "
-            "anew, 0.1 s each; set XDG_CACHE_HOME to a folder that can"
+            f"CPU: {reason}, so every process compiles its loops anew, 0.1 s each; set "
+            "XDG_CACHE_HOME to a folder of your own that can be written"
         )
     threads, cores = torch.get_num_threads(), usable_cores()
     if threads > cores:

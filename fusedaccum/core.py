@@ -1,0 +1,254 @@
+"""What a `FusedAccumOptimizer` is made of, and what becomes of it when parameters change."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+
+from . import backends, checkpoint, foreign, rules
+from .advice import Advice
+from .collect import Collector
+from .options import Options
+from .scaling import Scaling
+from .trouble import PART
+from .update import Updater
+from .window import Window
+
+PARTLY_UPDATED = ", so that some parameters may be updated and others not"
+
+
+class Core:
+    """The parts of one wrapper, made for the parameters as they are and anew where they moved.
+
+    Args:
+        optimizer: the wrapped one.
+        options: the settings, checked.
+
+    Attributes:
+        window, scaling, collector, updater: the parts.
+        window_closed: whether the last step() or flush() ended a window.
+    """
+
+    def __init__(self, optimizer: Optimizer, options: Options) -> None:
+        self.optimizer, self.options = optimizer, options
+        self.window_closed = False
+        self.advice = Advice()
+        # What load_state_dict() was given, until all of it is taken over.
+        self._loading: dict[str, Any] | None = None
+        # The state that moves along, until the parts for moved parameters are complete.
+        self._moving: dict[str, Any] | None = None
+        self._build()
+
+    def _build(self) -> None:
+        """Accumulators, hooks and tables for the parameters as they are now."""
+        options = self.options
+        groups = self.optimizer.param_groups
+        device = next(p.device for group in groups for p in group["params"])
+        cap = options.bucket_cap_mb or (64 if device.type == "cpu" else 128)
+        steps = options.gradient_accumulation_steps
+        self.window = Window(steps)
+        self.scaling = Scaling(steps, options.grad_scaler, options.fused_unscale, device)
+        self.collector = Collector(
+            backends.get(options.backend, device),
+            self.window,
+            bucket_bytes=int(cap * 2**20),
+            wants_norm=options.wants_norm,
+            master_weights="stochastic"
+            if options.stochastic_rounding
+            else foreign.master_weights(self.optimizer, options.master_weights),
+            splits=rules.serve(self.optimizer),
+            scaling=self.scaling,
+            device=device,
+        )
+        self.updater = Updater(self.optimizer, self.collector, options.seed)
+        if options.stochastic_rounding:
+            self.updater.refuse_native("stochastic_rounding=True")
+        self.collector.attach_groups(groups)
+
+    def change(self, name: str, value: Any, wrapper: type[Optimizer]) -> None:
+        """Assign a setting.
+
+        Raises:
+            TypeError, ValueError: for a value that the constructor would refuse.
+            RuntimeError: for another number of micro-batches inside a window.
+        """
+        old = self.options
+        options = replace(old, **{name: value}).checked(self.optimizer, wrapper)
+        steps = options.gradient_accumulation_steps
+        if steps != old.gradient_accumulation_steps:
+            self.collector.look()
+            if self.collector.is_open:
+                raise RuntimeError(
+                    f"{name}={value!r} was assigned inside a window ({self.window.micro_batches} "
+                    f"closed micro-batches of {old.gradient_accumulation_steps}), whose gradients "
+                    "are scaled for the old number; nothing was changed. Assign it between windows "
+                    "(window_closed), or call flush() or zero_grad() first"
+                )
+            self.collector.start_counting()
+            self.window.steps = steps
+            self.scaling.count_to(steps)
+        self.collector.wants_norm = options.wants_norm
+        self.options = options
+
+    # --- gradients ---
+
+    def collect(self) -> None:
+        """Have every gradient in its accumulator, or raise before anything is updated."""
+        self.check_usable()
+        self.collector.check()
+        self.collector.engines.at_step()
+        self.check_params()
+        self.collector.adopt_assigned()
+
+    def check_usable(self) -> None:
+        """Raise after a load that was interrupted.
+
+        Raises:
+            RuntimeError: saying that it has to be done again.
+        """
+        self.updater.swap.undo()
+        if self._loading is not None:
+            raise RuntimeError(
+                "load_state_dict() was interrupted, and the states are in part the old ones; "
+                "nothing was done. Call load_state_dict() again, or zero_grad(), which ends it and "
+                "discards the window"
+            )
+
+    def check_params(self, reattach: bool = False) -> None:
+        """Notice parameters that were added, unfrozen, or changed by `model.to()` and the like."""
+        if self.collector.taken_over:
+            return
+        if self._moving is not None:
+            self._reattach()
+        self.collector.attach_groups(self.optimizer.param_groups)
+        if self.collector.changed() is None:
+            return
+        if reattach and not self.window.micro_batches:
+            self._reattach()
+        else:
+            self.collector.refuse_changed()
+
+    def _reattach(self) -> None:
+        """Build everything anew for parameters that moved; states move with them."""
+        if self._moving is None:
+            self._moving = checkpoint.save(self.optimizer.state_dict(), self.updater)
+        self.collector.detach()
+        self._build()
+        checkpoint.load(self._moving, self.updater)
+        self._moving = None
+
+    def zero_grad(self, set_to_none: bool) -> None:
+        """See `FusedAccumOptimizer.zero_grad`."""
+        self.updater.swap.undo()
+        if self._loading is not None:
+            self.load(self._loading)
+        collector, window = self.collector, self.window
+        if not collector.taken_over:
+            collector.attach_groups(self.optimizer.param_groups)
+        if window.steps is not None and window.micro_batches:
+            unclosed = collector.unclosed()
+            if unclosed is None and collector.by_hand.is_zeroed():
+                unclosed = "the accumulators were zeroed in place"
+            if unclosed is None:
+                if not window.is_inside:
+                    window.weight = None  # of a micro-batch in which nothing arrived
+                collector.by_hand.drop_assigned()
+                return
+            collector.warn_discarded(f"zero_grad() after {unclosed}")
+        collector.trouble.note("zero_grad() was interrupted")
+        for group in self.optimizer.param_groups:
+            for param in group["params"]:
+                if set_to_none:
+                    param.grad = None
+                elif param.grad is not None and param not in collector.segments:
+                    param.grad = param.grad.detach().zero_()
+        collector.discard(zeroes=not set_to_none)
+        self.check_params(reattach=True)
+
+    # --- updates ---
+
+    def evaluate(self, closure: Callable[[], Any]) -> Any:
+        """Call the closure of a step()."""
+        try:
+            with torch.enable_grad():
+                return closure()
+        except BaseException:
+            if self.collector.has_arrivals:
+                self.collector.trouble.note("the closure raised after its backward()" + PART)
+            raise
+
+    def step_with_closure(self, closure: Callable[[], Any] | None) -> Any:
+        """Let an optimizer that evaluates the closure several times (LBFGS) do so.
+
+        The gradients it reads are the fp32 accumulators; there is no window to normalise or clip.
+        """
+        if closure is None:
+            raise TypeError(f"{type(self.optimizer).__name__}.step() needs a closure")
+
+        def evaluate() -> Any:
+            loss = self.evaluate(closure)
+            self.collect()
+            return loss
+
+        loss = self.optimizer.step(evaluate)
+        self.window_closed = True
+        self.collector.end_window()
+        return loss
+
+    def update(self, closes: bool, hooks: AbstractContextManager[Any]) -> None:
+        """One update; then the window is over. What raises before it begins changes nothing.
+
+        Args:
+            closes: whether the open micro-batch is closed with it.
+            hooks: runs those of step().
+
+        Raises:
+            RuntimeError: inside a micro_batch() block of a loop that owns the window.
+        """
+        if self.window.weight is not None and not closes and self.collector.has_arrivals:
+            raise RuntimeError(
+                "step() was called inside a micro_batch() block, whose weight does not count yet; "
+                "nothing was updated. Call step() after the block; after an exception call "
+                "zero_grad()"
+            )
+        max_norm = self.window.max_norm or self.options.max_grad_norm
+        with hooks as has_run:
+            if has_run:
+                self.collector.adopt_assigned()
+            skip, is_scaled = self.options.skip_nonfinite, self.scaling.takes_part
+            apply = self.updater.prepare(max_norm, skip, is_scaled)
+            with self.collector.trouble.unless_done("an update", PARTLY_UPDATED):
+                if closes:
+                    self.collector.close_micro_batch()
+                apply(self.scaling.correction(self.window.correction()))
+                self.collector.end_window()
+                self.window_closed = True
+
+    # --- checkpoints ---
+
+    def prepare_save(self) -> None:
+        """Have everything in its place that a checkpoint reads.
+
+        Raises:
+            RuntimeError: after what must not be saved.
+        """
+        self.check_usable()
+        self.collector.check()
+        if self.collector.changed() is None:
+            self.collector.attach_groups(self.optimizer.param_groups)
+        self.collector.adopt_assigned()
+
+    def load(self, state_dict: dict[str, Any]) -> None:
+        """See `FusedAccumOptimizer.load_state_dict`."""
+        self.updater.swap.undo()
+        checkpoint.check(state_dict, self.updater)
+        self._loading = state_dict
+        self.collector.discard()
+        self.check_params(reattach=True)  # Accelerate moves the model, then loads state_dict()
+        checkpoint.load(state_dict, self.updater)
+        self._loading = None

@@ -1,0 +1,84 @@
+"""Refuses window numbers of a checkpoint that no wrapper has written."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Set
+from typing import Any
+
+from torch import Tensor
+
+
+def _is_int(value: object, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _is_number(value: object, *, positive: bool = False) -> bool:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        return False
+    return value > 0 if positive else value >= 0
+
+
+def refuse_malformed(extra: Mapping[str, Any], ids: Set[Any]) -> None:
+    """Raise for what a checkpoint's key "fusedaccum" cannot hold.
+
+    Args:
+        extra: what it holds.
+        ids: torch's indices of the checkpoint's parameters.
+
+    Raises:
+        ValueError: naming the entry, what was found and what is allowed.
+    """
+
+    def check(name: str, value: object, is_right: bool, allowed: str) -> None:
+        if not is_right:
+            raise ValueError(
+                f'the checkpoint\'s "fusedaccum" entry {name} must be {allowed}, got {value!r}; '
+                "nothing was loaded"
+            )
+
+    def check_mapping(name: str) -> Mapping[Any, Any]:
+        value = extra.get(name, {})
+        is_right = isinstance(value, Mapping) and set(value) <= ids
+        check(name, value, is_right, "a dict with indices of its parameters as keys")
+        return value if isinstance(value, Mapping) else {}
+
+    steps = extra.get("gradient_accumulation_steps")
+    allowed = "an int >= 1 or None"
+    check("gradient_accumulation_steps", steps, steps is None or _is_int(steps, 1), allowed)
+    window = extra.get("window")
+    names = ("micro_batches", "total", "reference", "is_explicit")
+    is_right = isinstance(window, Mapping) and all(name in window for name in names)
+    check("window", window, is_right, f"a dict with {', '.join(names)}")
+    assert isinstance(window, Mapping)
+
+    closed, total = window["micro_batches"], window["total"]
+    last = math.inf if steps is None else steps - 1
+    right_count = _is_int(closed, 0) and closed <= last
+    allowed = "an int >= 0, and below gradient_accumulation_steps where that is a number"
+    check("window['micro_batches']", closed, right_count, allowed)
+    right_total = _is_number(total, positive=bool(closed))
+    check("window['total']", total, right_total, "a finite number, above 0 in an open window")
+    for name in ("reference", "weight", "max_norm"):
+        value = window.get(name)
+        is_right = value is None or _is_number(value, positive=True)
+        check(f"window['{name}']", value, is_right, "a positive finite number or None")
+    is_right = window["reference"] is not None or not closed
+    check("window['reference']", None, is_right, "a number in an open window")
+    explicit = window["is_explicit"]
+    check("window['is_explicit']", explicit, explicit in (None, True, False), "a bool or None")
+    overflow = window.get("overflow", 0.0)
+    check("window['overflow']", overflow, _is_number(overflow), "a finite number >= 0")
+
+    accumulators = check_mapping("accumulators")
+    for index, value in accumulators.items():
+        is_right = isinstance(value, Tensor) and value.is_floating_point()
+        found = value.dtype if isinstance(value, Tensor) else value
+        check(f"accumulators[{index!r}]", found, is_right, "a floating-point tensor")
+    for index, value in check_mapping("steps").items():
+        check(f"steps[{index!r}]", value, _is_number(value), "a finite number >= 0")
+    arrived = extra.get("arrived", [])
+    is_right = isinstance(arrived, (list, tuple)) and set(arrived) <= set(accumulators)
+    check("arrived", arrived, is_right, "a list of indices that have an accumulator")
+    skipped = extra.get("skipped_steps", 0)
+    check("skipped_steps", skipped, _is_int(skipped, 0), "an int >= 0")

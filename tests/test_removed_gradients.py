@@ -1,0 +1,143 @@
+"""Gradients that somebody takes away or zeroes, and parameters that have none."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from fusedaccum import FusedAccumOptimizer
+from tests.loops import give, one, sgd
+
+
+def test_a_gradient_set_to_none_cancels_the_parameter() -> None:
+    """As DINO cancels its last layer."""
+    p, q = one(), one()
+    opt = sgd(p, q, n=1)
+    ((p + q) * 2.0).sum().backward()
+    p.grad = None
+    opt.step()
+    assert p.tolist() == [1.0] * 3 and q.tolist() == [-1.0] * 3
+
+
+def test_a_gradient_set_to_none_takes_the_window_along() -> None:
+    p, q = one(), one()
+    opt = sgd(p, q, n=2)
+    for value in (2.0, 4.0):
+        ((p + q) * value).sum().backward()
+        if value == 4.0:
+            p.grad = None
+        opt.step()
+        opt.zero_grad()
+    assert p.tolist() == [1.0] * 3 and q.tolist() == [-2.0] * 3
+
+
+@pytest.mark.parametrize("between", [False, True])
+def test_the_models_zero_grad_before_step_discards_the_window(between: bool) -> None:
+    model = torch.nn.Linear(6, 2)
+    before, x = model.weight.detach().clone(), torch.randn(4, 6)
+    opt = sgd(*model.parameters(), n=2)
+    model(x).sum().backward()
+    opt.step()
+    model(x).sum().backward()
+    model.zero_grad()
+    with pytest.warns(RuntimeWarning, match="discards the whole window: 1 closed"):
+        if between:
+            model(x).sum().backward()
+        opt.step()
+    assert opt.micro_batches == 1 and torch.equal(model.weight, before)
+
+
+def test_the_models_zero_grad_after_step_keeps_the_window() -> None:
+    p = one()
+    model = torch.nn.ParameterList([p])
+    opt = sgd(p, n=2)
+    for value in (2.0, 4.0):
+        give(p, value)
+        opt.step()
+        model.zero_grad()
+    assert p.tolist() == [-2.0] * 3
+
+
+@pytest.mark.parametrize("goes_on", ["backward", "step", "flush"])
+def test_the_models_zero_grad_in_place_inside_a_window_is_refused(goes_on: str) -> None:
+    p = one()
+    model = torch.nn.ParameterList([p])
+    opt = sgd(p, n=3)
+    give(p, 2.0)
+    opt.step()
+    model.zero_grad(set_to_none=False)
+    with pytest.raises(RuntimeError, match=r"zeroed in place.*Call zero_grad\(\)"):
+        give(p, 4.0) if goes_on == "backward" else getattr(opt, goes_on)()
+    with pytest.raises(RuntimeError, match="zeroed in place"):
+        opt.step()
+    with pytest.warns(RuntimeWarning, match="discards the whole window"):
+        opt.zero_grad()
+    for _ in range(3):
+        give(p, 2.0)
+        opt.step()
+    assert p.tolist() == [-1.0] * 3
+
+
+def test_accumulators_scaled_inside_a_window_are_not_taken_for_zeroed() -> None:
+    p, q = one(), one()
+    opt = sgd(p, q, n=2)
+    ((p * 2.0) + (q * 0.0)).sum().backward()
+    opt.step()
+    torch.nn.utils.clip_grad_norm_([p, q], 0.5)
+    shown = p.grad.clone()  # type: ignore[union-attr]
+    ((p * 2.0) + (q * 0.0)).sum().backward()
+    opt.step()
+    assert torch.equal(p.detach(), 1.0 - (shown + 1.0))
+
+
+def test_a_loops_weighted_window_starts_afresh_when_its_gradients_are_zeroed() -> None:
+    p = one()
+    model = torch.nn.ParameterList([p])
+    opt = sgd(p)
+    for weight, value in ((1.0, 5.0), (2.0, 3.0), (1.0, 6.0)):
+        if weight == 2.0:
+            model.zero_grad(set_to_none=False)
+        with opt.micro_batch(weight=weight):
+            give(p, value)
+    opt.step()
+    assert p.tolist() == [1.0 - 4.0] * 3
+
+
+@pytest.mark.parametrize("make", [torch.optim.SGD, torch.optim.Adafactor])
+def test_zeros_shown_by_zero_grad_are_no_micro_batch(make: Callable[..., Any]) -> None:
+    p = one()
+    opt = FusedAccumOptimizer(make([p], lr=1.0, weight_decay=0.5), 2)
+    for _ in range(2):
+        give(p, 1.0)
+        opt.step()
+    before = p.detach().clone()
+    opt.zero_grad(set_to_none=False)
+    assert p.grad is not None and not p.grad.any()
+    opt.flush()
+    assert torch.equal(p, before) and not opt.window_closed
+
+
+# --- what native steps must not touch ---
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_native_step_leaves_parameters_without_a_gradient_alone(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    p, q = (torch.nn.Parameter(torch.randn(4, 3, dtype=dtype)) for _ in range(2))
+    opt = FusedAccumOptimizer(torch.optim.Adafactor([p, q], lr=0.1), 2)
+    for _ in range(2):
+        ((p + q) * 2.0).sum().backward()
+        opt.step()
+    before, states = q.detach().clone(), opt.state[q]["step"].clone()
+    for _ in range(2):
+        (p * 2.0).sum().backward()
+        opt.step()
+    assert torch.equal(q, before) and torch.equal(opt.state[q]["step"], states)
+    before = p.detach().clone()
+    with pytest.warns(RuntimeWarning, match="no gradient arrived"):
+        for _ in range(2):
+            opt.step()
+    assert torch.equal(p, before) and opt.window_closed

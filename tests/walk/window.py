@@ -1,0 +1,272 @@
+"""The specification, first half: backward, step and flush. See `oracle.py`."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from torch import Tensor
+
+from tests.walk.slots import DISCARDED, EMPTY, Expected, Grad, Slot, Unspecified
+from tests.walk.update import Update
+
+
+class Window:
+    """The window that is open, and through `update` the parameters.
+
+    Args:
+        update: parameters and the plain optimizer, in float64.
+        steps: N, or None where the loop owns the window.
+        max_norm, skip: max_grad_norm and skip_nonfinite.
+    """
+
+    def __init__(self, update: Update, steps: int | None, max_norm: float | None, skip: bool):
+        self.update = update
+        self.slots = [Slot(p.needs_grad, is_attached=p.needs_grad) for p in update.params]
+        self.max_norm, self.skip = max_norm, skip
+        self.window_closed: bool | None = False  # None: not promised
+        self.warned: set[str] = set()  # what this wrapper has said, each thing once
+        self.expected = Expected()
+        self.steps = steps
+        self._start()
+
+    def _start(self) -> None:
+        """A new window."""
+        self.micro_batches, self.total = 0, 0.0
+        self.reference: float | None = None
+        self.weighted: bool | None = None
+        self.weight: float | None = None
+        self.clip: float | None = None
+        self.broken = False  # a backward raised half-way
+        self.destroyed = False  # model.zero_grad(set_to_none=False) zeroed the accumulators
+        self.removed = False  # somebody removed all that the open micro-batch had brought
+        self.used = False  # the loop's sum has been used and goes on
+        self.by_model = False  # model.zero_grad() discarded weights, which no call has seen yet
+        for slot in self.slots:
+            slot.arrived = False
+
+    # --- parts ---
+
+    @property
+    def counts(self) -> bool:
+        return self.steps is not None
+
+    @property
+    def has_arrivals(self) -> bool:
+        return any(slot.arrived for slot in self.slots)
+
+    @property
+    def has_assigned(self) -> bool:
+        return any(slot.is_assigned for slot in self.slots)
+
+    @property
+    def in_window(self) -> bool:
+        return self.micro_batches > 0 or self.has_arrivals
+
+    def _scale(self) -> float:
+        weight = 1.0 if self.weight is None else self.weight
+        if not self.counts and self.weight is None:
+            return 1.0
+        if self.reference is None:
+            self.reference = weight * (self.steps or 1)
+        return weight / self.reference
+
+    def _close(self) -> None:
+        self._scale()
+        self.total += 1.0 if self.weight is None else self.weight
+        self.micro_batches += 1
+        self.weight = None
+        for slot in self.slots:
+            slot.arrived = False
+
+    def _forget(self) -> None:
+        """The window is discarded."""
+        self._start()
+        for slot in self.slots:
+            slot.acc = None
+
+    def _refuse_broken(self) -> bool:
+        self.broken |= self.destroyed
+        if self.broken:
+            self.expected.error = RuntimeError
+        return self.broken
+
+    def _discard_removed(self) -> None:
+        """The wrapper misses all that the open micro-batch had brought."""
+        if self.removed:
+            if self.counts and self.micro_batches:
+                self.expected.warnings.append(DISCARDED)
+            self._forget()
+
+    def _notice(self) -> None:
+        """The wrapper looks at p.grad: takes what was assigned, misses what was removed."""
+        self.by_model = False
+        self._discard_removed()
+        for slot in self.slots:
+            slot.is_attached |= slot.needs_grad
+            if slot.is_assigned:
+                assert slot.grad is not None
+                if slot.acc is None:
+                    slot.acc = Grad(torch.zeros_like(slot.grad.value), slot.grad.error)
+                    slot.arrived |= not self.counts
+                elif not self.counts or slot.arrived:
+                    slot.acc = Grad(torch.zeros_like(slot.grad.value), slot.grad.error)
+                replaces = not self.counts or slot.arrived
+                slot.acc = slot.acc.plus(slot.grad.value, 1.0 if replaces else self._scale())
+                slot.arrived = True
+                slot.show(slot.acc)
+            slot.is_pending = False
+
+    # --- calls ---
+
+    def backward(self, grads: dict[int, Tensor], weight: float | None = None) -> None:
+        """Backward of some parameters, in micro_batch(weight=) if there is one."""
+        self.backwards([grads], weight)
+
+    def backwards(self, many: list[dict[int, Tensor]], weight: float | None) -> None:
+        many = [{i: g for i, g in grads.items() if self.slots[i].needs_grad} for grads in many]
+        if self.broken:
+            raise Unspecified("a backward after one that raised")
+        if weight is not None:
+            if not self.counts and (self.used or self.weighted is False):
+                raise Unspecified("weights on top of a sum without weights")
+            if self.has_assigned:
+                raise Unspecified("a gradient that was assigned before a weighted micro-batch")
+            if not any(many) and self.weighted is False:
+                raise Unspecified("an empty weighted micro-batch among others")
+            for slot in self.slots:
+                slot.is_attached |= slot.needs_grad
+            if self.has_arrivals or self.weight is not None:
+                self.expected.error = RuntimeError  # the one before is open
+                return
+        elif not self.counts and self.used and self.weighted:
+            raise Unspecified("a sum on top of a weighted mean that has been used")
+        seen = [i for grads in many for i in grads if self.slots[i].is_attached]
+        if seen and self._refuse_broken():
+            return
+        if self.removed and not all(s.is_attached for s in self.slots if s.needs_grad):
+            raise Unspecified("assigned after everything was removed")
+        if any(
+            s.acc is not None and not s.is_attached
+            for s in (self.slots[i] for g in many for i in g)
+        ):
+            raise Unspecified("what autograd itself adds to an accumulator")
+        if seen:
+            self._discard_removed()
+        is_weighted = weight is not None or self.weight is not None
+        if seen:
+            if self.weighted is not None and self.weighted != is_weighted:
+                if any(not self.slots[i].is_attached for grads in many for i in grads):
+                    raise Unspecified("a gradient that no hook refuses")
+                self.expected.error = RuntimeError  # some with weights, some without
+                return
+            self.weighted = is_weighted
+        if weight is not None:
+            self.weight = weight
+            if not seen and not self.counts and self.weighted is None:
+                self.weighted = True
+        self.by_model &= not seen
+        for grads in many:
+            for i, grad in grads.items():
+                self._arrive(self.slots[i], grad)
+        if self.counts and seen:
+            for slot in self.slots:
+                # What the last window used, or what was hidden, may show or not.
+                if not slot.arrived and slot.grad is not slot.acc and not slot.is_pending:
+                    slot.is_known = False
+        if weight is not None and not self.counts:
+            self._close()
+
+    def _arrive(self, slot: Slot, grad: Tensor) -> None:
+        zero = torch.zeros_like(grad)
+        if not slot.is_attached:  # frozen when the wrapper looked: torch accumulates, as ever
+            before = slot.grad if slot.is_assigned and slot.grad is not None else Grad(zero, zero)
+            slot.show(before.plus(grad, 1.0))
+            slot.is_pending = True
+            return
+        if slot.is_assigned:
+            assert slot.grad is not None
+            assigned = slot.grad
+            replaces = not self.counts or slot.arrived
+            base = Grad(zero, zero) if replaces or slot.acc is None else slot.acc
+            slot.acc = base.plus(assigned.value, 1.0 if replaces else self._scale())
+            slot.is_pending = False
+        elif not self.counts and slot.grad is None:
+            slot.acc = None
+        base = Grad(zero, zero) if slot.acc is None else slot.acc
+        slot.acc = base.plus(grad, self._scale())
+        slot.arrived = True
+        slot.show(slot.acc)
+
+    def broken_backward(self, grads: dict[int, Tensor]) -> None:
+        """A backward that raises after these gradients."""
+        if self.removed or self.destroyed or self.has_assigned or self.weight is not None:
+            raise Unspecified("broken twice")
+        if not all(slot.is_attached for slot in self.slots):
+            raise Unspecified("what the wrapper has not seen yet")
+        if self.used and self.weighted:
+            raise Unspecified("a sum on top of a weighted mean that has been used")
+        if self.weighted and grads:
+            self.expected.error = RuntimeError
+            return
+        if grads:
+            self.broken = True
+            for slot in self.slots:
+                slot.is_known = False
+
+    def step(self) -> None:
+        """step()"""
+        if self._refuse_broken():
+            return
+        if self.used and self.weighted:
+            raise Unspecified("a weighted window that is used twice")
+        self._notice()
+        if not self.counts:
+            for slot in self.slots:
+                if slot.grad is None:
+                    slot.acc = None
+            self._update()
+            return
+        if not self.has_arrivals and EMPTY not in self.warned:
+            self.expected.warnings.append(EMPTY)
+        self._close()
+        self.window_closed = False
+        if self.micro_batches == self.steps:
+            self._update()
+
+    def flush(self) -> None:
+        """flush()"""
+        if not self.counts:
+            self.expected.error = RuntimeError
+            return
+        if self._refuse_broken():
+            return
+        self._notice()
+        if self.has_arrivals:
+            self._close()
+        self.window_closed = False
+        if self.micro_batches:
+            self._update()
+
+    def _update(self) -> None:
+        """The window is over."""
+        mean = 1.0
+        if self.reference is not None and self.total:
+            mean = self.reference / self.total
+        grads = [
+            None if s.acc is None else (s.acc.value * mean, s.acc.error * mean) for s in self.slots
+        ]
+        self.update.run(grads, self.max_norm if self.clip is None else self.clip, self.skip)
+        self.window_closed = True
+        weighted = self.weighted
+        self._start()
+        if self.counts:
+            for slot in self.slots:
+                slot.is_known &= slot.acc is None or slot.grad is slot.acc
+                slot.acc = None
+        else:
+            if "native" in os.environ.get("WALK_LENIENT", "") and not self.update.is_fused:
+                weighted = True
+            self.used, self.weighted = any(s.acc is not None for s in self.slots), weighted
+            if not (self.used and weighted):
+                self.weighted = None
