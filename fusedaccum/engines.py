@@ -328,17 +328,30 @@ def _parameters(module: Module) -> Iterator[Tensor]:
     return (p for p in vars(module).get("_parameters", {}).values() if p is not None)
 
 
+def _reason(module: Module) -> str | None:
+    """Why the parameters of `module` cannot be ours, if it is an engine."""
+    kind = type(module)
+    if issubclass(kind, DistributedDataParallel) and "reducer" in vars(module):
+        return _DDP
+    fsdp = getattr(sys.modules.get("torch.distributed.fsdp"), "FullyShardedDataParallel", None)
+    if fsdp is not None and issubclass(kind, fsdp):
+        return _FSDP1
+    deepspeed = getattr(sys.modules.get("deepspeed.runtime.engine"), "DeepSpeedEngine", None)
+    if deepspeed is not None and issubclass(kind, deepspeed):
+        optimizer = type(vars(module).get("optimizer"))
+        if not any(base.__module__.split(".")[0] == "fusedaccum" for base in optimizer.__mro__):
+            return _DEEPSPEED.format(optimizer.__name__)
+    return None
+
+
 def _engine(segments: Mapping[Tensor, Owned]) -> str | None:
     """Which engine has a parameter of `segments`, and what to do; None if there is none."""
-    fsdp = getattr(sys.modules.get("torch.distributed.fsdp"), "FullyShardedDataParallel", None)
     held: set[Tensor] = set()
     sharded: set[torch.Size] = set()
     for module in _modules():
-        kind = type(module)
-        is_ddp = issubclass(kind, DistributedDataParallel) and "reducer" in vars(module)
-        is_engine = is_ddp or (fsdp is not None and issubclass(kind, fsdp))
-        if is_engine and any(param in segments for param in Module.parameters(module)):
-            return _DDP if is_ddp else _FSDP1
+        reason = _reason(module)
+        if reason is not None and any(param in segments for param in Module.parameters(module)):
+            return reason
         for param in _parameters(module):
             held.add(param)
             if _is_dtensor(type(param)):
@@ -376,5 +389,10 @@ _TAKEN = (
     "a gradient (of a parameter of shape {}) was taken away during the backward(), before it was "
     "accumulated. Gradient release does that (an optimizer step in a hook), and DeepSpeed, also "
     "where the Trainer or Accelerate use it beside this optimizer. Call detach() on this optimizer "
-    f"to train that way. {PLAIN}"
+    "to train that way. " + PLAIN.replace("{", "{{").replace("}", "}}")
+)
+_DEEPSPEED = (
+    "DeepSpeed's engine has parameters of this optimizer and another optimizer for them ({}), as "
+    "it has where the Trainer gets both `optimizers` and a DeepSpeed config: its hooks would read "
+    "single micro-gradients where they expect a sum. " + PLAIN.replace("{", "{{").replace("}", "}}")
 )
