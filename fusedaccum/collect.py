@@ -20,11 +20,11 @@ from .backends import Backend
 from .backwards import Backwards, refuse_kind
 from .buffers import laid_out_like
 from .by_hand import ByHand
-from .engines import Watch, may_reduce
 from .scaling import Scaling
 from .segments import Fill, Segment
 from .sums import Sums
 from .trouble import PART, Trouble
+from .watch import Watch, may_reduce
 from .window import Window
 
 
@@ -371,6 +371,7 @@ class Collector(Attached):
         self.trouble.note("zero_grad() was interrupted")
         self._queue.clear()
         self._queued_bytes = 0
+        self.engines.forget()
         for segment in self.segments.values():
             segment.fill, segment.pending = Fill.EMPTY, False
             if zeroes and segment.param.grad is not None:
