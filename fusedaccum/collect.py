@@ -24,6 +24,7 @@ from .scaling import Scaling
 from .segments import Fill, Segment
 from .sums import Sums
 from .trouble import PART, Trouble
+from .watch import Watch, may_reduce
 from .window import Window
 
 
@@ -44,6 +45,7 @@ class Collector(Attached):
         trouble: why the open window cannot be used, if it cannot.
         backwards: those that are running, and how many there were in the open micro-batch.
         by_hand: what somebody does to gradients in between.
+        engines: those that would write or replace what is ours.
         sums: their sums of squares.
     """
 
@@ -68,6 +70,7 @@ class Collector(Attached):
         self.trouble = Trouble()
         self.backwards = Backwards()
         self.by_hand = ByHand(self.segments, window, self.backwards)
+        self.engines = Watch(self)
         self._bucket_bytes = bucket_bytes
         self._queue_bytes = bucket_bytes
         self._queue: list[Segment] = []
@@ -84,8 +87,7 @@ class Collector(Attached):
 
     # --- the backward ---
 
-    def _arrive(self, segment: Segment) -> None:
-        """A gradient of `segment` is about to be accumulated by autograd."""
+    def _arrive(self, segment: Segment, is_due: bool = True) -> None:  # see `Attached`
         task = torch._C._current_graph_task_id()
         if task not in self.backwards:
             self._begin(task)
@@ -100,7 +102,7 @@ class Collector(Attached):
         param.grad = None
         if self._queue and self._queued_bytes + segment.nbytes > self._queue_bytes:
             self.flush()
-        segment.pending = True
+        segment.pending, segment.is_due = True, is_due
         self._queue.append(segment)
         self._queued_bytes += segment.nbytes
 
@@ -113,6 +115,7 @@ class Collector(Attached):
             RuntimeError: for a backward that cannot come out right. Nothing has changed then.
         """
         refuse_kind()
+        self.engines.begin()
         is_nested = self.backwards.enter(task)
         try:
             if is_nested or self.trouble.reason is not None:
@@ -132,6 +135,7 @@ class Collector(Attached):
             self.backwards.end(task)
 
         Variable._execution_engine.queue_callback(finish)
+        self.engines.end()
 
     @property
     def is_broken(self) -> bool:
@@ -161,6 +165,7 @@ class Collector(Attached):
             segment.pending = False
             grad = segment.param.grad
             if grad is None:  # a function gave None for its gradient: what was there stays
+                self.engines.refuse_taken(segment)
                 segment.param.grad = segment.grad if segment.fill else None
             elif grad.shape != segment.shape:
                 raise RuntimeError(
@@ -369,6 +374,7 @@ class Collector(Attached):
         self.trouble.note("zero_grad() was interrupted")
         self._queue.clear()
         self._queued_bytes = 0
+        self.engines.forget()
         for segment in self.segments.values():
             segment.fill, segment.pending = Fill.EMPTY, False
             if zeroes and segment.param.grad is not None:
@@ -384,5 +390,5 @@ class Collector(Attached):
 
     def sums_of_squares(self) -> Tensor:
         """Partial sums of all filled accumulators, zero elsewhere."""
-        unsure = self.scaling.may_have_divided
+        unsure = self.scaling.may_have_divided or may_reduce()
         return self.sums.of_filled(self.segments.values(), self.n_cells, unsure)

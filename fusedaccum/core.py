@@ -101,6 +101,7 @@ class Core:
         """Have every gradient in its accumulator, or raise before anything is updated."""
         self.check_usable()
         self.collector.check()
+        self.collector.engines.at_step()
         self.check_params()
         self.collector.adopt_assigned()
 
