@@ -14,6 +14,7 @@ from . import backends
 from .backends import Backend, StepBatch, UpdateRequest, UpdateScalars
 from .backends.base import GRAD_DTYPES
 from .buffers import is_dense, laid_out_like, same_order
+from .engines import refuse_tensor
 from .rules import RULES
 from .tables import OWN, addresses
 
@@ -44,6 +45,7 @@ def check(name: str, tensors: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -
     if isinstance(tensors, Tensor):
         raise TypeError(f"{name} must be a sequence of tensors, got one tensor: use [{name}]")
     for i, tensor in enumerate(tensors):
+        refuse_tensor(f"{name}[{i}]", tensor)
         if tensor.dtype not in dtypes:
             allowed = ", ".join(str(d) for d in dtypes)
             raise TypeError(f"{name}[{i}] has dtype {tensor.dtype}; allowed: {allowed}")

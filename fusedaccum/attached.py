@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from .buffers import Block
+from .engines import refuse_exchange
 from .segments import Segment, check_param, master_kind
 
 # Whose live hooks are on a parameter: two owners would take each other's accumulators for
@@ -33,6 +34,7 @@ class Attached:
     Attributes:
         device: as given.
         segments: by parameter.
+        groups: the optimizer's param groups, as they were last seen.
         n_cells: partial sums of squares of all of them.
         taken_over: whether another wrapper has the parameters now.
     """
@@ -42,6 +44,7 @@ class Attached:
     ) -> None:
         self.device = device
         self.segments: dict[Tensor, Segment] = {}
+        self.groups: Sequence[dict[str, Any]] = ()
         self.n_cells = 0
         self.taken_over = False
         self._master_weights, self._splits = master_weights, splits
@@ -51,8 +54,11 @@ class Attached:
         """Whether something was accumulated that no update has used."""
         raise AssertionError("a subclass knows")
 
-    def _arrive(self, segment: Segment) -> None:
-        """A gradient of `segment` is about to be accumulated by autograd."""
+    def _arrive(self, segment: Segment, is_due: bool = True) -> None:
+        """A gradient of `segment` is about to be accumulated by autograd.
+
+        `is_due`: whether there is one, and not the None of a function that has none.
+        """
         raise AssertionError("a subclass takes it")
 
     def attach(self, named_params: Iterable[tuple[str, Tensor]]) -> None:
@@ -92,6 +98,8 @@ class Attached:
 
     def attach_groups(self, groups: Sequence[dict[str, Any]]) -> None:
         """Attach parameters of param groups that need a gradient and have no segment yet."""
+        refuse_exchange(self.segments, groups)
+        self.groups = groups
         new: list[tuple[str, Tensor]] = []
         for i, group in enumerate(groups):
             for j, param in enumerate(group["params"]):
@@ -150,10 +158,10 @@ class Attached:
         # cycle that Python's collector cannot see.
         segment_ref, owner_ref = weakref.ref(segment), weakref.ref(self)
 
-        def prehook(_: tuple[Tensor, ...]) -> None:
+        def prehook(grads: tuple[Tensor | None, ...]) -> None:
             arriving, owner = segment_ref(), owner_ref()
             if arriving is not None and owner is not None:
-                owner._arrive(arriving)
+                owner._arrive(arriving, grads[0] is not None)
 
         segment.hook = segment.node.register_prehook(prehook)
         _owners[param] = owner_ref

@@ -72,26 +72,19 @@ class ByHand:
         grads = (s.param.grad for s in self._segments.values() if s.fill >= least)
         return next(grads, self) is None and all(grad is None for grad in grads)
 
-    def is_written(self, segment: Segment) -> bool:
-        """Whether somebody wrote a sum of closed micro-batches in place."""
-        return (
-            segment.fill is Fill.EARLIER
-            and segment.grad is not None
-            and segment.grad._version != segment.closed_version
-        )
-
     def is_zeroed(self) -> bool:
-        """Whether whoever wrote sums of closed micro-batches left zeros alone. Waits for them."""
+        """Whether somebody wrote all sums of closed micro-batches that are shown, and they are
+        zeros now. Waits for them where they were written, and nowhere else."""
         if not self._window.micro_batches:
             return False
-        written = [
-            s for s in self._segments.values() if self.is_written(s) and s.numel and not s.is_zero
-        ]
-        if not written or not any(bool(s.acc.any()) for s in written):
-            return bool(written)
-        for segment in written:  # scaled, say: not asked again
-            assert segment.grad is not None
-            segment.closed_version = segment.grad._version
+        filled = [s for s in self._segments.values() if s.fill and s.numel and not s.is_zero]
+        shown = [s for s in filled if s.param.grad is not None] or filled
+        if not shown or not all(s.is_written for s in shown):
+            return False
+        if not any(bool(s.acc.any()) for s in shown):
+            return True
+        for segment in shown:  # scaled, say: not asked again
+            segment.note_version()
         return False
 
     def drop_assigned(self) -> None:

@@ -109,8 +109,8 @@ def _open_accumulators(segments: dict[int, Segment], collector: Collector) -> di
     Where the loop owns the window, `param.grad` may still show the last one, which it need not.
     """
     window = collector.window
-    if window.steps is None and not window.micro_batches and not collector.has_arrivals:
-        return {}
+    if not window.micro_batches and not collector.has_arrivals:
+        return {}  # nor zeros of zero_grad(set_to_none=False), which torch does not save either
     return {
         i: s.grad
         for i, s in segments.items()
@@ -121,11 +121,15 @@ def _open_accumulators(segments: dict[int, Segment], collector: Collector) -> di
 def _without_ours(state_dict: StateDict) -> dict[Any, Any]:
     """A state dict's states without what this module added, also to one that torch loaded."""
     params = {index for group in state_dict["param_groups"] for index in group["params"]}
-    # Some optimizers keep what belongs to no parameter under names of their own.
-    return {
-        key: {k: v for k, v in entry.items() if k not in OURS} if key in params else entry
-        for key, entry in state_dict["state"].items()
-    }
+    state: dict[Any, Any] = {}
+    for key, entry in state_dict["state"].items():
+        own = entry
+        # Some optimizers keep what belongs to no parameter under names of their own.
+        if key in params:
+            own = {k: v for k, v in entry.items() if k not in OURS}
+        if own or not entry:  # many an optimizer takes an entry for a complete one
+            state[key] = own
+    return state
 
 
 def _without_gaps(state_dict: StateDict) -> StateDict:

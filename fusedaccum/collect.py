@@ -24,6 +24,7 @@ from .scaling import Scaling
 from .segments import Fill, Segment
 from .sums import Sums
 from .trouble import PART, Trouble
+from .watch import Watch, may_reduce
 from .window import Window
 
 
@@ -44,6 +45,7 @@ class Collector(Attached):
         trouble: why the open window cannot be used, if it cannot.
         backwards: those that are running, and how many there were in the open micro-batch.
         by_hand: what somebody does to gradients in between.
+        engines: those that would write or replace what is ours.
         sums: their sums of squares.
     """
 
@@ -68,6 +70,7 @@ class Collector(Attached):
         self.trouble = Trouble()
         self.backwards = Backwards()
         self.by_hand = ByHand(self.segments, window, self.backwards)
+        self.engines = Watch(self)
         self._bucket_bytes = bucket_bytes
         self._queue_bytes = bucket_bytes
         self._queue: list[Segment] = []
@@ -84,28 +87,22 @@ class Collector(Attached):
 
     # --- the backward ---
 
-    def _arrive(self, segment: Segment) -> None:
-        """A gradient of `segment` is about to be accumulated by autograd."""
+    def _arrive(self, segment: Segment, is_due: bool = True) -> None:  # see `Attached`
         task = torch._C._current_graph_task_id()
         if task not in self.backwards:
             self._begin(task)
         param = segment.param
         grad = param.grad
-        if grad is not None and grad.dtype is not torch.float32 and grad is segment.grad:
-            segment.show_again()
-            grad = segment.grad
         if segment.pending:
             self.flush()  # it arrives twice in one backward: add the first gradient first
         elif grad is not None and grad is not segment.grad:
             self.adopt([(segment, grad)])
         elif grad is None and (self.window.steps is None or segment.fill is Fill.CURRENT):
             segment.fill = Fill.EMPTY  # somebody took it away: zero_grad(), or `p.grad = None`
-        elif self.by_hand.is_written(segment):
-            self._refuse_zeroed()
         param.grad = None
         if self._queue and self._queued_bytes + segment.nbytes > self._queue_bytes:
             self.flush()
-        segment.pending = True
+        segment.pending, segment.is_due = True, is_due
         self._queue.append(segment)
         self._queued_bytes += segment.nbytes
 
@@ -118,12 +115,14 @@ class Collector(Attached):
             RuntimeError: for a backward that cannot come out right. Nothing has changed then.
         """
         refuse_kind()
+        self.engines.begin()
         is_nested = self.backwards.enter(task)
         try:
             if is_nested or self.trouble.reason is not None:
                 self._recover()
             elif self.by_hand.is_emptied():
                 self._discard_emptied()
+            self._refuse_zeroed()
             self.window.check_arrival()
             self.scaling.begin(self.device)
         except BaseException:
@@ -136,6 +135,7 @@ class Collector(Attached):
             self.backwards.end(task)
 
         Variable._execution_engine.queue_callback(finish)
+        self.engines.end()
 
     @property
     def is_broken(self) -> bool:
@@ -165,6 +165,7 @@ class Collector(Attached):
             segment.pending = False
             grad = segment.param.grad
             if grad is None:  # a function gave None for its gradient: what was there stays
+                self.engines.refuse_taken(segment)
                 segment.param.grad = segment.grad if segment.fill else None
             elif grad.shape != segment.shape:
                 raise RuntimeError(
@@ -209,6 +210,8 @@ class Collector(Attached):
         for segment, grad in fresh:
             if segment.grad is None:
                 segment.allocate()
+            elif segment.grad.dtype is not torch.float32:
+                segment.show_again()
             if not (segment.is_contiguous and grad.is_contiguous()):
                 grad = laid_out_like(grad, segment.acc)
             if grad.dtype is not segment.dtype and grad.dtype is not torch.float32:
@@ -282,8 +285,7 @@ class Collector(Attached):
             RuntimeError: for what cannot be made good.
         """
         seen = self.by_hand.look()
-        if any(self.by_hand.is_written(segment) for segment in seen.earlier):
-            self._refuse_zeroed()
+        self._refuse_zeroed()
         if seen.is_emptied and not seen.assigned:
             self._discard_emptied()
             return []
@@ -292,9 +294,11 @@ class Collector(Attached):
         return seen.assigned
 
     def _refuse_zeroed(self) -> None:
-        """Raise if closed micro-batches were zeroed in place; where the loop owns the window, that
-        starts it afresh, as torch has it."""
-        if self.trouble.reason is not None or not self.by_hand.is_zeroed():
+        """Raise if closed micro-batches were zeroed in place before the open one brought anything;
+        where the loop owns the window, that starts it afresh, as torch has it."""
+        if self.backwards.count or self.trouble.reason is not None:
+            return
+        if not self.by_hand.is_zeroed():
             return
         if self.window.steps is None:
             self.window.reset()
@@ -338,8 +342,7 @@ class Collector(Attached):
             for segment in self.segments.values():
                 if segment.fill:
                     segment.fill = Fill.EARLIER
-                    if segment.grad is not None:
-                        segment.closed_version = segment.grad._version
+                    segment.note_version()
 
     def end_window(self) -> None:
         """The window has been used. `param.grad` still shows it.
@@ -371,6 +374,7 @@ class Collector(Attached):
         self.trouble.note("zero_grad() was interrupted")
         self._queue.clear()
         self._queued_bytes = 0
+        self.engines.forget()
         for segment in self.segments.values():
             segment.fill, segment.pending = Fill.EMPTY, False
             if zeroes and segment.param.grad is not None:
@@ -378,7 +382,7 @@ class Collector(Attached):
                 segment.param.grad = shown = segment.grad
                 shown.detach().zero_()  # type: ignore[union-attr]
                 segment.fill, segment.is_zero, segment.sums_version = Fill.EARLIER, True, None
-                segment.closed_version = shown._version  # type: ignore[union-attr]
+                segment.note_version()
         self.scaling.reset()
         self.window.reset()
         self.backwards.forget()
@@ -386,5 +390,5 @@ class Collector(Attached):
 
     def sums_of_squares(self) -> Tensor:
         """Partial sums of all filled accumulators, zero elsewhere."""
-        unsure = self.scaling.may_have_divided
+        unsure = self.scaling.may_have_divided or may_reduce()
         return self.sums.of_filled(self.segments.values(), self.n_cells, unsure)

@@ -101,6 +101,7 @@ class Core:
         """Have every gradient in its accumulator, or raise before anything is updated."""
         self.check_usable()
         self.collector.check()
+        self.collector.engines.at_step()
         self.check_params()
         self.collector.adopt_assigned()
 
@@ -114,8 +115,7 @@ class Core:
         if self._loading is not None:
             raise RuntimeError(
                 "load_state_dict() was interrupted, and the states are in part the old ones; "
-                "nothing was done. Call load_state_dict() again, or zero_grad(), which ends it and "
-                "discards the window"
+                "nothing was done. Call load_state_dict() again, or zero_grad(), which ends it"
             )
 
     def check_params(self, reattach: bool = False) -> None:
@@ -146,13 +146,12 @@ class Core:
     def zero_grad(self, set_to_none: bool) -> None:
         """See `FusedAccumOptimizer.zero_grad`."""
         self.updater.swap.undo()
-        was_loading = self._loading is not None
         if self._loading is not None:
             self.load(self._loading)
         collector, window = self.collector, self.window
         if not collector.taken_over:
             collector.attach_groups(self.optimizer.param_groups)
-        if window.steps is not None and window.micro_batches and not was_loading:
+        if window.steps is not None and window.micro_batches:
             unclosed = collector.unclosed()
             if unclosed is None and collector.by_hand.is_zeroed():
                 unclosed = "the accumulators were zeroed in place"

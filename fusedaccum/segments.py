@@ -10,6 +10,7 @@ from torch import Tensor
 
 from . import reference
 from .buffers import Block, is_dense
+from .engines import refuse_partitioned, refuse_tensor
 from .tables import count_chunks
 
 PARAM_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -53,9 +54,11 @@ def check_param(name: str, param: Tensor) -> None:
     """Refuse a parameter that cannot be accumulated.
 
     Raises:
-        TypeError: for its dtype.
+        TypeError: for its dtype, and for a tensor that does not own its memory.
         ValueError: for its layout or device.
     """
+    refuse_partitioned(name, param)
+    refuse_tensor(name, param)
     if param.dtype not in PARAM_DTYPES:
         allowed = ", ".join(str(d) for d in PARAM_DTYPES)
         raise TypeError(
@@ -86,6 +89,7 @@ class Segment:
         closed_version: version of `grad` when the last micro-batch was closed.
         is_zero: whether `acc` holds zeros because somebody asked for them.
         pending: whether a gradient waits in the collector's queue.
+        is_due: whether that is one, and not a None.
         cell, n_cells: where its partial sums of squares are.
         sums_version: version of `grad` that the partial sums belong to, None if they do not.
         has_sums: whether its cells may hold something other than zero.
@@ -103,9 +107,9 @@ class Segment:
 
     __slots__ = (
         "__weakref__", "_block", "_position", "acc", "cell", "closed_version", "device", "dtype",
-        "fill", "grad", "has_sums", "hook", "is_contiguous", "is_zero", "kind", "knows_step",
-        "loaded_master", "master", "n_cells", "nbytes", "node", "numbers", "numel", "param",
-        "pending", "row", "shape", "states", "step", "stride", "sums_version",
+        "fill", "grad", "has_sums", "hook", "is_contiguous", "is_due", "is_zero", "kind",
+        "knows_step", "loaded_master", "master", "n_cells", "nbytes", "node", "numbers", "numel",
+        "param", "pending", "row", "shape", "states", "step", "stride", "sums_version",
     )  # fmt: skip
 
     def __init__(
@@ -123,7 +127,7 @@ class Segment:
         self.acc: Tensor = None  # type: ignore[assignment]  # see `allocate`
         self.grad: Tensor | None = None
         self.fill = Fill.EMPTY
-        self.pending = self.has_sums = self.knows_step = self.is_zero = False
+        self.pending = self.has_sums = self.knows_step = self.is_zero = self.is_due = False
         self.closed_version = 0
         self.sums_version: int | None = None
         self.master: Tensor | None = None
@@ -141,10 +145,21 @@ class Segment:
             # .data: the same memory with a version counter of its own.
             self.grad = self.acc.data
 
+    @property
+    def is_written(self) -> bool:
+        """Whether somebody wrote `grad` in place since the last micro-batch was closed."""
+        return self.grad is not None and self.grad._version != self.closed_version
+
+    def note_version(self) -> None:
+        """What `grad` is now counts as not written."""
+        if self.grad is not None:
+            self.closed_version = self.grad._version
+
     def show_again(self) -> None:
         """Make `grad` anew, after `model.to()` converted the tensor that showed `acc`."""
         self.grad = self.acc.data
-        self.closed_version, self.sums_version = self.grad._version, None
+        self.sums_version = None
+        self.note_version()
 
     def view(self, name: str, dtype: torch.dtype = torch.float32) -> Tensor:
         """This parameter's part of the flat buffer `name`, which starts as zeros."""

@@ -16,6 +16,8 @@ from torch.optim import Optimizer
 from torch.optim import optimizer as torch_optimizer
 from torch.utils._pytree import tree_map_only
 
+from .engines import refuse_deepspeed
+
 
 def _wrapper(kind: type[Any]) -> type[Any]:
     """The class whose constructor takes the optimizer to wrap; a subclass may take parameters."""
@@ -87,6 +89,7 @@ class SharingOptimizer(Optimizer):
     @property
     def param_groups(self) -> list[dict[str, Any]]:
         """The wrapped optimizer's own list."""
+        refuse_deepspeed(getattr(self, "gradient_accumulation_steps", None))
         return self.optimizer.param_groups
 
     @param_groups.setter

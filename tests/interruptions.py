@@ -24,100 +24,20 @@ import functools
 import itertools
 import signal
 import sys
-import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from types import FrameType
 from typing import Any, NamedTuple
 
 import torch
 
-import fusedaccum
 from tests.runs import Kind, Op, Oracle, Run, differences
 from tests.threads import one_thread
+from tests.traps import OPTIMIZERS, PACKAGE, AtLine, Broken, Trap
 
-PACKAGE = str(Path(fusedaccum.__file__).resolve().parent)
 PATIENCE = 60  # seconds
-OPTIMIZERS = str(Path(torch.optim.__file__).resolve().parent)
-
-
-class Broken(AssertionError):
-    """A state that the promise excludes. `how` is one word for it; `where` was interrupted."""
-
-    where = ""
-
-    def __init__(self, how: str, detail: str) -> None:
-        super().__init__(f"{how}: {detail}")
-        self.how = how
-
-
-class Trap:
-    """Raises once, somewhere in the operation. `fired` and `where` say whether, and where."""
-
-    def __init__(self) -> None:
-        self.fired = False
-        self.where = ""
-        self.error: BaseException | None = None
-
-    @contextmanager
-    def set(self, run: Run) -> Iterator[None]:
-        """Let it raise inside this block, and take what it raised."""
-        try:
-            with self.armed(run):
-                yield
-        except BaseException as error:
-            if error is not self.error:
-                raise
-        else:
-            if self.fired:
-                raise Broken("swallowed", f"what was raised at {self.where} did not come out")
-
-    @contextmanager
-    def armed(self, run: Run) -> Iterator[None]:
-        raise NotImplementedError
-        yield
-
-    def spring(self, error: BaseException, where: str) -> None:
-        self.fired, self.where, self.error = True, where, error
-        raise error
-
-
-class AtLine(Trap):
-    """Raises at the `k`-th line that runs in files under `folders`, counted from 0.
-
-    Autograd runs CPU hooks in the thread that called backward(), so its lines count as well.
-    """
-
-    def __init__(self, k: int, error: type[BaseException], folders: Sequence[str]) -> None:
-        super().__init__()
-        self.left, self.kind, self.folders = k, error, tuple(folders)
-        self.thread = threading.get_ident()
-
-    @contextmanager
-    def armed(self, run: Run) -> Iterator[None]:
-        before = sys.gettrace()
-        sys.settrace(self._call)
-        try:
-            yield
-        finally:
-            sys.settrace(before)
-
-    def _call(self, frame: FrameType, event: str, _: Any) -> Any:
-        return self._line if frame.f_code.co_filename.startswith(self.folders) else None
-
-    def _line(self, frame: FrameType, event: str, _: Any) -> Any:
-        if event == "line" and not self.fired:
-            assert threading.get_ident() == self.thread, "a hook in another thread"
-            if self.left == 0:
-                code = frame.f_code
-                where = f"{Path(code.co_filename).name}:{frame.f_lineno} {code.co_qualname}"
-                self.spring(self.kind(f"raised by the test at {where}"), where)
-            self.left -= 1
-        return self._line
 
 
 @dataclass(frozen=True)
@@ -248,10 +168,16 @@ def examine(scenario: Scenario, make: Callable[[], Trap]) -> tuple[str, str] | N
         Broken: for all else.
     """
     trap = make()
+
+    def again() -> Run:
+        return _disturb(scenario, trap.again() or make(), is_again=True)
+
     try:
         with warnings.catch_warnings(), one_thread(), _watchdog():
             warnings.simplefilter("ignore")
-            outcome = _examine(scenario, trap, lambda: _disturb(scenario, make()))
+            outcome = _examine(
+                scenario, trap, lambda: _disturb(scenario, trap.again() or make(), True)
+            )
     except Exception as error:
         broken = error if isinstance(error, Broken) else Broken("crash", repr(error))
         broken.where = trap.where
@@ -275,20 +201,25 @@ def _watchdog() -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
-def _disturb(scenario: Scenario, trap: Trap) -> Run:
+def _disturb(scenario: Scenario, trap: Trap, is_again: bool = False) -> Run:
     run = scenario.start()
     try:
         with trap.set(run):
             run.do(scenario.op)
     except Exception as error:
         raise Broken("replaced", f"by {error!r}") from error
+    if is_again and not trap.fired:
+        raise Broken("unsteady", "the same place was not reached again")
     return run
 
 
 def _check_loads(scenario: Scenario, again: Callable[[], Run]) -> None:
-    """Two ways out of a load_state_dict() that raised: once more, and zero_grad() to the end."""
+    """Two ways out of a load_state_dict() that raised: once more, and zero_grad() to the end.
+
+    The latter discards the window that was loaded, as it does after a backward().
+    """
     window: list[Op] = [("zero_grad",), *scenario.kind.update(60)]
-    ended = scenario.start().all([scenario.op, *window]).saved()
+    ended = scenario.start().all([scenario.op, ("backward", 58), *window]).saved()
     for ops, expected in (
         (list(scenario.program[scenario.at :]), scenario.undisturbed),
         (window, ended),

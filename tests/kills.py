@@ -32,8 +32,8 @@ import torch
 from torch import nn
 
 from fusedaccum import FusedAccumOptimizer
-from tests.interruptions import OPTIMIZERS, PACKAGE, AtLine
 from tests.runs import differences
+from tests.traps import OPTIMIZERS, PACKAGE, AtLine
 
 N = 4  # micro-batches per window
 STOP = 6 * N

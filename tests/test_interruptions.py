@@ -18,8 +18,9 @@ import torch
 import fusedaccum
 from tests import custom_rules, interrupted
 from tests.interrupted import ADAFACTOR, COUNTED, LINKED, LOOP, MUON_LOOP, SCENARIOS, SPLIT
-from tests.interruptions import KEPT, AtLine, Broken, Scenario, Trap, examine, survey
+from tests.interruptions import KEPT, Scenario, examine, survey
 from tests.runs import Kind, Op, Run, differences
+from tests.traps import AtCall, AtLine, Broken, Trap
 
 # Lines between two interruptions, primes: a scenario's loops are shorter or longer. Loading has the
 # most lines, and each costs the most runs.
@@ -53,36 +54,6 @@ def test_some_lines(scenario: Scenario) -> None:
 
     counts = ends(survey(scenario, at_line, stride, first))
     assert sum(counts.values()) > 0
-
-
-class AtCall(Trap):
-    """Raises at the `k`-th call of some functions."""
-
-    def __init__(
-        self,
-        k: int,
-        functions: Callable[[Run], list[tuple[Any, str]]],
-        error: Exception,
-    ) -> None:
-        super().__init__()
-        self.left, self.functions, self.to_raise = k, functions, error
-
-    @contextmanager
-    def armed(self, run: Run) -> Iterator[None]:
-        with pytest.MonkeyPatch.context() as patch:
-            for owner, name in self.functions(run):
-                patch.setattr(owner, name, self._counted(getattr(owner, name), name))
-            yield
-
-    def _counted(self, function: Callable[..., Any], name: str) -> Callable[..., Any]:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            self.left -= 1
-            if self.left == -1:
-                caller = sys._getframe(1).f_code.co_qualname
-                self.spring(self.to_raise, f"{name} called by {caller}")
-            return function(*args, **kwargs)
-
-        return call
 
 
 def _allocations(_: Run) -> list[tuple[Any, str]]:

@@ -1,0 +1,59 @@
+"""Processes of one gloo group, started once for a list of cases."""
+
+from __future__ import annotations
+
+import datetime
+import importlib
+import os
+import traceback
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+
+def _work(rank: int, world: int, module: str, cases: list[str], folder: str) -> None:
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/group-{world}",
+        rank=rank,
+        world_size=world,
+        timeout=datetime.timedelta(seconds=60),
+    )
+    results: dict[str, Any] = {}
+    for case in cases:
+        name, _, argument = case.partition(":")
+        try:
+            results[case] = getattr(importlib.import_module(module), name)(
+                *([argument] if argument else [])
+            )
+        except Exception:
+            results[case] = traceback.format_exc()
+        torch.save(results, f"{folder}/results-{world}-{rank}")
+    dist.destroy_process_group()
+
+
+def run(module: str, cases: list[str], world: int, folder: Path) -> list[dict[str, Any]]:
+    """Run functions of a module in each process of a group.
+
+    Args:
+        module: where they are.
+        cases: "name" or "name:argument" of each; every process runs all, in this order.
+        world: how many processes.
+        folder: for what they exchange.
+
+    Returns:
+        For each process, what each case returned; the traceback where it raised.
+    """
+    mp.start_processes(
+        _work, (world, module, cases, str(folder)), nprocs=world, start_method="spawn"
+    )
+    return [
+        torch.load(folder / f"results-{world}-{rank}", weights_only=False) for rank in range(world)
+    ]
