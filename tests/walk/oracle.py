@@ -28,19 +28,20 @@ class Oracle(Window):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """opt.zero_grad()"""
+        is_lost = self.has_arrivals or self.removed or self.broken or self.destroyed
+        is_kept = self.counts and self.micro_batches > 0 and not is_lost
+        if is_kept and self.has_assigned:
+            raise Unspecified("zero_grad() before an assigned gradient was taken up")
+        is_unsure = self.broken or any(not slot.is_known for slot in self.slots)
+        if not is_kept and not set_to_none and is_unsure:
+            raise Unspecified("which gradients showed")
         for slot in self.slots:
             slot.is_attached |= slot.needs_grad
+        if is_kept:
+            self.weight = None  # of a micro-batch that brought nothing
+            return
         if self.counts and self.micro_batches:
-            if not (self.has_arrivals or self.removed or self.broken or self.destroyed):
-                if self.has_assigned:
-                    raise Unspecified("zero_grad() before an assigned gradient was taken up")
-                self.weight = None  # of a micro-batch that brought nothing
-                return
             self.expected.warnings.append(DISCARDED)
-        if self.broken and not set_to_none:
-            raise Unspecified("which gradients showed when the backward raised")
-        if not set_to_none and any(not slot.is_known for slot in self.slots):
-            raise Unspecified("which gradients showed")
         self._forget()
         for slot in self.slots:
             slot.is_pending = False
@@ -132,6 +133,10 @@ class Oracle(Window):
             raise Unspecified("after a failure, or whether it is scaled")
         if not slot.is_attached or not slot.needs_grad:
             raise Unspecified("of what the wrapper has not seen")
+        if slot.is_assigned and not slot.is_known:
+            raise Unspecified("whether the one before was taken up")
+        if self.counts and slot.grad is None and self.has_arrivals:
+            raise Unspecified("whether it replaces what was taken away")
         if self.weighted and not slot.arrived and self.counts:
             raise Unspecified("an assigned gradient among weighted ones")
         slot.show(Grad(grad, torch.zeros_like(grad)))

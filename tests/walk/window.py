@@ -107,17 +107,7 @@ class Window:
         self._discard_removed()
         for slot in self.slots:
             slot.is_attached |= slot.needs_grad
-            if slot.is_assigned:
-                assert slot.grad is not None
-                if slot.acc is None:
-                    slot.acc = Grad(torch.zeros_like(slot.grad.value), slot.grad.error)
-                    slot.arrived |= not self.counts
-                elif not self.counts or slot.arrived:
-                    slot.acc = Grad(torch.zeros_like(slot.grad.value), slot.grad.error)
-                replaces = not self.counts or slot.arrived
-                slot.acc = slot.acc.plus(slot.grad.value, 1.0 if replaces else self._scale())
-                slot.arrived = True
-                slot.show(slot.acc)
+            self._take_up(slot)
             slot.is_pending = False
 
     # --- calls ---
@@ -127,50 +117,30 @@ class Window:
         self.backwards([grads], weight)
 
     def backwards(self, many: list[dict[int, Tensor]], weight: float | None) -> None:
+        """Several backwards of one micro-batch."""
         many = [{i: g for i, g in grads.items() if self.slots[i].needs_grad} for grads in many]
-        if self.broken:
-            raise Unspecified("a backward after one that raised")
-        other = {None, weight is not None or self.weight is not None}
-        if self.weighted not in other and not all(
-            self.slots[i].is_attached for g in many for i in g
-        ):
-            raise Unspecified("whether a resumed wrapper has a hook on what was frozen")
-        if self.removed and not all(s.is_attached for s in self.slots if s.needs_grad):
-            raise Unspecified("assigned after everything was removed")
-        if weight is not None:
-            if not self.counts and (self.used or self.weighted is False):
-                raise Unspecified("weights on top of a sum without weights")
-            if self.has_assigned:
-                raise Unspecified("a gradient that was assigned before a weighted micro-batch")
-            if not any(many) and self.weighted is False:
-                raise Unspecified("an empty weighted micro-batch among others")
+        self._check_specified([self.slots[i] for grads in many for i in grads], weight)
+        if weight is not None:  # entering micro_batch() looks at p.grad
             for slot in self.slots:
                 slot.is_attached |= slot.needs_grad
             self._discard_removed()
             if self.has_arrivals or self.weight is not None:
                 self.expected.error = RuntimeError  # the one before is open
                 return
-        seen = [i for grads in many for i in grads if self.slots[i].is_attached]
+        seen = any(self.slots[i].is_attached for grads in many for i in grads)
         if (seen or weight is not None) and self._refuse_broken():
             return
-        if any(
-            s.acc is not None and not s.is_attached
-            for s in (self.slots[i] for g in many for i in g)
-        ):
-            raise Unspecified("what autograd itself adds to an accumulator")
         if seen:
             self._discard_removed()
-        is_weighted = weight is not None or self.weight is not None
-        if seen:
+            is_weighted = weight is not None or self.weight is not None
             if self.weighted is not None and self.weighted != is_weighted:
                 self.expected.error = RuntimeError  # some with weights, some without
                 return
-            self.weighted = is_weighted
+            self.weighted, self.by_model = is_weighted, False
         if weight is not None:
             self.weight = weight
-            if not seen and not self.counts and self.weighted is None:
+            if not self.counts:
                 self.weighted = True
-        self.by_model &= not seen
         for grads in many:
             for i, grad in grads.items():
                 self._arrive(self.slots[i], grad)
@@ -182,21 +152,50 @@ class Window:
         if weight is not None and not self.counts:
             self._close()
 
+    def _check_specified(self, used: list[Slot], weight: float | None) -> None:
+        if self.broken:
+            raise Unspecified("a backward after one that raised")
+        unseen = [slot for slot in used if not slot.is_attached]
+        is_weighted = weight is not None or self.weight is not None
+        if unseen and self.weighted not in (None, is_weighted):
+            raise Unspecified("whether a resumed wrapper has a hook on what was frozen")
+        if unseen and weight is None and any(slot.acc is not None for slot in unseen):
+            raise Unspecified("what autograd itself adds to an accumulator")
+        if self.removed and not all(s.is_attached for s in self.slots if s.needs_grad):
+            raise Unspecified("assigned after everything was removed")
+        if weight is None:
+            return
+        if not self.counts and (self.used or self.weighted is False):
+            raise Unspecified("weights on top of a sum without weights")
+        if self.has_assigned:
+            raise Unspecified("a gradient that was assigned before a weighted micro-batch")
+        if not used and self.weighted is False:
+            raise Unspecified("an empty weighted micro-batch among others")
+
+    def _take_up(self, slot: Slot) -> None:
+        """An assigned p.grad: it replaces the accumulator where it stands for it, where the loop
+        owns the window or this micro-batch has arrived; else it is this micro-batch's gradient."""
+        if not slot.is_assigned:
+            return
+        assert slot.grad is not None
+        replaces = not self.counts or slot.arrived
+        if replaces or slot.acc is None:
+            zero = torch.zeros_like(slot.grad.value)
+            slot.acc = Grad(zero, slot.grad.error)
+        slot.acc = slot.acc.plus(slot.grad.value, 1.0 if replaces else self._scale())
+        slot.arrived, slot.is_pending = True, False
+        slot.show(slot.acc)
+
     def _arrive(self, slot: Slot, grad: Tensor) -> None:
+        """A backward brings `grad`."""
         zero = torch.zeros_like(grad)
         if not slot.is_attached:  # frozen when the wrapper looked: torch accumulates, as ever
             before = slot.grad if slot.is_assigned and slot.grad is not None else Grad(zero, zero)
             slot.show(before.plus(grad, 1.0))
             slot.is_pending, slot.is_known = True, False  # a resumed wrapper may know it
             return
-        if slot.is_assigned:
-            assert slot.grad is not None
-            assigned = slot.grad
-            replaces = not self.counts or slot.arrived
-            base = Grad(zero, zero) if replaces or slot.acc is None else slot.acc
-            slot.acc = base.plus(assigned.value, 1.0 if replaces else self._scale())
-            slot.is_pending = False
-        elif not self.counts and slot.grad is None:
+        self._take_up(slot)
+        if not self.counts and slot.grad is None:
             slot.acc = None
         base = Grad(zero, zero) if slot.acc is None else slot.acc
         slot.acc = base.plus(grad, self._scale())
