@@ -173,8 +173,10 @@ class World:
             param.kind = master_kind(
                 self.masters, dtype, self.config.stochastic, self.kind.is_fused
             )
+            lost = (param.value - self.shown[i].double()).abs() + param.error
+            # A master whose rounded value is what shows may stay.
+            param.error = lost if param.has_master else torch.zeros_like(lost)
             param.exact.data.copy_(self.shown[i])
-            param.error = torch.zeros_like(param.error)
             for slot in oracle.slots:  # everything is built anew
                 slot.is_attached = slot.needs_grad
             self.saved = None
