@@ -369,6 +369,7 @@ def load(state_dict: StateDict, updater: Updater) -> None:
             continue
         entry = entries.get(index, {})
         segment.forget_master()
+        segment.is_zero = False
         for name, value in entry.items():
             if name == MASTER:
                 segment.loaded_master = value.to(param.device, torch.float32)

@@ -210,6 +210,11 @@ class Oracle(Window):
             slot.grad is not None and slot.acc is None for slot in self.slots
         )
         snapshot._notice()
+        if not snapshot.micro_batches and not snapshot.has_arrivals:
+            # Zeros of zero_grad(set_to_none=False) are not saved: torch saves no gradients at all.
+            snapshot.is_whole &= all(slot.acc is None for slot in snapshot.slots)
+            for slot in snapshot.slots:
+                slot.acc = None
         for slot in snapshot.slots:
             slot.is_known = slot.is_known and slot.grad is slot.acc
             if slot.acc is None:

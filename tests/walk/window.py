@@ -267,6 +267,8 @@ class Window:
         if goes_on:
             self.used = any(slot.acc is not None for slot in self.slots)
             return
-        for slot in self.slots:  # p.grad goes on showing what was used
-            slot.is_known &= slot.acc is None or slot.grad is slot.acc
+        for slot in self.slots:  # p.grad goes on showing what was used; the optimizer's own step()
+            # is shown the clipped mean, in the same memory.
+            is_shown = slot.grad is slot.acc and self.update.is_fused
+            slot.is_known &= slot.acc is None or is_shown
             slot.acc = None
