@@ -93,8 +93,8 @@ class Attached:
                 self.n_cells += segment.n_cells
                 # Since torch 2.10 None lets `grad` have another dtype than the parameter.
                 param.grad_dtype = None if dtype != torch.float32 else dtype
-                self._hook(segment)  # first: a segment without a hook would miss its gradients
                 self.segments[param] = segment
+                self._hook(segment)
 
     def attach_groups(self, groups: Sequence[dict[str, Any]]) -> None:
         """Attach parameters of param groups that need a gradient and have no segment yet."""
@@ -103,8 +103,13 @@ class Attached:
         new: list[tuple[str, Tensor]] = []
         for i, group in enumerate(groups):
             for j, param in enumerate(group["params"]):
-                if param.requires_grad and param not in self.segments:
+                if not param.requires_grad:
+                    continue
+                segment = self.segments.get(param)
+                if segment is None:
                     new.append((f"param_groups[{i}]['params'][{j}]", param))
+                elif segment.hook is None:  # somebody interrupted us before
+                    self._hook(segment)
         self.attach(new)
 
     def refuse_take_over(self, name: str, param: Tensor, named: list[tuple[str, Tensor]]) -> None:
@@ -160,7 +165,7 @@ class Attached:
 
         def prehook(grads: tuple[Tensor | None, ...]) -> None:
             arriving, owner = segment_ref(), owner_ref()
-            if arriving is not None and owner is not None:
+            if arriving is not None and owner is not None and arriving.node is not None:
                 owner._arrive(arriving, grads[0] is not None)
 
         segment.hook = segment.node.register_prehook(prehook)
@@ -169,8 +174,9 @@ class Attached:
     def detach(self) -> None:
         """Remove every hook and give `grad` its usual dtype again."""
         for segment in self.segments.values():
-            segment.hook.remove()
-            segment.node = None
+            segment.node = None  # which a hook that was not noted here asks for
+            if segment.hook is not None:
+                segment.hook.remove()
             _owners.pop(segment.param, None)
             segment.param.grad = None
             segment.param.grad_dtype = segment.param.dtype

@@ -12,7 +12,7 @@ another optimizer's state dict has that one's keys, and must not lose a window i
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Mapping, Set
 from typing import Any
 
 import torch
@@ -21,28 +21,25 @@ from torch.optim import Optimizer
 
 from . import rules
 from .collect import Collector
-from .frameworks import refuse_second_count
+from .entries import (
+    IS_OPEN,
+    KEY,
+    MASTER,
+    MICRO_BATCHES,
+    VERSION,
+    StateDict,
+    entries_of,
+    number,
+    open_window,
+    read_extra,
+    step_of,
+    without_gaps,
+    without_ours,
+)
+from .frameworks import is_asked_for_keys, refuse_second_count
 from .malformed import refuse_malformed
 from .segments import PARAM_DTYPES, Fill, Segment
 from .update import Updater
-from .window import Window
-
-VERSION = 1
-KEY = "fusedaccum"
-MASTER = "master_param"
-GRAD = "window_grad"
-MICRO_BATCHES = "window_micro_batches"
-# Whether a window is open, with or without a closed micro-batch.
-IS_OPEN = "window_is_open"
-# Numbers of an open window, 0-d. "window_step" is the parameter's step count when it was saved,
-# "window_fill" its `Fill`, "window_weight" that of the open micro-batch.
-NUMBERS = (
-    "window_total", "window_reference", "window_is_explicit", "window_overflow", "window_steps",
-    "window_step", "window_fill", "window_weight",
-)  # fmt: skip
-OURS = frozenset((MASTER, GRAD, MICRO_BATCHES, IS_OPEN, *NUMBERS))
-
-StateDict = dict[str, Any]
 
 
 def _indexed(optimizer: Optimizer, collector: Collector) -> dict[int, Segment]:
@@ -61,28 +58,33 @@ def save(inner: StateDict, updater: Updater) -> StateDict:
     """
     collector, window = updater.collector, updater.collector.window
     segments = _indexed(updater.optimizer, collector)
-    state = _without_ours(inner)
+    state = without_ours(inner)
     accumulators = _open_accumulators(segments, collector)
     overflow = 0.0 if collector.scaling.overflow is None else float(collector.scaling.overflow)
     is_open = bool(window.micro_batches or accumulators)
     steps: dict[int, float] = {}
+    masters: dict[int, Tensor] = {}
+    # Many an optimizer takes an entry for a complete one: plain torch would not load ours alone.
+    may_add = segments if is_asked_for_keys() else {*state, *_stateless(updater)}
     for index, segment in segments.items():
         entry = state.get(index)
         precise = segment.precise()
-        if precise is not None:
+        if precise is not None and index in may_add:
             state.setdefault(index, {})[MASTER] = precise
+        elif precise is not None:
+            masters[index] = precise
         for name in segment.numbers:
             if entry is not None and name in entry:
                 entry[name] = entry[name].detach().cpu()  # where torch keeps them by default
-        step = _step_of(segment, entry, updater)
+        step = step_of(segment, entry, updater)
         if step is not None and "step" not in (entry or {}):
             steps[index] = step
-        if index in state and index in accumulators:
-            # Not where there is none: many an optimizer takes an entry for a complete one.
-            state[index].update(_open_window(segment, window, overflow, step))
+        if index in accumulators and index in may_add:
+            numbers = open_window(segment, window, overflow, step)
+            state.setdefault(index, {}).update(numbers)
         if index in state:
-            state[index][MICRO_BATCHES] = _number(window.micro_batches)
-            state[index][IS_OPEN] = _number(is_open)
+            state[index][MICRO_BATCHES] = number(window.micro_batches)
+            state[index][IS_OPEN] = number(is_open)
     extra: StateDict = {
         "version": VERSION,
         "gradient_accumulation_steps": window.steps,
@@ -98,9 +100,23 @@ def save(inner: StateDict, updater: Updater) -> StateDict:
         "accumulators": accumulators,
         "arrived": [i for i in accumulators if segments[i].fill is Fill.CURRENT],
         "steps": steps,
+        "masters": masters,
         "skipped_steps": 0 if updater.scalars is None else int(updater.scalars.skipped),
     }
     return {**inner, "state": state, KEY: extra}
+
+
+def _stateless(updater: Updater) -> set[int]:
+    """Indices of the parameters for which the wrapped optimizer keeps no states."""
+    found: set[int] = set()
+    start = 0
+    for group in updater.optimizer.param_groups:
+        rule = rules.select(updater.optimizer, group)
+        end = start + len(group["params"])
+        if rule and not rule.states and not rule.family.memory and rule.family.step_key is None:
+            found.update(range(start, end))
+        start = end
+    return found
 
 
 def _open_accumulators(segments: dict[int, Segment], collector: Collector) -> dict[int, Tensor]:
@@ -118,123 +134,6 @@ def _open_accumulators(segments: dict[int, Segment], collector: Collector) -> di
     }
 
 
-def _without_ours(state_dict: StateDict) -> dict[Any, Any]:
-    """A state dict's states without what this module added, also to one that torch loaded."""
-    params = {index for group in state_dict["param_groups"] for index in group["params"]}
-    state: dict[Any, Any] = {}
-    for key, entry in state_dict["state"].items():
-        own = entry
-        # Some optimizers keep what belongs to no parameter under names of their own.
-        if key in params:
-            own = {k: v for k, v in entry.items() if k not in OURS}
-        if own or not entry:  # many an optimizer takes an entry for a complete one
-            state[key] = own
-    return state
-
-
-def _without_gaps(state_dict: StateDict) -> StateDict:
-    """Without the empty dicts that DCP's unflattening has for states which are not in the file."""
-    if KEY in state_dict:
-        return state_dict
-    state = {
-        key: {k: v for k, v in entry.items() if not (isinstance(v, dict) and not v)}
-        for key, entry in state_dict["state"].items()
-        if isinstance(entry, dict)
-    }
-    return {**state_dict, "state": {**state_dict["state"], **state}}
-
-
-def _number(value: float) -> Tensor:
-    return torch.tensor(float(value), dtype=torch.float64, device="cpu")
-
-
-def _step_of(segment: Segment, entry: StateDict | None, updater: Updater) -> float | None:
-    """A parameter's step count as far as it is known, also before the first update after a load."""
-    if segment.step is not None:
-        return float(segment.step)
-    if entry and "step" in entry:
-        return float(entry["step"])
-    if segment.knows_step and updater.scalars is not None:
-        return float(updater.scalars.steps[segment.row])
-    return None
-
-
-def _open_window(
-    segment: Segment, window: Window, overflow: float, step: float | None
-) -> StateDict:
-    """What a parameter's states tell of the open window."""
-    values = (
-        window.total,
-        -1.0 if window.reference is None else window.reference,
-        bool(window.is_explicit),
-        overflow,
-        window.steps or 0,
-        -1.0 if step is None else step,
-        segment.fill,
-        -1.0 if window.weight is None else window.weight,
-    )
-    return {GRAD: segment.grad, **dict(zip(NUMBERS, map(_number, values), strict=True))}
-
-
-def _extra(state_dict: StateDict) -> StateDict:
-    """What the key "fusedaccum" holds; where it is gone, what the states tell of it.
-
-    A window whose parameter has been updated since is not open any more: plain torch loaded it,
-    trained on, and saved it along.
-    """
-    if KEY in state_dict:
-        return dict(state_dict[KEY])
-    extra: StateDict = {}
-    for index, entry in _entries(state_dict):
-        try:
-            _add_window(extra, index, entry)
-        except (KeyError, TypeError, ValueError, OverflowError) as error:
-            raise ValueError(
-                f"the numbers of the open window beside the states of parameter {index} are "
-                f"malformed ({type(error).__name__}: {error}); nothing was loaded"
-            ) from error
-    return extra
-
-
-def _entries(state_dict: StateDict) -> Iterator[tuple[Any, StateDict]]:
-    """The states of each parameter."""
-    for group in state_dict["param_groups"]:
-        for index in group["params"]:
-            yield index, state_dict["state"].get(index, {})
-
-
-def _add_window(extra: StateDict, index: Any, entry: StateDict) -> None:
-    """Take what a parameter's states tell of an open window over into `extra`."""
-    micro_batches = int(entry.get(MICRO_BATCHES, 0))
-    if not (micro_batches or float(entry.get(IS_OPEN, 0))):
-        return
-    if GRAD not in entry:
-        if micro_batches:  # else this parameter had none
-            extra.setdefault("lost", micro_batches)
-        return
-    values = {name: float(entry[name]) for name in NUMBERS if name in entry}
-    step = values["window_step"]
-    if step >= 0 and float(entry.get("step", step)) != step:
-        return
-    reference, weight = values["window_reference"], values.get("window_weight", -1.0)
-    extra |= {
-        "version": VERSION,
-        "gradient_accumulation_steps": int(values["window_steps"]) or None,
-        "window": {
-            "micro_batches": micro_batches,
-            "total": values["window_total"],
-            "reference": None if reference < 0 else reference,
-            "is_explicit": bool(values["window_is_explicit"]),
-            "overflow": values["window_overflow"],
-            "weight": None if weight < 0 else weight,
-        },
-    }
-    extra.setdefault("accumulators", {})[index] = entry[GRAD]
-    if "window_fill" in values:
-        arrived = extra.setdefault("arrived", [])
-        arrived += [index] if values["window_fill"] == Fill.CURRENT else []
-
-
 def check(state_dict: StateDict, updater: Updater) -> None:
     """Refuse a checkpoint of something else, and a second count, before anything is changed.
 
@@ -246,7 +145,7 @@ def check(state_dict: StateDict, updater: Updater) -> None:
     for key in ("state", "param_groups"):
         if key not in state_dict:
             raise ValueError(f"not an optimizer's state dict: it has no {key!r}")
-    state_dict = _without_gaps(state_dict)
+    state_dict = without_gaps(state_dict)
     saved, here = state_dict["param_groups"], optimizer.param_groups
     if len(saved) != len(here):
         raise ValueError(f"the checkpoint has {len(saved)} param groups, the optimizer {len(here)}")
@@ -258,10 +157,11 @@ def check(state_dict: StateDict, updater: Updater) -> None:
             )
     ids = [index for group in saved for index in group["params"]]
     params = [p for group in here for p in group["params"]]
-    extra = _extra(state_dict)
-    accumulators = extra.get("accumulators", {})
+    extra = read_extra(state_dict)
+    accumulators, masters = extra.get("accumulators", {}), extra.get("masters", {})
     for index, param in zip(ids, params, strict=True):
         entries = {**state_dict["state"].get(index, {}), "accumulator": accumulators.get(index)}
+        entries.setdefault(MASTER, masters.get(index))
         for name, value in entries.items():
             is_scalar = not isinstance(value, Tensor) or value.dim() == 0
             elementwise = name in ("accumulator", MASTER) or name in _elementwise(updater)
@@ -337,17 +237,19 @@ def load(state_dict: StateDict, updater: Updater) -> None:
     torch casts states to the parameter's dtype as it loads; here they stay fp32.
     """
     optimizer, collector = updater.optimizer, updater.collector
-    state_dict = _without_gaps(state_dict)
-    extra = _extra(state_dict)
+    state_dict = without_gaps(state_dict)
+    extra = read_extra(state_dict)
     entries = state_dict["state"]
     ids = [index for group in state_dict["param_groups"] for index in group["params"]]
     params = [p for group in optimizer.param_groups for p in group["params"]]
-    known = {index for index, entry in _entries(state_dict) if entry}
+    known = {index for index, entry in entries_of(state_dict) if entry}
     _attach_frozen(
-        known | set(extra.get("accumulators", {})), dict(zip(ids, params, strict=True)), collector
+        known | {*extra.get("accumulators", {}), *extra.get("masters", {})},
+        dict(zip(ids, params, strict=True)),
+        collector,
     )
     plain = {k: v for k, v in state_dict.items() if k != KEY}
-    plain["state"] = _without_ours(state_dict)
+    plain["state"] = without_ours(state_dict)
     stand_ins = _fp32_stand_ins(updater)
     with updater.swap.of(stand_ins, with_states=False):
         optimizer.load_state_dict(plain)
@@ -356,7 +258,7 @@ def load(state_dict: StateDict, updater: Updater) -> None:
     collector.discard()
     scalars = updater.prepared_scalars() if collector.segments else None
     accumulators = extra.get("accumulators", {})
-    steps = extra.get("steps", {})
+    steps, masters = extra.get("steps", {}), extra.get("masters", {})
     is_weighted = bool(extra) and extra["window"]["micro_batches"] > 0
     # A checkpoint of before 0.1.0 does not tell what the open micro-batch has brought: there it is
     # the one that a loop with its own window never closes.
@@ -370,10 +272,11 @@ def load(state_dict: StateDict, updater: Updater) -> None:
         entry = entries.get(index, {})
         segment.forget_master()
         segment.is_zero = False
+        master = entry.get(MASTER, masters.get(index))
+        if master is not None:
+            segment.loaded_master = master.to(param.device, torch.float32)
         for name, value in entry.items():
-            if name == MASTER:
-                segment.loaded_master = value.to(param.device, torch.float32)
-            elif optimizer.state[param].get(name) is value and type(value) is Tensor:
+            if optimizer.state[param].get(name) is value and type(value) is Tensor:
                 optimizer.state[param][name] = value.clone()  # the caller's; a step would write it
         segment.states, segment.step, segment.numbers = (), None, {}
         segment.knows_step = index in steps

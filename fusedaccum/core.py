@@ -112,6 +112,8 @@ class Core:
             RuntimeError: saying that it has to be done again.
         """
         self.updater.swap.undo()
+        if self._moving is not None:
+            self._reattach()
         if self._loading is not None:
             raise RuntimeError(
                 "load_state_dict() was interrupted, and the states are in part the old ones; "

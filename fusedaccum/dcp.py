@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from . import rules
-from .checkpoint import OURS
+from .entries import OURS
 from .update import Updater
 
 

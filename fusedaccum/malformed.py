@@ -71,10 +71,11 @@ def refuse_malformed(extra: Mapping[str, Any], ids: Set[Any]) -> None:
     check("window['overflow']", overflow, _is_number(overflow), "a finite number >= 0")
 
     accumulators = check_mapping("accumulators")
-    for index, value in accumulators.items():
-        is_right = isinstance(value, Tensor) and value.is_floating_point()
-        found = value.dtype if isinstance(value, Tensor) else value
-        check(f"accumulators[{index!r}]", found, is_right, "a floating-point tensor")
+    for name, tensors in (("accumulators", accumulators), ("masters", check_mapping("masters"))):
+        for index, value in tensors.items():
+            is_right = isinstance(value, Tensor) and value.is_floating_point()
+            found = value.dtype if isinstance(value, Tensor) else value
+            check(f"{name}[{index!r}]", found, is_right, "a floating-point tensor")
     for index, value in check_mapping("steps").items():
         check(f"steps[{index!r}]", value, _is_number(value), "a finite number >= 0")
     arrived = extra.get("arrived", [])

@@ -64,6 +64,11 @@ class Rule:
     states: tuple[str, ...]
     initial: tuple[tuple[str, Callable[[Group], Any]], ...] = ()
 
+    def starts(self, group: Group) -> dict[str, float]:
+        """What those of its states and numbers start as that do not start as zero."""
+        named = (*self.initial, *self.family.memory)
+        return {name: float(start(group)) for name, start in named}
+
     def start(self, state: str, group: Group) -> float:
         """What `state` starts as in a param group."""
         return float(dict(self.initial).get(state, _zero)(group))

@@ -98,6 +98,7 @@ class Segment:
         loaded_master: fp32 master from a checkpoint, not yet compared with the parameter: the
             weights may be loaded after the optimizer.
         states: the optimizer's states, fp32, in the rule's order.
+        starts: what states and numbers started as, by name, where that is not zero.
         step: its step count, 0-d, on the device.
         knows_step: whether a checkpoint told its step count.
         numbers: the 0-d states that `state[param]` shows, by torch's names.
@@ -109,7 +110,7 @@ class Segment:
         "__weakref__", "_block", "_position", "acc", "cell", "closed_version", "device", "dtype",
         "fill", "grad", "has_sums", "hook", "is_contiguous", "is_due", "is_zero", "kind",
         "knows_step", "loaded_master", "master", "n_cells", "nbytes", "node", "numbers", "numel",
-        "param", "pending", "row", "shape", "states", "step", "stride", "sums_version",
+        "param", "pending", "row", "shape", "starts", "states", "step", "stride", "sums_version",
     )  # fmt: skip
 
     def __init__(
@@ -133,6 +134,7 @@ class Segment:
         self.master: Tensor | None = None
         self.loaded_master: Tensor | None = None
         self.states: tuple[Tensor, ...] = ()
+        self.starts: dict[str, float] = {}
         self.step: Tensor | None = None
         self.numbers: dict[str, Tensor] = {}
         self.node: Any = None

@@ -191,6 +191,7 @@ class Updater:
         if segment.step is not None and len(segment.states) == len(rule.states):
             own = dict(zip(rule.states, segment.states, strict=True)) | segment.numbers
             if all(state.get(name) is tensor for name, tensor in own.items()):
+                self._start_later(segment, rule, group)
                 return
         is_foreign = False  # whether it comes from a plain run, or from a checkpoint
         shown: dict[str, Tensor] = {}
@@ -220,9 +221,22 @@ class Updater:
             elif existing.data_ptr() != number.data_ptr():
                 number.copy_(existing)
         state.update(shown)
+        segment.starts = rule.starts(group)
         segment.states = views
         segment.numbers = {name: number for number, name, _ in numbers}
         segment.step = step
+
+    def _start_later(self, segment: Segment, rule: rules.Rule, group: Group) -> None:
+        """Let what starts as a hyper-parameter start as what that is now (ASGD's and Rprop's rate),
+        where every update so far was skipped. That shows on the device alone."""
+        starts = rule.starts(group)
+        if starts == segment.starts:
+            return
+        assert segment.step is not None
+        for name, start in starts.items():
+            value = self.optimizer.state[segment.param][name]
+            value.copy_(torch.where(segment.step == 0, start, value))
+        segment.starts = starts
 
     # --- the wrapped optimizer's own step ---
 

@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fusedaccum import FusedAccumOptimizer, checkpoint
+from fusedaccum import FusedAccumOptimizer, entries
 from tests.cases import CASES, Case, Gradients, case_id, small_model
 from tests.tolerances import equal_bits
 
@@ -161,7 +161,7 @@ def test_the_format() -> None:
     assert set(state) == {"state", "param_groups", "fusedaccum"}
     states = {"step", "exp_avg", "exp_avg_sq", "master_param"}
     states |= {"window_micro_batches", "window_is_open"}
-    assert set(state["state"][0]) == states | {"window_grad", *checkpoint.NUMBERS}
+    assert set(state["state"][0]) == states | {"window_grad", *entries.NUMBERS}
     extra = state["fusedaccum"]
     assert extra["version"] == 1 and extra["window"]["micro_batches"] == 1
     assert set(extra["accumulators"]) == set(range(8))

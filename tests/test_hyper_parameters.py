@@ -98,3 +98,21 @@ def test_the_kernels_see_no_hyper_parameter_as_a_constant(monkeypatch: pytest.Mo
         assert update() == first
     opt.param_groups[0]["amsgrad"] = True  # another rule: the negative control
     assert update() != first
+
+
+@pytest.mark.parametrize("kind", [torch.optim.ASGD, torch.optim.Rprop])
+def test_a_rate_changed_after_a_skipped_first_window(kind: Any) -> None:
+    """ASGD's eta and Rprop's step sizes start as the rate of the first update that is made."""
+    weight, plain = (torch.nn.Parameter(torch.ones(3)) for _ in range(2))
+    opt, exact = FusedAccumOptimizer(kind([weight], lr=0.25), 1), kind([plain], lr=0.125)
+    (weight * float("inf")).sum().backward()
+    opt.step()
+    assert int(opt.skipped_steps) == 1
+    opt.param_groups[0]["lr"] = 0.125
+    for value in (3.0, 2.0, -1.0):
+        (weight * value).sum().backward()
+        (plain * value).sum().backward()
+        for optimizer in (opt, exact):
+            optimizer.step()
+            optimizer.zero_grad()
+    torch.testing.assert_close(weight, plain, rtol=1e-6, atol=0)
