@@ -23,20 +23,17 @@ class Backwards:
 
     Attributes:
         count: how many began in the open micro-batch; one inside another does not count.
+        threads: by graph task, the thread of each backward that has not ended.
     """
 
     def __init__(self) -> None:
         self.count = 0
-        # The thread of each graph task whose backward has not ended.
-        self._threads: dict[int, int] = {}
-
-    def __contains__(self, task: int) -> bool:
-        return task in self._threads
+        self.threads: dict[int, int] = {}
 
     @property
     def is_any_open(self) -> bool:
         """Whether one has not ended: it is running, or it raised."""
-        return bool(self._threads)
+        return bool(self.threads)
 
     def enter(self, task: int) -> bool:
         """A backward reaches its first parameter.
@@ -48,8 +45,8 @@ class Backwards:
             RuntimeError: where another thread's has not ended, saying how several threads can
                 share an optimizer.
         """
-        thread = self._threads[task] = threading.get_ident()
-        others = list(self._threads.values())
+        thread = self.threads[task] = threading.get_ident()
+        others = list(self.threads.values())
         if len(others) <= MAX_NESTED and any(other != thread for other in others):
             self.end(task)
             raise RuntimeError(
@@ -63,18 +60,18 @@ class Backwards:
 
     def begin(self, task: int) -> None:
         """What it brings will be accumulated."""
-        self._threads[task] = threading.get_ident()
-        if len(self._threads) == 1:
+        self.threads[task] = threading.get_ident()
+        if len(self.threads) == 1:
             self.count += 1
 
     def end(self, task: int) -> None:
         """A backward has reached all of its parameters, or was refused."""
-        self._threads.pop(task, None)
+        self.threads.pop(task, None)
 
     def forget(self) -> None:
         """Those that raised are over, too."""
         self.count = 0
-        self._threads.clear()
+        self.threads.clear()
 
 
 def refuse_kind() -> None:

@@ -44,17 +44,20 @@ class ByHand:
     def look(self) -> Seen:
         """Look at every parameter's `grad`; what was taken away is not part of the window now."""
         seen = Seen(is_emptied=self.is_emptied())
-        loop_owned = self._window.steps is None
+        loop_owned, float32 = self._window.steps is None, torch.float32
+        earlier, current = Fill.EARLIER, Fill.CURRENT
         for segment in self._segments.values():
-            grad = segment.param.grad
-            if grad is segment.grad and grad is not None and grad.dtype is not torch.float32:
-                segment.show_again()
-                segment.param.grad = grad = segment.grad
-            if grad is not None and grad is not segment.grad:
+            grad, own = segment.param.grad, segment.grad
+            if grad is own:
+                if grad is not None and grad.dtype is not float32:
+                    segment.show_again()
+                    segment.param.grad = segment.grad
+            elif grad is not None:
                 seen.assigned.append((segment, grad))
-            elif grad is None and (loop_owned or segment.fill is Fill.CURRENT):
+                continue
+            elif loop_owned or segment.fill is current:
                 segment.fill = Fill.EMPTY
-            elif segment.fill is Fill.EARLIER:
+            if segment.fill is earlier:
                 seen.earlier.append(segment)
         return seen
 
@@ -77,9 +80,13 @@ class ByHand:
         zeros now. Waits for them where they were written, and nowhere else."""
         if not self._window.micro_batches:
             return False
-        filled = [s for s in self._segments.values() if s.fill and s.numel and not s.is_zero]
+        may_be = (s for s in self._segments.values() if s.fill and s.numel and not s.is_zero)
+        first = next(may_be, None)
+        if first is None or (first.param.grad is not None and not first.is_written):
+            return False  # nearly always
+        filled = [first, *may_be]
         shown = [s for s in filled if s.param.grad is not None] or filled
-        if not shown or not all(s.is_written for s in shown):
+        if not all(s.is_written for s in shown):
             return False
         if not any(bool(s.acc.any()) for s in shown):
             return True

@@ -65,7 +65,7 @@ def save(inner: StateDict, updater: Updater) -> StateDict:
     steps: dict[int, float] = {}
     masters: dict[int, Tensor] = {}
     # Many an optimizer takes an entry for a complete one: plain torch would not load ours alone.
-    may_add = segments if is_asked_for_keys() else {*state, *_stateless(updater)}
+    may_add = segments if is_asked_for_keys() else {*state, *_may_lack_states(updater)}
     for index, segment in segments.items():
         entry = state.get(index)
         precise = segment.precise()
@@ -106,14 +106,15 @@ def save(inner: StateDict, updater: Updater) -> StateDict:
     return {**inner, "state": state, KEY: extra}
 
 
-def _stateless(updater: Updater) -> set[int]:
-    """Indices of the parameters for which the wrapped optimizer keeps no states."""
+def _may_lack_states(updater: Updater) -> set[int]:
+    """Indices of the parameters for which the wrapped optimizer may keep no states: its rule has
+    none, or nobody knows."""
     found: set[int] = set()
     start = 0
     for group in updater.optimizer.param_groups:
         rule = rules.select(updater.optimizer, group)
         end = start + len(group["params"])
-        if rule and not rule.states and not rule.family.memory and rule.family.step_key is None:
+        if not rule or not (rule.states or rule.family.memory or rule.family.step_key):
             found.update(range(start, end))
         start = end
     return found

@@ -89,7 +89,7 @@ class Collector(Attached):
 
     def _arrive(self, segment: Segment, is_due: bool = True) -> None:  # see `Attached`
         task = torch._C._current_graph_task_id()
-        if task not in self.backwards:
+        if task not in self.backwards.threads:
             self._begin(task)
         param = segment.param
         grad = param.grad
@@ -290,7 +290,8 @@ class Collector(Attached):
             self._discard_emptied()
             return []
         for segment in seen.earlier:  # the model's zero_grad() after step() keeps a window too
-            segment.param.grad = segment.grad
+            if segment.param.grad is None:
+                segment.param.grad = segment.grad
         return seen.assigned
 
     def _refuse_zeroed(self) -> None:
@@ -339,10 +340,10 @@ class Collector(Attached):
             self.scaling.close_micro_batch()
             self.window.close_micro_batch()
             self.backwards.count = 0
+            earlier = Fill.EARLIER
             for segment in self.segments.values():
-                if segment.fill:
-                    segment.fill = Fill.EARLIER
-                    segment.note_version()
+                if segment.fill and segment.grad is not None:
+                    segment.fill, segment.closed_version = earlier, segment.grad._version
 
     def end_window(self) -> None:
         """The window has been used. `param.grad` still shows it.

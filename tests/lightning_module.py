@@ -122,9 +122,11 @@ class Counted(Manual):
         self.manual_backward(self.loss(batch))
         opt.step()
         opt.zero_grad()
+        is_over = opt.window_closed
         if self.trainer.is_last_batch:
             opt.flush()
-        if opt.window_closed:
+            is_over |= opt.window_closed
+        if is_over:
             self.lr_schedulers().step()
             self.rates.append(opt.param_groups[0]["lr"])
 

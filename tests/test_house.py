@@ -1,8 +1,8 @@
 """The house rules that a reader of the tree relies on: which way imports point, and how long files
 may be.
 
-    cli → commands → optimizer → {checkpoint, describe, distributed, linear} → update
-      → collect → {segments, window} → backends → rules
+    cli → commands → optimizer → core → {checkpoint, dcp, describe} → entries → update
+      → collect → {attached, by_hand, sums, scaling} → {segments, window} → backends → rules
       → {kernels, tables, buffers, ...} → nothing of ours
     functional → {adam_updates, updates} → apply → backends
 """

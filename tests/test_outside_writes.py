@@ -151,7 +151,8 @@ def test_a_thousand_no_op_clamps_do_not_freeze_the_parameter(
         FusedAccumOptimizer(kind(m.parameters(), lr=1e-4), 1, master_weights=how, backend=backend)  # type: ignore[call-arg]
         for m, how in zip(models, (mode, "none"), strict=True)
     ]
-    for _ in range(1000):
+    n = 200 if backend == "triton" else 1000  # the interpreter is slow
+    for _ in range(n):
         for model, opt in zip(models, opts, strict=True):
             model.backward([torch.ones(8, device=device)])
             opt.step()
@@ -160,7 +161,7 @@ def test_a_thousand_no_op_clamps_do_not_freeze_the_parameter(
                 model.params[0].clamp_(-5, 5)
     master = opts[0].state_dict()["state"][0]["master_param"]
     assert equal_bits(master, models[1].params[0].detach())
-    torch.testing.assert_close(master, torch.full_like(master, 0.9), rtol=1e-4, atol=0)
+    torch.testing.assert_close(master, torch.full_like(master, 1 - n * 1e-4), rtol=1e-4, atol=0)
     assert torch.equal(models[0].params[0], master.bfloat16())
 
 

@@ -234,7 +234,7 @@ def test_masters_outlive_the_end_of_the_fused_rule(mode: str) -> None:
             model.backward([torch.linspace(-1, 1, 40).bfloat16()])
             opt.step()
             opt.zero_grad()
-    assert not opts[0]._updater.is_fused
+    assert not opts[0]._core.updater.is_fused
     master = opts[0].state_dict()["state"][0]["master_param"]
     assert tolerances.equal_bits(master, models[1].params[0].detach())
     assert not torch.equal(master, models[0].params[0].float())

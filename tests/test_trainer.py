@@ -127,7 +127,8 @@ class FusedAdamW(FusedAccumOptimizer):
 
 
 def test_three_ways_to_hand_it_over() -> None:
-    """`trainer.optimizer`, `optimizers=`, `optimizer_cls_and_kwargs`: one run, bit for bit."""
+    """`trainer.optimizer`, `optimizers=`, `optimizer_cls_and_kwargs`: one run, to the rounding of
+    the forward, which is another where the model's memory lies elsewhere (`model_init`)."""
     args = arguments(max_steps=8)
     options: dict[str, Any] = {"train_dataset": fw.sequences(), "args": args}
     first = finished(trainer(fw.tiny_llama(), FusedAccumOptimizer, max_steps=8))
@@ -145,9 +146,9 @@ def test_three_ways_to_hand_it_over() -> None:
         )
     )
     assert len(third.optimizer.param_groups) == 2  # the Trainer's: weights decay, norms do not
+    nudged = finished(trainer(fw.tiny_llama(), fw.nudge, max_steps=8))
     for other in (second, third, fourth):
-        assert other.losses == first.losses and other.rates == first.rates
-        assert fw.distance(other.model, first.model) == 0
+        assert fw.differences(other, first, nudged) == []
 
 
 class MeanLoss(torch.nn.Module):
