@@ -65,7 +65,9 @@ def save(inner: StateDict, updater: Updater) -> StateDict:
     steps: dict[int, float] = {}
     masters: dict[int, Tensor] = {}
     # Many an optimizer takes an entry for a complete one: plain torch would not load ours alone.
-    may_add = segments if is_asked_for_keys() else {*state, *_may_lack_states(updater)}
+    all_keys = is_asked_for_keys()
+    may_window = segments if all_keys else {*state, *_may_lack_states(updater, True)}
+    may_add = segments if all_keys else {*state, *_may_lack_states(updater, False)}
     for index, segment in segments.items():
         entry = state.get(index)
         precise = segment.precise()
@@ -79,7 +81,7 @@ def save(inner: StateDict, updater: Updater) -> StateDict:
         step = step_of(segment, entry, updater)
         if step is not None and "step" not in (entry or {}):
             steps[index] = step
-        if index in accumulators and index in may_add:
+        if index in accumulators and index in may_window:
             numbers = open_window(segment, window, overflow, step)
             state.setdefault(index, {}).update(numbers)
         if index in state:
@@ -106,15 +108,16 @@ def save(inner: StateDict, updater: Updater) -> StateDict:
     return {**inner, "state": state, KEY: extra}
 
 
-def _may_lack_states(updater: Updater) -> set[int]:
-    """Indices of the parameters for which the wrapped optimizer may keep no states: its rule has
-    none, or nobody knows."""
+def _may_lack_states(updater: Updater, surely: bool) -> set[int]:
+    """Indices of the parameters for which the wrapped optimizer keeps no states: its rule has none,
+    or, where that need not be sure, it has no rule."""
     found: set[int] = set()
     start = 0
     for group in updater.optimizer.param_groups:
         rule = rules.select(updater.optimizer, group)
         end = start + len(group["params"])
-        if not rule or not (rule.states or rule.family.memory or rule.family.step_key):
+        lacks = rule and not (rule.states or rule.family.memory or rule.family.step_key)
+        if lacks or (rule is None and not surely):
             found.update(range(start, end))
         start = end
     return found

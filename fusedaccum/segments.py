@@ -215,14 +215,8 @@ class Segment:
             self.loaded_master = None
 
     def _adopted(self, loaded: Tensor) -> Tensor:
-        """The master of what a checkpoint had, where the parameter is its rounded value.
-
-        Elsewhere the parameter counts alone: its remainder is 0.
-        """
-        if self.kind == "fp32":
-            return loaded
-        high, remainder = reference.split_master(loaded)
-        return torch.where(high == self.param, remainder, torch.zeros_like(remainder))
+        """The master of what a checkpoint had; a parameter written since keeps the remainder."""
+        return loaded if self.kind == "fp32" else reference.split_master(loaded)[1]
 
     def forget_master(self) -> None:
         """Let the parameter count alone, as before the first update."""

@@ -81,6 +81,8 @@ class Oracle(Window):
             self.destroyed = True
         if not self.counts and any(s.acc is None or not s.acc.value.any() for s in shown):
             raise Unspecified("zeros written over what was used, or was zero")
+        if not self.counts and any(slot.arrived for slot in shown):
+            raise Unspecified("zeros written over what an open micro-batch brought")
         zeros = [torch.zeros_like(slot.grad.value) for slot in shown]
         if not self.counts:
             self._forget_by_model()
