@@ -103,8 +103,8 @@ class Attached:
         new: list[tuple[str, Tensor]] = []
         for i, group in enumerate(groups):
             for j, param in enumerate(group["params"]):
-                if not param.requires_grad:
-                    continue
+                if not param.requires_grad and param.grad is None:
+                    continue  # frozen; one with a gradient was not, when it came
                 segment = self.segments.get(param)
                 if segment is None:
                     new.append((f"param_groups[{i}]['params'][{j}]", param))

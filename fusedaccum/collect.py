@@ -165,7 +165,10 @@ class Collector(Attached):
             segment.pending = False
             grad = segment.param.grad
             if grad is None:  # a function gave None for its gradient: what was there stays
-                self.engines.refuse_taken(segment)
+                if len(self.backwards.threads) == 1:  # else it may be of one that raised before
+                    self.engines.refuse_taken(segment)
+                elif segment.is_due:
+                    self.trouble.note("a backward() raised before it reached all parameters" + PART)
                 segment.param.grad = segment.grad if segment.fill else None
             elif grad.shape != segment.shape:
                 raise RuntimeError(
@@ -208,10 +211,8 @@ class Collector(Attached):
         # One for each Fill: what starts the window, what starts the micro-batch, what goes on.
         parts: tuple[list[tuple[Segment, Tensor]], ...] = ([], [], [])
         for segment, grad in fresh:
-            if segment.grad is None:
+            if segment.grad is None or segment.grad.dtype is not torch.float32:
                 segment.allocate()
-            elif segment.grad.dtype is not torch.float32:
-                segment.show_again()
             if not (segment.is_contiguous and grad.is_contiguous()):
                 grad = laid_out_like(grad, segment.acc)
             if grad.dtype is not segment.dtype and grad.dtype is not torch.float32:
@@ -269,6 +270,7 @@ class Collector(Attached):
                 "another FusedAccumOptimizer was made for the parameters of this one and has "
                 "taken them over; nothing was updated. Use that one, in the scheduler too"
             )
+        self.engines.note_ending()
         if self.backwards.is_any_open:
             self.trouble.note("a backward() raised before it reached all parameters" + PART)
         if self.trouble.reason is not None:

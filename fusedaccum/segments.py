@@ -146,6 +146,8 @@ class Segment:
             self.acc = self._block.view("acc", self._position, torch.float32, zeroed=False)
             # .data: the same memory with a version counter of its own.
             self.grad = self.acc.data
+        elif self.grad.dtype is not torch.float32:
+            self.show_again()
 
     @property
     def is_written(self) -> bool:

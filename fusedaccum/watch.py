@@ -99,6 +99,11 @@ class Watch:
         if is_distributed() and (not self._looked or self._is_empty()):
             self._look()
 
+    def note_ending(self) -> None:
+        """Mark the window after a backward that raised at its end."""
+        if self._n_ending:
+            self._owner.trouble.note(_RAISED)
+
     def _is_empty(self) -> bool:
         return all(param.grad is None for param in self._owner.segments)
 
