@@ -149,7 +149,14 @@ class Oracle(Window):
         slot = self.slots[index]
         if self.broken or self.destroyed or slot.grad is None or not slot.is_known:
             raise Unspecified("nothing to scale")
+        self._check_not_zero()
         slot.grad.value, slot.grad.error = slot.grad.value * factor, slot.grad.error * abs(factor)
+
+    def _check_not_zero(self) -> None:
+        """Zeros that are written as zeros cannot be told from a window that was zeroed (README)."""
+        accs = [slot.acc for slot in self.slots if slot.acc is not None]
+        if self.micro_batches and not self.has_arrivals and not any(a.value.any() for a in accs):
+            raise Unspecified("zeros written over zeros in the middle of a window")
 
     def clip_grad_norm(self, max_norm: float) -> None:
         """opt.clip_grad_norm_(); the norm it returns is in `update.returned`."""
@@ -179,6 +186,7 @@ class Oracle(Window):
         grads = [s.grad for s in self.slots if s.grad is not None]
         if any(not slot.is_attached and slot.grad is not None for slot in self.slots):
             raise Unspecified("in the parameter's dtype")
+        self._check_not_zero()
         coef, relative = self.update.torch_clip([(g.value, g.error) for g in grads], max_norm)
         for grad in grads:
             grad.error = grad.error * coef + (grad.value * coef).abs() * relative
