@@ -23,7 +23,7 @@ from .by_hand import ByHand
 from .scaling import Scaling
 from .segments import Fill, Segment
 from .sums import Sums
-from .trouble import PART, Trouble
+from .trouble import BACKWARD_RAISED, PART, Trouble
 from .watch import Watch, may_reduce
 from .window import Window
 
@@ -168,7 +168,7 @@ class Collector(Attached):
                 if len(self.backwards.threads) == 1:  # else it may be of one that raised before
                     self.engines.refuse_taken(segment)
                 elif segment.is_due:
-                    self.trouble.note("a backward() raised before it reached all parameters" + PART)
+                    self.trouble.note(BACKWARD_RAISED)
                 segment.param.grad = segment.grad if segment.fill else None
             elif grad.shape != segment.shape:
                 raise RuntimeError(
@@ -272,7 +272,7 @@ class Collector(Attached):
             )
         self.engines.note_ending()
         if self.backwards.is_any_open:
-            self.trouble.note("a backward() raised before it reached all parameters" + PART)
+            self.trouble.note(BACKWARD_RAISED)
         if self.trouble.reason is not None:
             self._recover()
         self.trouble.refuse(self.window.micro_batches)

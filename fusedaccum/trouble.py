@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 PART = ", so this window holds part of a micro-batch; nothing was updated"
+BACKWARD_RAISED = "a backward() raised before it reached all parameters" + PART
 
 
 class Trouble:

@@ -92,10 +92,8 @@ class Watch:
         """The window is about to be used; an engine that replaced parameters left it empty.
 
         Raises:
-            RuntimeError: as `begin` does, and after a backward that raised at its end.
+            RuntimeError: as `begin` does.
         """
-        if self._n_ending:
-            self._fail(_RAISED)
         if is_distributed() and (not self._looked or self._is_empty()):
             self._look()
 
