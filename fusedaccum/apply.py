@@ -13,10 +13,9 @@ from torch import Tensor
 from . import backends
 from .backends import Backend, StepBatch, UpdateRequest, UpdateScalars
 from .backends.base import GRAD_DTYPES
-from .buffers import is_dense, laid_out_like, same_order
-from .engines import refuse_tensor
 from .rules import RULES
 from .tables import OWN, addresses
+from .tensors import is_dense, laid_out_like, refuse_tensor, same_order
 
 Lists = Mapping[str, Sequence[Tensor]]
 

@@ -18,11 +18,11 @@ from torch.autograd import Variable
 from .attached import Attached
 from .backends import Backend
 from .backwards import Backwards, refuse_kind
-from .buffers import laid_out_like
 from .by_hand import ByHand
 from .scaling import Scaling
 from .segments import Fill, Segment
 from .sums import Sums
+from .tensors import laid_out_like
 from .trouble import BACKWARD_RAISED, PART, Trouble
 from .watch import Watch, may_reduce
 from .window import Window

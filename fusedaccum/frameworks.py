@@ -1,8 +1,19 @@
-"""Who is calling: frameworks that count windows themselves, and torch's distributed checkpoints."""
+"""Who is calling: engines and frameworks that count windows or own parameters, and checkpoints."""
 
 from __future__ import annotations
 
 import inspect
+import sys
+from types import FrameType
+
+from .engines import PLAIN
+
+# The modules that replace a client optimizer's parameters, or the optimizer.
+_ZERO = tuple(
+    f"deepspeed.runtime.{name}" for name in ("zero", "fp16", "bf16_optimizer", "superoffload",
+    "zenflow")
+)  # fmt: skip
+_PASSED_OVER = ("fusedaccum", "torch", "contextlib")
 
 
 def is_asked_for_keys() -> bool:
@@ -56,3 +67,45 @@ def refuse_second_count(steps: int | None) -> None:
             f"so does {counting}: one of the two has to. Wrap with "
             "gradient_accumulation_steps=None, and every step() is an update"
         )
+
+
+def refuse_deepspeed(steps: int | None) -> None:
+    """Refuse DeepSpeed where it takes the optimizer over: asked where somebody reads param_groups.
+
+    ZeRO (stages 1 to 3) and the bf16 and fp16 optimizers replace the parameters. Stage 0 in fp32
+    leaves them, and then only one of the two may count micro-batches.
+
+    Args:
+        steps: the wrapper's `gradient_accumulation_steps`.
+
+    Raises:
+        RuntimeError: saying what to do.
+    """
+    if "deepspeed.runtime.engine" not in sys.modules:
+        return
+    caller = _caller()
+    if caller.startswith(_ZERO) or caller == "accelerate.utils.deepspeed":
+        raise RuntimeError(
+            f"DeepSpeed ({caller}) replaces the parameters of the optimizer by partitions of its "
+            f"own, which FusedAccumOptimizer would never see a gradient of. {PLAIN}"
+        )
+    if caller == "deepspeed.runtime.engine" and steps not in (None, 1):
+        raise RuntimeError(
+            f"FusedAccumOptimizer(gradient_accumulation_steps={steps}) counts micro-batches, and "
+            f"so does DeepSpeed's engine. {PLAIN}, or, with ZeRO stage 0 in float32 only, wrap "
+            "with gradient_accumulation_steps=None"
+        )
+
+
+def _caller() -> str:
+    """The module that asks us: the first one on the stack that is neither ours nor torch's."""
+    frame: FrameType | None = sys._getframe(1)
+    try:
+        while frame is not None:
+            module = str(frame.f_globals.get("__name__", ""))
+            if module.split(".")[0] not in _PASSED_OVER:
+                return module
+            frame = frame.f_back
+        return ""
+    finally:
+        del frame  # or it would keep every local of the caller alive

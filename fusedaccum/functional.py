@@ -15,8 +15,8 @@ from .adam_updates import adam_, adamax_, adamw_, nadam_, radam_
 from .apply import backend_for, check, check_apart, check_shapes, check_written
 from .backends import Backend
 from .backends.base import GRAD_DTYPES
-from .buffers import is_dense, laid_out_like
 from .tables import count_chunks
+from .tensors import is_dense, laid_out_like
 from .updates import adadelta_, adagrad_, asgd_, lion_, rmsprop_, rprop_, sgd_
 
 __all__ = [

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .buffers import Block, is_dense
-from .engines import refuse_partitioned, refuse_tensor
+from .buffers import Block
+from .engines import refuse_partitioned
 from .tables import count_chunks
+from .tensors import is_dense, refuse_tensor
 
 PARAM_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from torch.optim import optimizer as torch_optimizer
 from torch.utils._pytree import tree_map_only
 
-from .engines import refuse_deepspeed
+from .frameworks import refuse_deepspeed
 
 
 def _wrapper(kind: type[Any]) -> type[Any]:

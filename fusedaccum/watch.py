@@ -21,7 +21,8 @@ from torch.autograd import Variable
 from torch.nn import Module
 from torch.nn.parallel import DistributedDataParallel
 
-from .engines import PLAIN, SHARDED, is_dtensor, refuse_exchange
+from .engines import PLAIN, refuse_exchange
+from .tensors import SHARDED, is_dtensor
 from .trouble import Trouble
 
 REDUCE = (

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fusedaccum import functional as F
 from fusedaccum.apply import backend_for
-from fusedaccum.buffers import is_dense, same_order
+from fusedaccum.tensors import is_dense, same_order
 from tests.cases import WithoutCompiler, forget_compiled
 
 SHAPE = (3, 4, 5)

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from .. import reference, rule_text
-from ..buffers import is_dense
 from ..rounding import random_bits, round_stochastic
 from ..rules import Family, Rule
 from ..tables import CHUNK, LaunchTable, count_chunks
+from ..tensors import is_dense
 from . import cgen, native
 from .base import StepBatch, TableBackend, UpdateRequest, UpdateScalars
 from .compiler import CompilerMissing
