@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_, get_total_norm
 
-from fusedaccum.commands.check_windows import deliver
-from fusedaccum.commands.forms import SCRATCH, blocked_add_
+from fusedaccum.bench.forms import SCRATCH, blocked_add_
+from fusedaccum.doctor.windows import deliver
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from fusedaccum import FusedAccumOptimizer, backends
-from fusedaccum.commands.check_windows import deliver
-from fusedaccum.rules import RULES
-from fusedaccum.tables import count_chunks
+from fusedaccum.backends.tables import count_chunks
+from fusedaccum.doctor.windows import deliver
+from fusedaccum.rules.builtin import RULES
 
 from .baselines import NATIVE, Form, Moved, Plan, leaves
 from .rivals import RIVALS
@@ -106,7 +106,7 @@ class FusedBackend(FusedForm):
     def values(self) -> list[Tensor]:
         if self.kind == "none":
             return [p.detach() for p in self.params]
-        # join_master of fusedaccum/reference.py, spelled out: this file must not grade itself.
+        # join_master of backends/reference.py, spelled out: this file must not grade itself.
         bits = (
             (p.detach().view(torch.int16).int() << 16) + remainder.int()
             for p, remainder in zip(self.params, self.masters, strict=True)

@@ -75,7 +75,7 @@ def parts(dry_run: bool, results: Path) -> dict[str, Part]:
     plot = ["-m", "benchmarks.plot", str(results)]
     tests = ["-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider"]
     # Collecting all of them imports every framework; dry, those of one file are enough.
-    tests += ["tests/test_gpu.py" if dry_run else "tests"]
+    tests += ["tests/backends/test_gpu.py" if dry_run else "tests"]
     if not dry_run and importlib.util.find_spec("xdist"):
         tests += ["-n", "4"]  # hundreds of kernel variants to compile
     eager, compiled = [*run, "--forms", "eager"], [*run, "--forms", "compiled"]

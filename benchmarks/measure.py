@@ -24,11 +24,11 @@ import torch
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
-from fusedaccum.commands.machine import cpu_name
-from fusedaccum.timing import Clock as Clock
-from fusedaccum.timing import CudaClock as CudaClock
-from fusedaccum.timing import Samples as Samples
-from fusedaccum.timing import interleave as interleave
+from fusedaccum.bench.timing import Clock as Clock
+from fusedaccum.bench.timing import CudaClock as CudaClock
+from fusedaccum.bench.timing import Samples as Samples
+from fusedaccum.bench.timing import interleave as interleave
+from fusedaccum.doctor.machine import cpu_name
 
 from . import cases
 from .baselines import Form, Plan

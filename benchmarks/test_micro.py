@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fusedaccum import functional
-from fusedaccum.rules import RULES
+from fusedaccum.rules.builtin import RULES
 
 from . import cases, measure
 from .baselines import Form, Plan

@@ -12,7 +12,7 @@ from importlib import metadata
 
 from . import functional
 from .optimizer import FusedAccumOptimizer
-from .registry import register_rule, unregister_rules
+from .rules.registry import register_rule, unregister_rules
 
 try:
     __version__ = metadata.version("fusedaccum")

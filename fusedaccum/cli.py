@@ -117,7 +117,7 @@ def _positive_int(text: str) -> int:
 
 
 def _doctor(args: argparse.Namespace) -> int:
-    from .commands import doctor
+    from .doctor import run as doctor
 
     return doctor.doctor(args.device, args.backend, args.full, args.json)
 
@@ -125,7 +125,8 @@ def _doctor(args: argparse.Namespace) -> int:
 def _bench(args: argparse.Namespace) -> int:
     import torch
 
-    from .commands import bench, forms, shapes
+    from .bench import forms, shapes
+    from .bench import run as bench
 
     name, sizes = "", None
     if args.shapes is not None:

@@ -10,14 +10,17 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from . import backends, checkpoint, foreign, rules
-from .advice import Advice
-from .collect import Collector
+from . import backends
+from .integrations import checkpoint
 from .options import Options
-from .scaling import Scaling
-from .trouble import PART
-from .update import Updater
-from .window import Window
+from .rules import builtin as rules
+from .rules import packages as foreign
+from .update.updater import Updater
+from .window.advice import Advice
+from .window.collector import Collector
+from .window.grad_scaler import Scaling
+from .window.trouble import PART
+from .window.weights import Window
 
 PARTLY_UPDATED = ", so that some parameters may be updated and others not"
 

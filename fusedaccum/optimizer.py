@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from . import arguments, checkpoint, describe
 from .core import Core
-from .dcp import only_initialises
-from .options import Options
-from .sharing import SharingOptimizer
+from .integrations import checkpoint
+from .integrations.dcp import only_initialises
+from .integrations.face import SharingOptimizer, step_hooks
+from .options import Options, calls_closure, check_positive, check_weight
+from .update import describe
 
 Closure = Callable[[], Any]
 Group = dict[str, Any]
@@ -153,7 +154,7 @@ class FusedAccumOptimizer(SharingOptimizer):
         ).checked(optimizer, FusedAccumOptimizer)
         self.optimizer = optimizer
         self._core = Core(optimizer, options)
-        self._calls_closure = arguments.calls_closure(optimizer)
+        self._calls_closure = calls_closure(optimizer)
 
     gradient_accumulation_steps = Setting(is_changeable=True)
     max_grad_norm = Setting(is_changeable=True)
@@ -220,7 +221,7 @@ class FusedAccumOptimizer(SharingOptimizer):
             ...         model(torch.randn(n_tokens, 4)).mean().backward()
             ...     opt.step()
         """
-        value = arguments.check_weight(weight)
+        value = check_weight(weight)
         core, window = self._core, self._core.window
         core.check_params()  # one that was unfrozen since gets its hook before the forward
         core.collector.look()
@@ -314,7 +315,7 @@ class FusedAccumOptimizer(SharingOptimizer):
         Returns:
             The L2 norm of the mean gradient so far, 0-d fp32 on the device.
         """
-        max_norm = arguments.check_positive("max_norm", max_norm)
+        max_norm = check_positive("max_norm", max_norm)
         core = self._core
         core.collect()
         core.window.max_norm = max_norm
@@ -390,4 +391,4 @@ class FusedAccumOptimizer(SharingOptimizer):
 
     def _hooks(self) -> AbstractContextManager[Any]:
         """Hooks of step(), but for an optimizer whose own step() runs them itself."""
-        return self._step_hooks() if self._core.updater.is_fused else nullcontext()
+        return step_hooks(self) if self._core.updater.is_fused else nullcontext()

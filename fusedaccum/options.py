@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
+import math
+import operator
 from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 from torch.optim import Optimizer
 
-from . import arguments
+from .rules import packages
 
 
 @dataclass(frozen=True)
@@ -32,15 +35,15 @@ class Options:
         Raises:
             TypeError, ValueError: naming what was received and what is allowed.
         """
-        steps = arguments.check_steps(self.gradient_accumulation_steps)
-        max_norm = arguments.check_positive_or_none("max_grad_norm", self.max_grad_norm)
-        arguments.check_optimizer(optimizer, wrapper, steps, max_norm)
-        arguments.check_bool("skip_nonfinite", self.skip_nonfinite)
+        steps = check_steps(self.gradient_accumulation_steps)
+        max_norm = check_positive_or_none("max_grad_norm", self.max_grad_norm)
+        check_optimizer(optimizer, wrapper, steps, max_norm)
+        check_bool("skip_nonfinite", self.skip_nonfinite)
         bucket = self.bucket_cap_mb
         if bucket is not None:
-            bucket = arguments.check_bucket(bucket)
-        arguments.check_rounding(self.stochastic_rounding, self.seed, self.master_weights)
-        arguments.check_scaler(self.grad_scaler, self.fused_unscale, steps)
+            bucket = check_bucket(bucket)
+        check_rounding(self.stochastic_rounding, self.seed, self.master_weights)
+        check_scaler(self.grad_scaler, self.fused_unscale, steps)
         given = {field.name: getattr(self, field.name) for field in fields(self)}
         own = {"gradient_accumulation_steps": steps, "max_grad_norm": max_norm}
         return Options(**{**given, **own, "bucket_cap_mb": bucket})
@@ -53,3 +56,174 @@ class Options:
     def as_arguments(self) -> dict[str, Any]:
         """What the constructor takes to make another one with the same settings."""
         return {field.name: getattr(self, field.name) for field in fields(self)}
+
+
+def check_optimizer(
+    optimizer: object, wrapper: type[Optimizer], steps: int | None, max_grad_norm: float | None
+) -> None:
+    """Refuse what is no optimizer, and what cannot come out right, with the reason.
+
+    Args:
+        optimizer: what somebody wants to wrap.
+        wrapper: the wrapping class.
+        steps, max_grad_norm: how.
+
+    Raises:
+        TypeError: for a wrapped wrapper and for something else than an optimizer.
+        ValueError: for `differentiable=True` and for what `rules.packages` refuses.
+    """
+    if isinstance(optimizer, wrapper):
+        raise TypeError(
+            f"this optimizer is a {wrapper.__name__} already; wrap its .optimizer instead"
+        )
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(
+            f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}; "
+            f"construct it first: {wrapper.__name__}(torch.optim.AdamW(model.parameters()))"
+        )
+    kind = type(optimizer)
+    if reason := packages.refusal(optimizer):
+        raise ValueError(f"{kind.__module__}.{kind.__name__} cannot be wrapped: {reason}")
+    if not any(group["params"] for group in optimizer.param_groups):
+        raise ValueError(
+            f"{kind.__name__} has no parameters: each of its {len(optimizer.param_groups)} param "
+            "groups is empty; wrap it when it has some"
+        )
+    if any(group.get("differentiable") for group in optimizer.param_groups):
+        raise ValueError(
+            f"{kind.__name__}(differentiable=True) cannot be wrapped: the update is made in place "
+            "behind autograd's back. Construct it with differentiable=False"
+        )
+    if calls_closure(optimizer):
+        check_closure_optimizer(optimizer, steps, max_grad_norm)
+
+
+def check_steps(steps: object) -> int | None:
+    """Validate `gradient_accumulation_steps`."""
+    advice = (
+        "gradient_accumulation_steps must be an int >= 1 (the wrapper counts micro-batches) "
+        "or None (every step() is an update)"
+    )
+    if steps is None:
+        return None
+    if isinstance(steps, bool):
+        raise TypeError(f"{advice}, got {steps!r}")
+    try:
+        value = operator.index(steps)  # type: ignore[arg-type]
+    except TypeError:
+        raise TypeError(f"{advice}, got {steps!r} of type {type(steps).__name__}") from None
+    if value < 1:
+        raise ValueError(f"{advice}, got {value}")
+    return value
+
+
+def check_weight(weight: object) -> float:
+    """Validate the weight of a micro-batch."""
+    try:
+        value = float(weight)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        raise TypeError(
+            f"weight must be a positive number (the micro-batch's token count, say), "
+            f"got {weight!r} of type {type(weight).__name__}"
+        ) from None
+    if not (math.isfinite(value) and value > 0):
+        raise ValueError(
+            f"weight must be positive and finite, got {value!r}; a micro-batch that counts for "
+            "nothing (no tokens left after masking) is skipped by not running it"
+        )
+    return value
+
+
+def check_positive(name: str, value: object) -> float:
+    """Validate a positive number."""
+    try:
+        number = float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        number = math.nan
+    if isinstance(value, bool) or not number > 0:
+        raise ValueError(f"{name} must be a positive number, got {value!r}")
+    return number
+
+
+def check_bool(name: str, value: object) -> bool:
+    """Validate a flag."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
+    return value
+
+
+def check_bucket(value: object) -> float:
+    """Validate `bucket_cap_mb`."""
+    number = check_positive("bucket_cap_mb", value)
+    if not math.isfinite(number):
+        raise ValueError(
+            f"bucket_cap_mb must be a finite number of MiB, got {value!r}; leave it None for the "
+            "default, or give what may wait beside the accumulators"
+        )
+    return number
+
+
+def check_rounding(stochastic_rounding: object, seed: object, master_weights: str | None) -> None:
+    """Validate `stochastic_rounding` and `seed`."""
+    if check_bool("stochastic_rounding", stochastic_rounding) and master_weights != "none":
+        raise ValueError(
+            'stochastic_rounding=True is for master_weights="none" (with a master nothing is lost '
+            f"in rounding), got master_weights={master_weights!r}"
+        )
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**64:
+        raise ValueError(f"seed must be an int from 0 to 2**64 - 1, got {seed!r}")
+
+
+def check_scaler(grad_scaler: object, fused_unscale: object, steps: int | None) -> None:
+    """Validate `grad_scaler` and `fused_unscale`."""
+    if grad_scaler is not None and not isinstance(grad_scaler, torch.amp.GradScaler):
+        raise TypeError(
+            f"grad_scaler must be a torch.amp.GradScaler or None, got {type(grad_scaler).__name__}"
+        )
+    if check_bool("fused_unscale", fused_unscale) and (
+        grad_scaler is not None or steps is not None
+    ):
+        raise ValueError(
+            "fused_unscale=True is for gradient_accumulation_steps=None and a GradScaler that a "
+            "framework keeps; with grad_scaler=scaler gradients are unscaled as they are added "
+            f"already; got gradient_accumulation_steps={steps} and "
+            f"grad_scaler={type(grad_scaler).__name__}"
+        )
+
+
+def check_positive_or_none(name: str, value: object) -> float | None:
+    """Validate a positive number that may be left out."""
+    return None if value is None else check_positive(name, value)
+
+
+def calls_closure(optimizer: Optimizer) -> bool:
+    """Whether its step() must be given a closure, which it evaluates several times (LBFGS)."""
+    closure = inspect.signature(optimizer.step).parameters.get("closure")
+    return closure is not None and closure.default is closure.empty
+
+
+def check_closure_optimizer(
+    optimizer: Optimizer, steps: int | None, max_grad_norm: float | None
+) -> None:
+    """What an optimizer that evaluates the closure itself cannot be combined with.
+
+    Raises:
+        ValueError: naming the combination.
+    """
+    name = type(optimizer).__name__
+    if steps is not None:
+        raise ValueError(
+            f"{name} evaluates its closure several times per step, so a window of "
+            f"gradient_accumulation_steps={steps} cannot be counted; use None and accumulate the "
+            "micro-batches inside the closure"
+        )
+    if any(p.dtype != torch.float32 for g in optimizer.param_groups for p in g["params"]):
+        raise ValueError(
+            f"{name} evaluates its closure between updates of the parameters, which must then be "
+            "float32; got other dtypes"
+        )
+    if max_grad_norm is not None:
+        raise ValueError(
+            f"max_grad_norm cannot be applied between the evaluations of {name}; clip inside the "
+            "closure"
+        )

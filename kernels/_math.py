@@ -52,7 +52,7 @@ GOLDEN = tl.constexpr(0x9E3779B9)
 
 @triton.jit
 def mix_bits(x):
-    """Hash of 32 bits; `fusedaccum/rounding.py` says where it comes from."""
+    """Hash of 32 bits; `fusedaccum/backends/rounding.py` says where it comes from."""
     x = x ^ (x >> 16)
     x = x * 0x7FEB352D
     x = x ^ (x >> 15)

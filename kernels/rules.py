@@ -3,7 +3,7 @@
 A rule is two functions.
 
 `<family>_scalars(hyper, step, memory)` runs once per update and tensor, in float64: `hyper` is the
-tuple of the param group's hyper-parameters in the order that `fusedaccum/rules.py` lists them,
+tuple of the param group's hyper-parameters in the order that `rules/builtin.py` lists them,
 `step` the number of this update (1, 2, ...), `memory` what the family keeps per tensor from update
 to update (mostly nothing). It returns the scalars that the elements need, which are rounded to
 fp32, and the new memory.

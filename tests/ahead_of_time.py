@@ -41,11 +41,11 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
 from fusedaccum.backends import triton as backend_module
-from fusedaccum.backends.base import GRAD_DTYPES, StepBatch, UpdateRequest, UpdateScalars
+from fusedaccum.backends.operations import GRAD_DTYPES, StepBatch, UpdateRequest, UpdateScalars
+from fusedaccum.backends.tables import CHUNK, VECTOR_BYTES
 from fusedaccum.kernels import accumulate, norm, step
-from fusedaccum.rules import RULES, Rule
-from fusedaccum.segments import PARAM_DTYPES, master_kind
-from fusedaccum.tables import CHUNK, VECTOR_BYTES
+from fusedaccum.rules.builtin import RULES, Rule
+from fusedaccum.window.slots import PARAM_DTYPES, master_kind
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -362,7 +362,7 @@ def write_table(reports: list[dict[str, Any]]) -> str:
         "",
         "Per thread, as the compiler allots them: registers on NVIDIA, VGPRs on AMD (gfx942), for",
         "tensors at aligned addresses. Made by `python -m tests.ahead_of_time --write`, no GPU;",
-        "`tests/test_ahead_of_time.py` compares. A commit that changes a number says why.",
+        "`tests/backends/test_ahead_of_time.py` compares. A commit that changes a number says why.",
         "",
         f"Triton {reports[0]['triton']}",
         "",

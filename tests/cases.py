@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusedaccum.backends import native
-from fusedaccum.tables import CHUNK
+from fusedaccum.backends.compiled import engine as native
+from fusedaccum.backends.tables import CHUNK
 
 GRAD_DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # 0, 1, around a block of the step and of the accumulation, and a prime beyond one chunk.
@@ -122,7 +122,7 @@ class WithoutCompiler:
 
 def forget_compiled() -> None:
     """Let the torch backend look for a compiler again."""
-    torch_backend = importlib.import_module("fusedaccum.backends.torch")
+    torch_backend = importlib.import_module("fusedaccum.backends.aten")
     native.forget()
     for function in ("_library", "_reduce_library", "_step_library"):
         getattr(torch_backend, function).cache_clear()

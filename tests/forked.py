@@ -79,8 +79,8 @@ def main() -> None:
     import torch
 
     import fusedaccum  # noqa: F401
-    from fusedaccum.backends import native
-    from fusedaccum.commands import machine  # noqa: F401
+    from fusedaccum.backends.compiled import engine as native
+    from fusedaccum.doctor import machine  # noqa: F401
 
     torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))])  # which imports more
     torch.set_num_threads(1)

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch.testing._internal.common_optimizers import optim_db
 
-from fusedaccum import FusedAccumOptimizer, foreign
+from fusedaccum import FusedAccumOptimizer
+from fusedaccum.rules import packages as foreign
 
 README = Path(__file__).resolve().parent.parent / "README.md"
 BEGIN, END = "<!-- optimizers: python -m tests.optimizer_table --write -->", "<!-- end -->"

@@ -2,7 +2,7 @@
 
 A script, not a test: `python wheel_check.py SITE_PACKAGES`, run from outside the repository by an
 interpreter that sees the installation in SITE_PACKAGES. `make wheel-test` and
-tests/test_packaging.py use it.
+tests/tools/test_packaging.py use it.
 """
 
 from __future__ import annotations

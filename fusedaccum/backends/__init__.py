@@ -9,7 +9,7 @@ from __future__ import annotations
 # Not `import torch`: the name is that of a module of this package.
 from torch import device as Device
 
-from .base import Backend, StepBatch, UpdateRequest, UpdateScalars
+from .operations import Backend, StepBatch, UpdateRequest, UpdateScalars
 
 __all__ = ["Backend", "StepBatch", "UpdateRequest", "UpdateScalars", "get", "why"]
 
@@ -53,6 +53,6 @@ def get(name: str | None, device: Device) -> Backend:
         from .triton import TritonBackend
 
         return TritonBackend(device)
-    from .torch import TorchBackend
+    from .aten import TorchBackend
 
     return TorchBackend(device)

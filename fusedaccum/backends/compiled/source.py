@@ -1,0 +1,320 @@
+"""C source for the CPU, made from the Triton rules, so that a rule is written once.
+
+A rule is straight-line arithmetic (`kernels/rules.py` says what may stand in it), so its text
+translates statement by statement. The loops around it are the kernels' own: the same tables, the
+same chunk per iteration, the same partial sums. Products and sums are not contracted to FMA, so
+accumulators, parameters and states come out as in Triton's interpreter, bit for bit.
+"""
+
+from __future__ import annotations
+
+import ast
+
+import torch
+
+from ...rules import as_torch as rule_text
+from ...rules.builtin import Rule
+from ..tables import CHUNK, OWN
+
+_CALLS = {"sqrt": "sqrtf", "abs": "fabsf"}
+_OPERATORS = {ast.Add: "+", ast.Sub: "-", ast.Mult: "*", ast.Div: "/"}
+_COMPARISONS = {
+    ast.Lt: "<",
+    ast.LtE: "<=",
+    ast.Gt: ">",
+    ast.GtE: ">=",
+    ast.Eq: "==",
+    ast.NotEq: "!=",
+}
+
+_PRELUDE = """
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+enum { CHUNK = %(chunk)d, LANES = 16 };
+static inline float bits_to_float(uint32_t bits) { float x; memcpy(&x, &bits, 4); return x; }
+static inline uint32_t float_to_bits(float x) { uint32_t bits; memcpy(&bits, &x, 4); return bits; }
+static inline float from_bf16(uint16_t x) { return bits_to_float((uint32_t)x << 16); }
+/* Round to nearest, ties to even; NaN keeps its sign and becomes quiet. */
+static inline uint16_t to_bf16(float x) {
+  uint32_t bits = float_to_bits(x);
+  uint32_t rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
+  return x != x ? (uint16_t)((bits >> 16) | 0x0040u) : (uint16_t)rounded;
+}
+static inline float same(float x) { return x; }
+/* kernels/_math.py: halves of a master, and no NaN of a remainder that is not the high half's. */
+static inline float join_master(uint16_t high, int16_t remainder) {
+  uint32_t bits = (uint32_t)high << 16;
+  float master = bits_to_float(bits + (uint32_t)(int32_t)remainder);
+  return master != master ? bits_to_float(bits) : master;
+}
+/* rounding.py: hash of 32 bits, and stochastic rounding. */
+static inline uint32_t mix_bits(uint32_t x) {
+  x ^= x >> 16; x *= 0x7FEB352Du; x ^= x >> 15; x *= 0x846CA68Bu; return x ^ (x >> 16);
+}
+static inline uint16_t to_bf16_stochastic(float x, uint32_t key, uint32_t i) {
+  uint32_t rounded = (float_to_bits(x) + (mix_bits(key + i * 0x9E3779B9u) >> 16)) >> 16;
+  return x != x ? (uint16_t)0x7FC0u : (uint16_t)rounded;
+}
+
+/* Every loop has this signature: tables, a third array, a scale, and a range of chunks. */
+typedef void (*loop_fn)(const int64_t *, const int32_t *, void *, float, int64_t, int64_t);
+typedef struct {
+  loop_fn loop;
+  const int64_t *table;
+  const int32_t *chunks;
+  void *third;
+  float scale;
+  int64_t n_chunks;
+  int (*thread_num)(void);
+  int (*n_threads)(void);
+} job;
+/* What each thread of an OpenMP team runs: its share of the chunks. */
+void run_share(void *data) {
+  const job *j = data;
+  int64_t thread = j->thread_num(), n = j->n_threads();
+  j->loop(j->table, j->chunks, j->third, j->scale, j->n_chunks * thread / n,
+          j->n_chunks * (thread + 1) / n);
+}
+"""
+
+# dtype: (C type, load, store)
+_C_TYPES = {
+    torch.float32: ("float", "same", "same"),
+    torch.bfloat16: ("uint16_t", "from_bf16", "to_bf16"),
+    torch.float16: ("_Float16", "(float)", "(_Float16)"),
+}
+
+_ACCUMULATE = """
+void %(name)s(const int64_t *table, const int32_t *chunks, void *third, float scale,
+              int64_t begin, int64_t end) {
+  float *partials = third;
+  for (int64_t pid = begin; pid < end; ++pid) {
+    const int64_t *row = table + %(columns)d * (int64_t)chunks[2 * pid];
+    const int64_t start = chunks[2 * pid + 1] * (int64_t)CHUNK, left = row[2] - start;
+    const %(type)s *restrict grad = (const %(type)s *)row[0] + start;
+    float *restrict acc = (float *)row[1] + start;
+    const int64_t n = left < CHUNK ? left : CHUNK;
+    float sums[LANES] = {0};
+    int64_t i = 0;
+    for (; i + LANES <= n; i += LANES)
+      for (int lane = 0; lane < LANES; ++lane) {
+        float value = %(load)s(grad[i + lane]) * scale;
+        if (!%(first)d) value += acc[i + lane];
+        acc[i + lane] = value;
+        if (%(norm)d) sums[lane] += value * value;
+      }
+    for (; i < n; ++i) {
+      float value = %(load)s(grad[i]) * scale;
+      if (!%(first)d) value += acc[i];
+      acc[i] = value;
+      if (%(norm)d) sums[0] += value * value;
+    }
+    if (%(norm)d) {
+      double total = 0;
+      for (int lane = 0; lane < LANES; ++lane) total += sums[lane];
+      partials[row[3] + chunks[2 * pid + 1]] = (float)total;
+    }
+  }
+}
+"""
+
+_SUM_OF_SQUARES = """
+void %(name)s(const int64_t *table, const int32_t *chunks, void *third, float unused,
+              int64_t begin, int64_t end) {
+  float *partials = third;
+  for (int64_t pid = begin; pid < end; ++pid) {
+    const int64_t *row = table + 3 * (int64_t)chunks[2 * pid];
+    const int64_t start = chunks[2 * pid + 1] * (int64_t)CHUNK, left = row[1] - start;
+    const %(type)s *restrict data = (const %(type)s *)row[0] + start;
+    const int64_t n = left < CHUNK ? left : CHUNK;
+    float sums[LANES] = {0};
+    int64_t i = 0;
+    for (; i + LANES <= n; i += LANES)
+      for (int lane = 0; lane < LANES; ++lane) {
+        float value = %(load)s(data[i + lane]);
+        sums[lane] += value * value;
+      }
+    for (; i < n; ++i) { float value = %(load)s(data[i]); sums[0] += value * value; }
+    double total = 0;
+    for (int lane = 0; lane < LANES; ++lane) total += sums[lane];
+    partials[row[2] + chunks[2 * pid + 1]] = (float)total;
+  }
+}
+"""
+
+_STEP = """
+void step(const int64_t *table, const int32_t *chunks, void *third, float unused, int64_t begin,
+          int64_t end) {
+  const float *all_scalars = third;
+  for (int64_t pid = begin; pid < end; ++pid) {
+    const int64_t *row = table + %(columns)d * (int64_t)chunks[2 * pid];
+    const int64_t start = chunks[2 * pid + 1] * (int64_t)CHUNK, left = row[3] - start;
+    const int64_t n = left < CHUNK ? left : CHUNK;
+    %(type)s *restrict params = (%(type)s *)row[0] + start;
+    %(master_type)s *restrict masters = (%(master_type)s *)row[1] + start;
+    const float *restrict accs = (const float *)row[2] + start;
+    %(state_pointers)s
+    const float *scalars = all_scalars + row[4] * %(scalar_columns)d;
+    const float coef = scalars[0];
+    const uint32_t key =
+        mix_bits(mix_bits((uint32_t)row[1] ^ (uint32_t)scalars[1]) + (uint32_t)chunks[2 * pid + 1]);
+    %(scalar_values)s
+    for (int64_t i = 0; i < n; ++i) {
+      %(load_param)s
+      float grad = accs[i] * coef;
+      %(load_states)s
+      %(body)s
+      %(store_param)s
+      %(store_states)s
+    }
+  }
+}
+"""
+
+_LOAD_PARAM = {
+    "none": "float param = %(load)s(params[i]);",
+    "split": "float param = join_master(params[i], masters[i]);",
+    "stochastic": "float param = %(load)s(params[i]);",
+    "fp32": "float param = masters[i];"
+    " if (%(load)s(%(store)s(param)) != %(load)s(params[i])) param = %(load)s(params[i]);",
+}
+_STORE_PARAM = {
+    "none": "params[i] = %(store)s(param);",
+    "split": "int32_t bits = (int32_t)float_to_bits(param == param ? param : NAN);"
+    " int32_t high = (int32_t)((uint32_t)bits + 0x8000u) >> 16;"
+    " params[i] = (uint16_t)high;"
+    " masters[i] = (int16_t)(uint32_t)((uint32_t)bits - ((uint32_t)high << 16));",
+    "stochastic": "params[i] = to_bf16_stochastic(param, key, (uint32_t)i);",
+    "fp32": "params[i] = %(store)s(param); masters[i] = param;",
+}
+
+
+def accumulate_name(dtype: torch.dtype, first: bool, norm: bool) -> str:
+    """Name of the accumulate loop of a variant."""
+    kind = str(dtype).removeprefix("torch.")
+    return f"accumulate_{kind}{'_first' if first else ''}{'_norm' if norm else ''}"
+
+
+def sum_of_squares_name(dtype: torch.dtype) -> str:
+    """Name of the sum-of-squares loop of a dtype."""
+    return f"sum_of_squares_{str(dtype).removeprefix('torch.')}"
+
+
+def reduce_source(dtype: torch.dtype) -> str:
+    """C source of every accumulate and sum-of-squares loop of a gradient dtype."""
+    c_type, load, _ = _C_TYPES[dtype]
+    parts = [_PRELUDE % {"chunk": CHUNK}]
+    for first in (False, True):
+        for norm in (False, True):
+            parts.append(
+                _ACCUMULATE
+                % {
+                    "name": accumulate_name(dtype, first, norm),
+                    "type": c_type,
+                    "load": load,
+                    "columns": 4,
+                    "first": first,
+                    "norm": norm,
+                }
+            )
+    parts.append(
+        _SUM_OF_SQUARES % {"name": sum_of_squares_name(dtype), "type": c_type, "load": load}
+    )
+    return "".join(parts)
+
+
+def step_source(rule: Rule, dtype: torch.dtype, master: str) -> str:
+    """C source of the step loop of a rule for one parameter dtype and master layout."""
+    c_type, load, store = _C_TYPES[dtype]
+    function = rule_text.function(rule.family.kernels, rule.name)
+    states, scalars, body, results = translate(function)
+    indices = range(len(rule.states))
+    return _PRELUDE % {"chunk": CHUNK} + _STEP % {
+        "columns": 5 + len(rule.states),
+        "type": c_type,
+        "master_type": "int16_t" if master == "split" else "float",
+        "state_pointers": "\n    ".join(
+            f"float *restrict state{i} = (float *)row[{5 + i}] + start;" for i in indices
+        ),
+        "scalar_columns": OWN + rule.family.n_scalars,
+        "scalar_values": "\n    ".join(
+            f"const float {name} = scalars[{OWN + i}];" for i, name in enumerate(scalars)
+        ),
+        "load_param": _LOAD_PARAM[master] % {"load": load, "store": store},
+        "load_states": " ".join(f"float {s} = state{i}[i];" for i, s in enumerate(states)),
+        "body": "\n      ".join(body),
+        "store_param": _STORE_PARAM[master] % {"load": load, "store": store},
+        "store_states": " ".join(f"state{i}[i] = {result};" for i, result in enumerate(results)),
+    }
+
+
+def translate(function: ast.FunctionDef) -> tuple[list[str], list[str], list[str], list[str]]:
+    """Names of the states and of the scalars, C statements, and the new states' expressions.
+
+    Raises:
+        ValueError: naming what is no straight-line arithmetic.
+    """
+    unpacked: dict[str, list[str]] = {"states": [], "scalars": []}
+    declared = {"param", "grad"}
+    body: list[str] = []
+    for statement in function.body:
+        if isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant):
+            continue  # the docstring
+        if isinstance(statement, ast.Return) and isinstance(statement.value, ast.Tuple):
+            param, states = statement.value.elts
+            if not (isinstance(param, ast.Name) and param.id == "param"):
+                raise _unsupported(function, statement)
+            results = states.elts if isinstance(states, ast.Tuple) else []
+            expressions = [_expression(function, result) for result in results]
+            return unpacked["states"], unpacked["scalars"], body, expressions
+        if not isinstance(statement, ast.Assign) or len(statement.targets) != 1:
+            raise _unsupported(function, statement)
+        target, value = statement.targets[0], statement.value
+        if isinstance(target, ast.Tuple) and isinstance(value, ast.Name):
+            names = [element.id for element in target.elts if isinstance(element, ast.Name)]
+            unpacked[value.id] = names
+            declared.update(names)
+        elif isinstance(target, ast.Name):
+            kind = "" if target.id in declared else "float "
+            declared.add(target.id)
+            body.append(f"{kind}{target.id} = {_expression(function, value)};")
+        else:
+            raise _unsupported(function, statement)
+    raise _unsupported(function, function)
+
+
+def _expression(function: ast.FunctionDef, node: ast.expr) -> str:
+    """A Python expression as C, in the same order of operations."""
+
+    def c(child: ast.expr) -> str:
+        return _expression(function, child)
+
+    if isinstance(node, ast.Name):
+        return node.id
+    if isinstance(node, ast.Constant) and isinstance(node.value, (int, float)):
+        return f"{float(node.value)!r}f"
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
+        return f"(-{c(node.operand)})"
+    if isinstance(node, ast.BinOp) and type(node.op) in _OPERATORS:
+        return f"({c(node.left)} {_OPERATORS[type(node.op)]} {c(node.right)})"
+    if isinstance(node, ast.Compare) and len(node.ops) == 1 and type(node.ops[0]) in _COMPARISONS:
+        return f"({c(node.left)} {_COMPARISONS[type(node.ops[0])]} {c(node.comparators[0])})"
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+        name, arguments = node.func.attr, [c(a) for a in node.args]
+        if name in _CALLS:
+            return f"{_CALLS[name]}({arguments[0]})"
+        if name == "where":
+            return f"({arguments[0]} ? {arguments[1]} : {arguments[2]})"
+        if name in ("maximum", "minimum"):
+            sign = ">" if name == "maximum" else "<"
+            a, b = arguments
+            return f"({a} {sign} {b} ? {a} : {b})"
+    raise _unsupported(function, node)
+
+
+def _unsupported(function: ast.FunctionDef, node: ast.AST) -> ValueError:
+    return ValueError(
+        f"rule {function.name}: {ast.unparse(node)!r} cannot be translated to C; a rule is "
+        "assignments of + - * /, comparisons and tl.sqrt, abs, maximum, minimum, where"
+    )

@@ -1,0 +1,1 @@
+"""`python -m fusedaccum bench`: what a window costs here."""

@@ -1,0 +1,377 @@
+"""`python -m fusedaccum bench`: what an update costs on this machine, beside stock PyTorch."""
+
+from __future__ import annotations
+
+import gc
+import json
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..doctor import machine, output
+from ..doctor.checks import Wrong
+from ..window.buffers import ALIGNMENT
+from . import forms, gate, shapes, timing
+from .forms import Form, Ours, Plan
+from .shapes import Shapes
+
+COPY, COPY_AGAIN = "fp32 copy", "fp32 copy, again"
+WINDOW = "window"
+# Samples of each form, and shares of the time: the window is what counts.
+ROUNDS = {"cpu": 40, "cuda": 100}
+OPERATION_SHARE, WINDOW_SHARE = 0.12, 0.52
+Call = Callable[[], object]
+BUSY = (
+    "this machine has other work to do: torch's threads wait for each other then, and native forms "
+    "may be measured much too slow. Wait for a quiet moment, or set OMP_WAIT_POLICY=PASSIVE"
+)
+
+
+@dataclass
+class Row:
+    """What one form took for one operation.
+
+    Attributes:
+        bytes_per_param: that must move; None where torch's step is many passes.
+        ratio: time in fp32 copies of as many elements.
+        copy_share: of the copy's rate.
+        host_ms: on a GPU, until the call returned.
+        grad_error, update_error: see `gate.Gate`; None for a copy.
+    """
+
+    operation: str
+    form: str
+    bytes_per_param: float | None
+    samples: int
+    p20_ms: float
+    p50_ms: float
+    p80_ms: float
+    first_ms: float
+    host_ms: float | None
+    ratio: float
+    copy_share: float | None
+    grad_error: float | None
+    update_error: float | None
+
+
+@dataclass
+class Bench:
+    """One run.
+
+    Args:
+        device, dtype, plan, backend: what is measured.
+        sizes: shapes of the parameters.
+        seconds: about how long the timing takes.
+        progress: shows it.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    plan: Plan
+    backend: str | None
+    sizes: Shapes
+    seconds: float
+    progress: output.Progress
+    rows: list[Row] = field(default_factory=list)
+    gates: dict[str, gate.Gate] = field(default_factory=dict)
+    refused: dict[str, str] = field(default_factory=dict)
+    held: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def rounds(self) -> int:
+        return ROUNDS.get(self.device.type, ROUNDS["cpu"])
+
+    def run(self) -> None:
+        """Check the forms, then time those that are right."""
+        like = torch.empty(0, dtype=self.dtype, device=self.device)
+        self.progress.describe("checking against float64")
+        sound = [kind for kind in forms.kinds(self.device, self.dtype) if self._passes(kind, like)]
+        self.clock = timing.CudaClock(self.device) if self.device.type == "cuda" else timing.Clock()
+        self._operations(sound)
+        self._windows(sound)
+
+    def _passes(self, kind: type[Form], like: Tensor) -> bool:
+        def make(params: list[Tensor], plan: Plan, counts: bool) -> Form:
+            return forms.build([kind], params, plan, counts, self.backend)[0]
+
+        try:
+            self.gates[kind.name] = gate.gate(make, self.plan, like)
+        except Exception as error:  # one form that cannot run must not cost the others
+            self.refuse(kind.name, error)
+            return False
+        return True
+
+    def refuse(self, name: str, error: Exception) -> None:
+        """No number for this form, and why."""
+        known = "" if isinstance(error, Wrong) else f"{type(error).__name__}: "
+        self.refused[name] = f"{known}{error}"
+
+    def _random(self, seed: int, std: float) -> list[Tensor]:
+        generator = torch.Generator(self.device).manual_seed(seed)
+        made = (torch.empty(shape, dtype=self.dtype, device=self.device) for shape in self.sizes)
+        return [t.normal_(std=std, generator=generator) for t in made]
+
+    def _operations(self, sound: Sequence[type[Form]]) -> None:
+        built = forms.build(sound, self._random(1, 0.02), self.plan, False, self.backend)
+        grads = self._random(2, 1.0)
+
+        def last(form: Form) -> Call:
+            return lambda: form.add_last(grads)
+
+        def adding(index: int) -> Callable[[Form], Call]:
+            return lambda form: lambda: form.add(grads, index)
+
+        self._time("first micro-batch", built, adding(0), lambda m: m.first)
+        self._time("later micro-batch", built, adding(1), lambda m: m.later)
+        self._time("last, with its norm", built, last, lambda m: m.later + m.norm)
+        self._time(f"step ({self.plan.optimizer})", built, lambda f: f.step, lambda m: m.step)
+
+    def _windows(self, sound: Sequence[type[Form]]) -> None:
+        gc.collect()
+        built = forms.build(sound, self._random(1, 0.02), self.plan, True, self.backend)
+        grads = self._random(2, 1.0)
+        divided = [grad / self.plan.n for grad in grads]
+
+        def window(form: Form) -> Call:
+            arriving = divided if form.loss_is_divided else grads
+            return lambda: form.window(arriving)
+
+        n = self.plan.n
+        self._time(WINDOW, built, window, lambda m: m.window(n), WINDOW_SHARE)
+        self.held = {form.name: form.held() / shapes.count(self.sizes) for form in built}
+
+    def _time(
+        self,
+        operation: str,
+        built: Sequence[Form],
+        call: Callable[[Form], Call],
+        moved: Callable[[forms.Moved], int | None],
+        share: float = OPERATION_SHARE,
+    ) -> None:
+        """Time forms in turns beside two copies, and keep the rows."""
+        self.progress.describe(operation)
+        source, target = (
+            torch.ones(shapes.count(self.sizes), dtype=torch.float32, device=self.device)
+            for _ in range(2)
+        )
+        known = {form.name: form for form in built if form.name not in self.refused}
+        calls: dict[str, Call] = dict.fromkeys((COPY, COPY_AGAIN), lambda: target.copy_(source)) | {
+            name: call(form) for name, form in known.items()
+        }
+        samples = timing.interleave(
+            calls,
+            self.clock,
+            rounds=self.rounds,
+            budget_s=share * self.seconds,
+            tick=self.progress.advance,
+            refuse=self.refuse,
+        )
+        copy_ms = samples[COPY].quantile(0.5)
+        for name, timed in samples.items():
+            form = known.get(name)
+            if form is not None and not gate.is_finite(form):
+                self.refuse(name, Wrong("it holds NaN or Inf after it was timed"))
+                continue
+            n_bytes = moved(form.moved) if form else 8
+            found = self.gates.get(name)
+            p20, p50, p80 = (round(timed.quantile(q), 5) for q in (0.2, 0.5, 0.8))
+            self.rows.append(
+                Row(
+                    operation,
+                    name,
+                    n_bytes,
+                    len(timed.times),
+                    p20,
+                    p50,
+                    p80,
+                    round(timed.first, 3),
+                    round(timed.host, 5) if self.device.type == "cuda" else None,
+                    round(p50 / copy_ms, 4),
+                    round(n_bytes / 8 * copy_ms / p50, 4) if n_bytes is not None else None,
+                    found.grad_error if found else None,
+                    found.update_error if found else None,
+                )
+            )
+
+    def summary(self) -> dict[str, Any]:
+        """The window: ours, every other form, and the noise."""
+        windows = {row.form: row.p50_ms for row in self.rows if row.operation == WINDOW}
+        ours = windows.get(Ours.name)
+        native = {name: ms for name, ms in windows.items() if name.startswith("native")}
+        best = min(native, key=lambda name: native[name], default=None)
+        noise = [
+            abs(row.p50_ms / same.p50_ms - 1)
+            for row, same in zip(
+                (row for row in self.rows if row.form == COPY_AGAIN),
+                (row for row in self.rows if row.form == COPY),
+                strict=True,
+            )
+        ]
+        return {
+            "window_ms": windows,
+            "best_native": best,
+            "speedup": round(native[best] / ours, 3) if best and ours else None,
+            "bytes_held_per_param": {name: round(n, 2) for name, n in self.held.items()},
+            "noise": round(max(noise), 4) if noise else None,
+        }
+
+
+def bytes_needed(dtype: torch.dtype, plan: Plan) -> int:
+    """Bytes per parameter, at most, of all forms of a window, gradients and the copies."""
+    size = dtype.itemsize
+    states = plan.n_states()
+    ours = size + (4 if dtype == torch.float16 else 4 - size) + 4 + 4 * states
+    native = (size + 4 if size < 4 else 4) + 4 + 4 * states
+    plain = size * (2 + states) if dtype == torch.bfloat16 else 0
+    # The start, the gradients twice, two copies, and what a foreach step allocates.
+    return 3 * size + ours + native + plain + 8 + (0 if plan.optimizer == "adamw" else 8)
+
+
+def check_memory(device: torch.device, dtype: torch.dtype, plan: Plan, sizes: Shapes) -> None:
+    """Refuse what would not fit.
+
+    Raises:
+        ValueError: with what it needs and what there is.
+    """
+    n = shapes.count(sizes)
+    needed = (n + ALIGNMENT * len(sizes)) * bytes_needed(dtype, plan)
+    free = machine.memory_bytes(device) if device.type in ("cpu", "cuda") else 0
+    if free and needed > free:
+        fits = int(0.9 * n * free / needed)
+        raise ValueError(
+            f"{n:,} parameters need about {needed / 2**30:.1f} GiB on {device}, which has "
+            f"{free / 2**30:.1f} GiB free; use --params {max(fits // 10**6, 1)}M or fewer --shapes"
+        )
+
+
+def bench(
+    device_name: str | None,
+    dtype: torch.dtype,
+    plan: Plan,
+    name: str,
+    sizes: Shapes | None,
+    seconds: float,
+    backend: str | None,
+    as_json: bool,
+) -> int:
+    """Measure and print.
+
+    Args:
+        name, sizes: what is measured, for people, and its shapes; None: the device's default.
+
+    Returns:
+        0, or 1 if a form was refused.
+
+    Raises:
+        ValueError: for a device or a size that cannot be.
+    """
+    device = _device(device_name)
+    if sizes is None:
+        name, sizes = shapes.default(device.type)
+    check_memory(device, dtype, plan, sizes)
+    rounds = ROUNDS.get(device.type, ROUNDS["cpu"])
+    busy = device.type == "cpu" and machine.is_busy()
+    if busy and not as_json:
+        print(BUSY, file=sys.stderr)
+    # Events are recorded on the current device, which need not be this one.
+    current = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+    with output.Progress(5 * rounds, "round", as_json) as progress, current:
+        run = Bench(device, dtype, plan, backend, sizes, seconds, progress)
+        run.run()
+    about = {
+        "name": name,
+        "n_tensors": len(sizes),
+        "n_params": shapes.count(sizes),
+        "dtype": str(dtype).removeprefix("torch."),
+        **asdict(plan),
+        "was_busy": busy,
+    }
+    if as_json:
+        report = {
+            "installed": machine.installed(),
+            "device": machine.describe(device),
+            "measured": about,
+            "rows": [asdict(row) for row in run.rows],
+            "refused": run.refused,
+            "summary": run.summary(),
+        }
+        print(json.dumps(report))
+    else:
+        _print(run, about)
+    return 1 if run.refused else 0
+
+
+def _device(wanted: str | None) -> torch.device:
+    found = machine.available()
+    if wanted is None:
+        gpus = [device for device in found if device.type == "cuda"]
+        return gpus[0] if gpus else found[0]
+    for device in found:
+        if wanted in (str(device), device.type):
+            return device
+    names = ", ".join(str(device) for device in found)
+    raise ValueError(f"--device got {wanted!r}; there is here: {names}")
+
+
+def _print(run: Bench, about: dict[str, Any]) -> None:
+    device = machine.describe(run.device)
+    taken = device["backends"][about["dtype"]]
+    print(
+        f"{about['name']}: {about['n_params']:,} {about['dtype']} parameters in "
+        f"{about['n_tensors']} tensors, {run.plan.optimizer}, {run.plan.n} micro-batches\n"
+        f"{device['name']}, torch {torch.__version__}; fusedaccum by {taken['path']}"
+    )
+    on_gpu = run.device.type == "cuda"
+    headers = ["", "p20", "p50", "p80 ms", "x copy", "B/param", "% of copy rate", "first ms"]
+    headers += ["host ms"] if on_gpu else []
+    headers += ["grad error"]
+    for operation in dict.fromkeys(row.operation for row in run.rows):
+        rows = [row for row in run.rows if row.operation == operation]
+        title = operation
+        if operation == WINDOW:
+            title = f"window of {run.plan.n}, clipping and step"
+        cells = []
+        for row in rows:
+            host = [f"{row.host_ms:.3f}"] if row.host_ms is not None else []
+            cells.append(
+                [
+                    row.form,
+                    *(f"{ms:.3f}" for ms in (row.p20_ms, row.p50_ms, row.p80_ms)),
+                    f"{row.ratio:.2f}",
+                    "" if row.bytes_per_param is None else f"{row.bytes_per_param:g}",
+                    "" if row.copy_share is None else f"{100 * row.copy_share:.0f}",
+                    f"{row.first_ms:.1f}",
+                    *host,
+                    "" if row.grad_error is None else f"{row.grad_error:.0e}",
+                ]
+            )
+        output.print_table(f"{title} ({rows[0].samples} samples)", headers, cells)
+    print()
+    for line in conclusions(run.summary(), run.refused):
+        print(line)
+
+
+def conclusions(summary: dict[str, Any], refused: dict[str, str]) -> list[str]:
+    """What the numbers say, losses as plainly as wins."""
+    lines = [f"not timed: {name}: {why}" for name, why in refused.items()]
+    held = summary["bytes_held_per_param"]
+    if summary["noise"] is not None:
+        lines.append(
+            f"noise: the same copy measured twice differs by up to {100 * summary['noise']:.0f} %"
+        )
+    best = summary["best_native"]
+    if held:
+        kept = [f"{name} {held[name]:.1f}" for name in (Ours.name, best) if name in held]
+        lines.append(f"held between windows, bytes per parameter: {', '.join(kept)}")
+    if summary["speedup"] is not None:
+        windows = summary["window_ms"]
+        lines.append(
+            f"one window: {windows[Ours.name]:.4g} ms, {best} {windows[best]:.4g} ms: "
+            f"{summary['speedup']:.2f} x"
+        )
+    return lines

@@ -1,1 +1,0 @@
-"""What `python -m fusedaccum` runs: `doctor` and `bench`. Nothing of the library imports this."""

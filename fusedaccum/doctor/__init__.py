@@ -1,0 +1,1 @@
+"""`python -m fusedaccum doctor`: is everything here as it should be?"""

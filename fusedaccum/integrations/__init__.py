@@ -1,0 +1,1 @@
+"""What others expect of us: torch.optim, checkpoints, frameworks and engines."""

@@ -1,0 +1,305 @@
+"""State dicts: the wrapped optimizer's own format, plus one key.
+
+`state_dict()["fusedaccum"]` holds what plain torch has no place for: the open window with its
+accumulators, and step counts of optimizers that keep none. Masters are saved as fp32
+`master_param` beside a parameter's other states, whatever the layout inside, so that a checkpoint
+outlives the layout. Plain torch ignores both.
+
+torch.distributed.checkpoint takes "state" and "param_groups" alone. So an open window is beside a
+parameter's states too (`window_*`), and its number of micro-batches always is: what is loaded into
+another optimizer's state dict has that one's keys, and must not lose a window in silence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Set
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from ..rules import builtin as rules
+from ..update.updater import Updater
+from ..window.collector import Collector
+from ..window.slots import PARAM_DTYPES, Fill, Segment
+from .entries import (
+    IS_OPEN,
+    KEY,
+    MASTER,
+    MICRO_BATCHES,
+    VERSION,
+    StateDict,
+    entries_of,
+    number,
+    open_window,
+    read_extra,
+    step_of,
+    without_gaps,
+    without_ours,
+)
+from .frameworks import is_asked_for_keys, refuse_second_count
+from .malformed import refuse_malformed
+
+
+def _indexed(optimizer: Optimizer, collector: Collector) -> dict[int, Segment]:
+    """Segments by torch's index of their parameter in a state dict."""
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    return {i: s for i, p in enumerate(params) if (s := collector.segments.get(p)) is not None}
+
+
+@torch.no_grad()
+def save(inner: StateDict, updater: Updater) -> StateDict:
+    """Add to the wrapped optimizer's state dict what the wrapper knows.
+
+    Args:
+        inner: `optimizer.state_dict()` of the wrapped optimizer; not changed.
+        updater: the wrapper's.
+    """
+    collector, window = updater.collector, updater.collector.window
+    segments = _indexed(updater.optimizer, collector)
+    state = without_ours(inner)
+    accumulators = _open_accumulators(segments, collector)
+    overflow = 0.0 if collector.scaling.overflow is None else float(collector.scaling.overflow)
+    is_open = bool(window.micro_batches or accumulators)
+    steps: dict[int, float] = {}
+    masters: dict[int, Tensor] = {}
+    # Many an optimizer takes an entry for a complete one: plain torch would not load ours alone.
+    all_keys = is_asked_for_keys()
+    may_window = segments if all_keys else {*state, *_may_lack_states(updater, True)}
+    may_add = segments if all_keys else {*state, *_may_lack_states(updater, False)}
+    for index, segment in segments.items():
+        entry = state.get(index)
+        precise = segment.precise()
+        if precise is not None and index in may_add:
+            state.setdefault(index, {})[MASTER] = precise
+        elif precise is not None:
+            masters[index] = precise
+        for name in segment.numbers:
+            if entry is not None and name in entry:
+                entry[name] = entry[name].detach().cpu()  # where torch keeps them by default
+        step = step_of(segment, entry, updater)
+        if step is not None and "step" not in (entry or {}):
+            steps[index] = step
+        if index in accumulators and index in may_window:
+            numbers = open_window(segment, window, overflow, step)
+            state.setdefault(index, {}).update(numbers)
+        if index in state:
+            state[index][MICRO_BATCHES] = number(window.micro_batches)
+            state[index][IS_OPEN] = number(is_open)
+    extra: StateDict = {
+        "version": VERSION,
+        "gradient_accumulation_steps": window.steps,
+        "window": {
+            "micro_batches": window.micro_batches,
+            "total": window.total,
+            "reference": window.reference,
+            "is_explicit": window.is_explicit,
+            "overflow": overflow,
+            "weight": window.weight,
+            "max_norm": window.max_norm,
+        },
+        "accumulators": accumulators,
+        "arrived": [i for i in accumulators if segments[i].fill is Fill.CURRENT],
+        "steps": steps,
+        "masters": masters,
+        "skipped_steps": 0 if updater.scalars is None else int(updater.scalars.skipped),
+    }
+    return {**inner, "state": state, KEY: extra}
+
+
+def _may_lack_states(updater: Updater, surely: bool) -> set[int]:
+    """Indices of the parameters for which the wrapped optimizer keeps no states: its rule has none,
+    or, where that need not be sure, it has no rule."""
+    found: set[int] = set()
+    start = 0
+    for group in updater.optimizer.param_groups:
+        rule = rules.select(updater.optimizer, group)
+        end = start + len(group["params"])
+        lacks = rule and not (rule.states or rule.family.memory or rule.family.step_key)
+        if lacks or (rule is None and not surely):
+            found.update(range(start, end))
+        start = end
+    return found
+
+
+def _open_accumulators(segments: dict[int, Segment], collector: Collector) -> dict[int, Tensor]:
+    """The accumulators of a window that is still to be updated.
+
+    Where the loop owns the window, `param.grad` may still show the last one, which it need not.
+    """
+    window = collector.window
+    if not window.micro_batches and not collector.has_arrivals:
+        return {}  # nor zeros of zero_grad(set_to_none=False), which torch does not save either
+    return {
+        i: s.grad
+        for i, s in segments.items()
+        if s.fill and s.grad is not None and (window.steps or s.param.grad is not None)
+    }
+
+
+def check(state_dict: StateDict, updater: Updater) -> None:
+    """Refuse a checkpoint of something else, and a second count, before anything is changed.
+
+    Raises:
+        ValueError: naming the difference, or who counts.
+    """
+    optimizer, window = updater.optimizer, updater.collector.window
+    refuse_second_count(window.steps)
+    for key in ("state", "param_groups"):
+        if key not in state_dict:
+            raise ValueError(f"not an optimizer's state dict: it has no {key!r}")
+    state_dict = without_gaps(state_dict)
+    saved, here = state_dict["param_groups"], optimizer.param_groups
+    if len(saved) != len(here):
+        raise ValueError(f"the checkpoint has {len(saved)} param groups, the optimizer {len(here)}")
+    for i, (theirs, ours) in enumerate(zip(saved, here, strict=True)):
+        if len(theirs["params"]) != len(ours["params"]):
+            raise ValueError(
+                f"param group {i} has {len(theirs['params'])} parameters in the checkpoint and "
+                f"{len(ours['params'])} in the optimizer"
+            )
+    ids = [index for group in saved for index in group["params"]]
+    params = [p for group in here for p in group["params"]]
+    extra = read_extra(state_dict)
+    accumulators, masters = extra.get("accumulators", {}), extra.get("masters", {})
+    for index, param in zip(ids, params, strict=True):
+        entries = {**state_dict["state"].get(index, {}), "accumulator": accumulators.get(index)}
+        entries.setdefault(MASTER, masters.get(index))
+        for name, value in entries.items():
+            is_scalar = not isinstance(value, Tensor) or value.dim() == 0
+            elementwise = name in ("accumulator", MASTER) or name in _elementwise(updater)
+            if elementwise and not is_scalar and value.shape != param.shape:
+                raise ValueError(
+                    f"{name} of parameter {index} has shape {tuple(value.shape)} in the "
+                    f"checkpoint, the parameter has {tuple(param.shape)}"
+                )
+    if "lost" in extra and not accumulators:
+        raise ValueError(
+            f"the checkpoint was saved inside a window of {extra['lost']} micro-batches, but their "
+            "gradients were not loaded: torch.distributed.checkpoint loads what the state dict it "
+            "is given has. Save between windows (window_closed), or load without a template"
+        )
+    if not extra:
+        return
+    if extra.get("version") != VERSION:
+        raise ValueError(
+            f"the checkpoint was written by version {extra.get('version')!r} of the format, this "
+            f"fusedaccum reads version {VERSION}"
+        )
+    refuse_malformed(extra, set(ids))
+    is_open = extra["window"]["micro_batches"] > 0 or accumulators
+    if is_open and extra["gradient_accumulation_steps"] != window.steps:
+        raise ValueError(
+            "the checkpoint was saved inside a window of gradient_accumulation_steps="
+            f"{extra['gradient_accumulation_steps']}, this optimizer has {window.steps}: construct "
+            "it with the same number to finish that window"
+        )
+
+
+def _elementwise(updater: Updater) -> set[str]:
+    """Names of the states that have the parameter's shape."""
+    names: set[str] = set()
+    for group in updater.optimizer.param_groups:
+        rule = rules.select(updater.optimizer, group)
+        names.update(rule.states if rule else ())
+    return names
+
+
+def _fp32_stand_ins(updater: Updater) -> dict[Tensor, Tensor]:
+    """An fp32 tensor for each parameter: loading rounds states to a parameter's dtype.
+
+    Not for those whose native step really runs in low precision.
+    """
+    is_fused = updater.is_fused
+    return {
+        s.param: torch.zeros((), dtype=torch.float32, device=s.device).expand(s.shape)
+        for s in updater.collector.segments.values()
+        if s.dtype != torch.float32 and (is_fused or s.has_master)
+    }
+
+
+def _attach_frozen(known: Set[Any], params: Mapping[Any, Tensor], collector: Collector) -> None:
+    """Give parameters that are frozen now a place for what the checkpoint has of them.
+
+    Args:
+        known: torch's indices of the parameters that it has something of.
+        params: all parameters, by index.
+        collector: where the places are.
+    """
+    collector.attach(
+        (f"parameter {index}", param)
+        for index, param in params.items()
+        if index in known and param not in collector.segments and param.dtype in PARAM_DTYPES
+    )
+
+
+@torch.no_grad()
+def load(state_dict: StateDict, updater: Updater) -> None:
+    """Take over a state dict of the wrapper, or of the plain optimizer. Call `check` first.
+
+    torch casts states to the parameter's dtype as it loads; here they stay fp32.
+    """
+    optimizer, collector = updater.optimizer, updater.collector
+    state_dict = without_gaps(state_dict)
+    extra = read_extra(state_dict)
+    entries = state_dict["state"]
+    ids = [index for group in state_dict["param_groups"] for index in group["params"]]
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    known = {index for index, entry in entries_of(state_dict) if entry}
+    _attach_frozen(
+        known | {*extra.get("accumulators", {}), *extra.get("masters", {})},
+        dict(zip(ids, params, strict=True)),
+        collector,
+    )
+    plain = {k: v for k, v in state_dict.items() if k != KEY}
+    plain["state"] = without_ours(state_dict)
+    stand_ins = _fp32_stand_ins(updater)
+    with updater.swap.of(stand_ins, with_states=False):
+        optimizer.load_state_dict(plain)
+    updater.has_own_states.update(collector.segments[param] for param in stand_ins)
+    updater.is_provisional = False
+    collector.discard()
+    scalars = updater.prepared_scalars() if collector.segments else None
+    accumulators = extra.get("accumulators", {})
+    steps, masters = extra.get("steps", {}), extra.get("masters", {})
+    is_weighted = bool(extra) and extra["window"]["micro_batches"] > 0
+    # A checkpoint of before 0.1.0 does not tell what the open micro-batch has brought: there it is
+    # the one that a loop with its own window never closes.
+    unknown = list(accumulators) if collector.window.steps is None and not is_weighted else []
+    arrived = set(extra.get("arrived", unknown))
+    for index, param in zip(ids, params, strict=True):
+        param.grad = None
+        segment = collector.segments.get(param)
+        if segment is None or scalars is None:
+            continue
+        entry = entries.get(index, {})
+        segment.forget_master()
+        segment.is_zero = False
+        master = entry.get(MASTER, masters.get(index))
+        if master is not None:
+            segment.loaded_master = master.to(param.device, torch.float32)
+        for name, value in entry.items():
+            if optimizer.state[param].get(name) is value and type(value) is Tensor:
+                optimizer.state[param][name] = value.clone()  # the caller's; a step would write it
+        segment.states, segment.step, segment.numbers = (), None, {}
+        segment.knows_step = index in steps
+        scalars.steps[segment.row] = float(steps.get(index, 0.0))
+        accumulated = accumulators.get(index)
+        if accumulated is not None:
+            segment.allocate()
+            assert segment.grad is not None
+            segment.acc.copy_(accumulated)
+            segment.fill = Fill.CURRENT if index in arrived else Fill.EARLIER
+            segment.sums_version, segment.closed_version = None, segment.grad._version
+            param.grad = segment.grad
+    window = collector.window
+    if extra:
+        saved = extra["window"]
+        window.micro_batches, window.total = saved["micro_batches"], saved["total"]
+        window.reference, window.is_explicit = saved["reference"], saved["is_explicit"]
+        window.weight, window.max_norm = saved.get("weight"), saved.get("max_norm")
+        collector.backwards.count = int(collector.has_arrivals)
+        collector.scaling.restore(saved.get("overflow", 0.0))
+        if scalars is not None:
+            scalars.skipped.fill_(extra.get("skipped_steps", 0))

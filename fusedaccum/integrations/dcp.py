@@ -1,0 +1,47 @@
+"""torch.distributed.checkpoint's way to have states before it loads them."""
+
+from __future__ import annotations
+
+import torch
+
+from ..rules import builtin as rules
+from ..update.updater import Updater
+from .entries import OURS
+
+
+@torch.no_grad()
+def only_initialises(updater: Updater) -> bool:
+    """Whether this step() is made for the sake of states alone; then they are there, and no more.
+
+    torch.distributed.checkpoint calls step() of an optimizer without states with lr 0 and zeros
+    assigned to every gradient, to have a state dict with all keys. That is no micro-batch, and
+    must not count as one.
+    """
+    optimizer, collector = updater.optimizer, updater.collector
+    segments, groups = collector.segments.values(), optimizer.param_groups
+    if optimizer.state or collector.unclosed() is not None or not segments:
+        return False
+    if any(group.get("lr", 0.0) != 0.0 for group in groups):
+        return False
+    for segment in segments:
+        grad = segment.param.grad
+        if grad is None or grad is segment.grad or bool(grad.any()):
+            return False
+    if updater.is_fused:
+        for group in groups:
+            rule = rules.select(optimizer, group)
+            for param in group["params"]:
+                segment_or_none = collector.segments.get(param)
+                if segment_or_none is not None and rule is not None:
+                    updater.bind(segment_or_none, rule, group)
+    elif not collector.window.micro_batches:
+        collector.adopt_assigned()
+        updater.prepare(None, False, False)(1.0)
+        collector.discard()
+    updater.is_provisional = True
+    for segment in segments:
+        segment.param.grad = segment.grad if segment.fill else None
+        if segment.param in optimizer.state:
+            # DCP's unflattening takes from a file what the optimizer has names for.
+            optimizer.state[segment.param].update(dict.fromkeys(OURS))
+    return True

@@ -1,0 +1,146 @@
+"""An optimizer that shares everything with another one."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim import optimizer as torch_optimizer
+from torch.utils._pytree import tree_map_only
+
+from .frameworks import refuse_deepspeed
+
+
+def _wrapper(kind: type[Any]) -> type[Any]:
+    """The class whose constructor takes the optimizer to wrap; a subclass may take parameters."""
+    return next(k for k in kind.__mro__ if SharingOptimizer in k.__bases__)
+
+
+def _rebuild(kind: Any, optimizer: Optimizer, options: Any, state: Any) -> Any:
+    """What `__reduce__` asks for."""
+    wrapper = kind.__new__(kind)
+    _wrapper(kind).__init__(wrapper, optimizer, **options)
+    wrapper.load_state_dict(state)
+    return wrapper
+
+
+class _HandedOn:
+    """An attribute of a stand-in that is asked of, and set on, the optimizer behind it."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __get__(self, stand_in: Any, kind: Any = None) -> Any:
+        return self if stand_in is None else getattr(stand_in.optimizer, self.name)
+
+    def __set__(self, stand_in: Any, value: Any) -> None:
+        setattr(stand_in.optimizer, self.name, value)
+
+    def __delete__(self, stand_in: Any) -> None:
+        delattr(stand_in.optimizer, self.name)
+
+
+class SharingOptimizer(Optimizer):
+    """Shows the wrapped optimizer's `param_groups`, `state`, `defaults` and hooks as its own.
+
+    They are looked up each time: torch's `load_state_dict` replaces them on the wrapped one.
+    `Optimizer.__init__` is not called, since everything it makes is the wrapped optimizer's.
+    """
+
+    optimizer: Optimizer
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Make a class that only looks like ours hand on what it does not do itself.
+
+        Lightning puts an object before the optimizer and derives its class from the optimizer's
+        too, for `isinstance`. Our methods would run on that object, and what they set would stay
+        there, unseen by the optimizer. Such a class is known by its property `optimizer`, an
+        attribute that our constructor sets.
+        """
+        super().__init_subclass__(**kwargs)
+        if not isinstance(inspect.getattr_static(cls, "optimizer", None), property):
+            return
+        for base in cls.__mro__:
+            if base is not cls and issubclass(base, SharingOptimizer):
+                for name in vars(base):
+                    is_first = next(c for c in cls.__mro__ if name in vars(c)) is base
+                    if is_first and (name == "__repr__" or not name.startswith("__")):
+                        setattr(cls, name, _HandedOn(name))
+
+    def __reduce__(self) -> Any:
+        """Pickle and deepcopy: the wrapped optimizer wrapped anew, with its state."""
+        # The constructor keeps each of its options under its own name.
+        _, *names = inspect.signature(_wrapper(type(self))).parameters
+        options = {name: getattr(self, name) for name in names}
+        # States are views of flat buffers, each of which would take all of its buffer along.
+        state = tree_map_only(Tensor, torch.Tensor.clone, self.state_dict())
+        bare = copy.copy(self.optimizer)
+        bare.state = defaultdict(dict)
+        return _rebuild, (type(self), bare, options, state)
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The wrapped optimizer's own list."""
+        refuse_deepspeed(getattr(self, "gradient_accumulation_steps", None))
+        return self.optimizer.param_groups
+
+    @param_groups.setter
+    def param_groups(self, value: list[dict[str, Any]]) -> None:
+        self.optimizer.param_groups = value
+
+    @property
+    def state(self) -> defaultdict[Tensor, Any]:
+        """The wrapped optimizer's own dict. States are fp32 views of flat buffers."""
+        return self.optimizer.state
+
+    @state.setter
+    def state(self, value: defaultdict[Tensor, Any]) -> None:
+        self.optimizer.state = value
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """The wrapped optimizer's own dict."""
+        return self.optimizer.defaults
+
+    @defaults.setter
+    def defaults(self, value: dict[str, Any]) -> None:
+        self.optimizer.defaults = value
+
+    def __getattr__(self, name: str) -> Any:
+        # Hook dicts, and whatever a subclass has; asked only for what is not ours.
+        if name == "optimizer":
+            raise AttributeError(name)
+        return getattr(self.optimizer, name)
+
+
+@contextmanager
+def step_hooks(face: SharingOptimizer) -> Iterator[bool]:
+    """What torch does around a step(): a profiler record, and the hooks of both kinds.
+
+    Yields:
+        Whether there was one before.
+    """
+    with torch.autograd.profiler.record_function(f"Optimizer.step#{type(face).__name__}.step"):
+        before = (
+            torch_optimizer._global_optimizer_pre_hooks,
+            face.optimizer._optimizer_step_pre_hooks,
+        )
+        for hook in chain.from_iterable(hooks.values() for hooks in before):
+            hook(face, (face,), {})
+        yield any(before)
+        after = (
+            face.optimizer._optimizer_step_post_hooks,
+            torch_optimizer._global_optimizer_post_hooks,
+        )
+        for hook in chain.from_iterable(hooks.values() for hooks in after):
+            hook(face, (face,), {})
+    # A scheduler made on the wrapped optimizer looks here for whether step() was called.
+    face.optimizer._opt_called = True  # type: ignore[attr-defined]

@@ -1,0 +1,111 @@
+"""Who is calling: engines and frameworks that count windows or own parameters, and checkpoints."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from types import FrameType
+
+from ..window.engines import PLAIN
+
+# The modules that replace a client optimizer's parameters, or the optimizer.
+_ZERO = tuple(
+    f"deepspeed.runtime.{name}" for name in ("zero", "fp16", "bf16_optimizer", "superoffload",
+    "zenflow")
+)  # fmt: skip
+_PASSED_OVER = ("fusedaccum", "torch", "contextlib")
+
+
+def is_asked_for_keys() -> bool:
+    """Whether torch.distributed.checkpoint wants a state dict, of which it takes "state" alone."""
+    frame = inspect.currentframe()
+    try:
+        while frame is not None:
+            if frame.f_globals.get("__name__") == "torch.distributed.checkpoint.state_dict":
+                return True
+            frame = frame.f_back
+        return False
+    finally:
+        del frame  # or it would keep every local of the caller alive
+
+
+def refuse_second_count(steps: int | None) -> None:
+    """Raise where a framework and the wrapper would both count micro-batches.
+
+    The framework calls step() once per window of its own, so that the wrapper would update after N
+    of those, the framework clip a sum that is not complete, and the schedule run N times too fast,
+    without a word. Accelerate, and with it the Trainer, loads the state dict of every optimizer
+    that it prepares: that is where to ask who is calling. Nothing is imported, and a step costs
+    nothing.
+
+    Args:
+        steps: the wrapper's `gradient_accumulation_steps`.
+
+    Raises:
+        ValueError: naming both.
+    """
+    if steps is None or steps == 1:
+        return  # a step() is an update
+    frame = inspect.currentframe()
+    try:
+        counting = None
+        while frame is not None:
+            module = frame.f_globals.get("__name__")
+            if module == "transformers.trainer":
+                counting = "the Trainer, which divides the loss, clips and counts updates"
+            elif module == "accelerate.optimizer":
+                state = getattr(frame.f_locals.get("self"), "gradient_state", None)
+                n = getattr(state, "num_steps", 1)
+                if n > 1:
+                    counting = f"Accelerator(gradient_accumulation_steps={n})"
+            frame = frame.f_back
+    finally:
+        del frame  # or it would keep every local of the caller alive
+    if counting is not None:
+        raise ValueError(
+            f"FusedAccumOptimizer(gradient_accumulation_steps={steps}) counts micro-batches, and "
+            f"so does {counting}: one of the two has to. Wrap with "
+            "gradient_accumulation_steps=None, and every step() is an update"
+        )
+
+
+def refuse_deepspeed(steps: int | None) -> None:
+    """Refuse DeepSpeed where it takes the optimizer over: asked where somebody reads param_groups.
+
+    ZeRO (stages 1 to 3) and the bf16 and fp16 optimizers replace the parameters. Stage 0 in fp32
+    leaves them, and then only one of the two may count micro-batches.
+
+    Args:
+        steps: the wrapper's `gradient_accumulation_steps`.
+
+    Raises:
+        RuntimeError: saying what to do.
+    """
+    if "deepspeed.runtime.engine" not in sys.modules:
+        return
+    caller = _caller()
+    if caller.startswith(_ZERO) or caller == "accelerate.utils.deepspeed":
+        raise RuntimeError(
+            f"DeepSpeed ({caller}) replaces the parameters of the optimizer by partitions of its "
+            f"own, which FusedAccumOptimizer would never see a gradient of. {PLAIN}"
+        )
+    if caller == "deepspeed.runtime.engine" and steps not in (None, 1):
+        raise RuntimeError(
+            f"FusedAccumOptimizer(gradient_accumulation_steps={steps}) counts micro-batches, and "
+            f"so does DeepSpeed's engine. {PLAIN}, or, with ZeRO stage 0 in float32 only, wrap "
+            "with gradient_accumulation_steps=None"
+        )
+
+
+def _caller() -> str:
+    """The module that asks us: the first one on the stack that is neither ours nor torch's."""
+    frame: FrameType | None = sys._getframe(1)
+    try:
+        while frame is not None:
+            module = str(frame.f_globals.get("__name__", ""))
+            if module.split(".")[0] not in _PASSED_OVER:
+                return module
+            frame = frame.f_back
+        return ""
+    finally:
+        del frame  # or it would keep every local of the caller alive

@@ -1,0 +1,1 @@
+"""What an optimizer does to one element, and which optimizer does that."""

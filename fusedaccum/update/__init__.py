@@ -1,0 +1,1 @@
+"""From full accumulators to weights."""

@@ -1,0 +1,66 @@
+"""What `repr` says: which path each param group takes, and why."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+from .. import backends
+from ..options import Options
+from ..rules import builtin as rules
+from ..window.collector import Collector
+from .updater import Updater
+
+
+def describe(updater: Updater, options: Options) -> str:
+    """A few lines for people."""
+    backend, max_grad_norm = options.backend, options.max_grad_norm
+    inner, collector = updater.optimizer, updater.collector
+    window = collector.window
+    device = next(p.device for g in inner.param_groups for p in g["params"])
+    chosen, because = backends.why(backend, device)
+    owner = (
+        "owned by the loop (every step() updates with the sum)"
+        if window.steps is None
+        else f"{window.steps} micro-batches ({window.micro_batches} in the open one)"
+    )
+    clip = "none" if max_grad_norm is None else f"{max_grad_norm:g}"
+    lines = [
+        f"FusedAccumOptimizer({type(inner).__name__})",
+        f"  window: {owner}",
+        f"  backend: {chosen} ({because})",
+        f"  max_grad_norm: {clip}; non-finite windows are "
+        + ("skipped" if options.skip_nonfinite else "applied"),
+    ]
+    fused = updater.is_fused
+    for index, group in enumerate(inner.param_groups):
+        rule = rules.select(inner, group)
+        if fused and rule is not None:
+            path = f"fused rule {rule.name!r}"
+        elif rule is not None:
+            path = "native step, because another param group has no fused rule"
+        else:
+            path = f"native step on fp32 gradients ({rules.reason(inner)})"
+        lines.append(f"  group {index}: {path}; {_params(group['params'], collector, fused)}")
+    return "\n".join(lines)
+
+
+def _params(params: list[Any], collector: Collector, fused: bool) -> str:
+    """Counts by dtype and how their precise values are kept."""
+    kinds: Counter[str] = Counter()
+    numel = 0
+    for param in params:
+        numel += param.numel()
+        dtype = str(param.dtype).removeprefix("torch.")
+        segment = collector.segments.get(param)
+        if segment is None or not param.requires_grad:
+            kinds[f"{dtype} (frozen)"] += 1
+            continue
+        kind = segment.kind if fused or not segment.has_master else "fp32"
+        if segment.has_master:
+            dtype += f" with {kind} master"
+        elif kind == "stochastic":
+            dtype += " rounded stochastically"
+        kinds[dtype] += 1
+    listing = ", ".join(f"{n} {kind}" for kind, n in kinds.items())
+    return f"{len(params)} tensors, {numel:,} parameters: {listing}"

@@ -1,0 +1,1 @@
+"""What the open window holds: from the hook on a parameter to its accumulator."""

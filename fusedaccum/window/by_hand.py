@@ -1,0 +1,101 @@
+"""What people do to `p.grad` between backwards: they take it away, zero it or assign another."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from .backwards import Backwards
+from .slots import Fill, Segment
+from .weights import Window
+
+
+@dataclass
+class Seen:
+    """What a look at every parameter's `grad` found.
+
+    Attributes:
+        earlier: parameters with a sum of closed micro-batches, which they show, or None instead.
+        assigned: parameters with a gradient that somebody assigned.
+        is_emptied: whether all that counts as the window was taken away.
+    """
+
+    earlier: list[Segment] = field(default_factory=list)
+    assigned: list[tuple[Segment, Tensor]] = field(default_factory=list)
+    is_emptied: bool = False
+
+
+class ByHand:
+    """Sees the changes that came through no hook.
+
+    Args:
+        segments: by parameter; others may join.
+        window, backwards: of the same optimizer.
+    """
+
+    def __init__(
+        self, segments: Mapping[Tensor, Segment], window: Window, backwards: Backwards
+    ) -> None:
+        self._segments, self._window, self._backwards = segments, window, backwards
+
+    def look(self) -> Seen:
+        """Look at every parameter's `grad`; what was taken away is not part of the window now."""
+        seen = Seen(is_emptied=self.is_emptied())
+        loop_owned, float32 = self._window.steps is None, torch.float32
+        earlier, current = Fill.EARLIER, Fill.CURRENT
+        for segment in self._segments.values():
+            grad, own = segment.param.grad, segment.grad
+            if grad is own:
+                if grad is not None and grad.dtype is not float32:
+                    segment.show_again()
+                    segment.param.grad = segment.grad
+            elif grad is not None:
+                seen.assigned.append((segment, grad))
+                continue
+            elif loop_owned or segment.fill is current:
+                segment.fill = Fill.EMPTY
+            if segment.fill is earlier:
+                seen.earlier.append(segment)
+        return seen
+
+    def is_emptied(self) -> bool:
+        """Whether somebody took away all that the window holds; where the wrapper counts, all that
+        the open micro-batch has brought (p.grad = None after its step() keeps the window)."""
+        window = self._window
+        if window.steps is not None:
+            may_be, least = self._backwards.count > 0, Fill.CURRENT
+        else:
+            may_be = window.is_explicit is not None or window.max_norm is not None
+            least = Fill.EARLIER
+        if not may_be:
+            return False  # nearly always at the beginning of a backward
+        grads = (s.param.grad for s in self._segments.values() if s.fill >= least)
+        return next(grads, self) is None and all(grad is None for grad in grads)
+
+    def is_zeroed(self) -> bool:
+        """Whether somebody wrote all sums of closed micro-batches that are shown, and they are
+        zeros now. Waits for them where they were written, and nowhere else."""
+        if not self._window.micro_batches:
+            return False
+        may_be = (s for s in self._segments.values() if s.fill and s.numel and not s.is_zero)
+        first = next(may_be, None)
+        if first is None or (first.param.grad is not None and not first.is_written):
+            return False  # nearly always
+        filled = [first, *may_be]
+        shown = [s for s in filled if s.param.grad is not None] or filled
+        if not all(s.is_written for s in shown):
+            return False
+        if not any(bool(s.acc.any()) for s in shown):
+            return True
+        for segment in shown:  # scaled, say: not asked again
+            segment.note_version()
+        return False
+
+    def drop_assigned(self) -> None:
+        """Forget gradients that somebody assigned and that no micro-batch has taken over."""
+        for segment in self._segments.values():
+            if segment.param.grad is not segment.grad and segment.param.grad is not None:
+                segment.param.grad = segment.grad if segment.fill else None

@@ -1,0 +1,397 @@
+"""From the backward to the accumulators: autograd hooks and a bounded queue.
+
+One hook per parameter, before its AccumulateGrad node: it takes `param.grad` (the accumulator)
+away, so that autograd keeps the fresh gradient without a copy. The parameter is queued; when the
+queue would exceed the bucket, and when the backward ends, one launch adds the whole queue, the
+fresh gradients are freed and `param.grad` shows the accumulator again.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+from torch.autograd import Variable
+
+from ..backends import Backend
+from ..backends.tensors import laid_out_like
+from .backwards import Backwards, refuse_kind
+from .by_hand import ByHand
+from .grad_scaler import Scaling
+from .hooks import Attached
+from .slots import Fill, Segment
+from .sums import Sums
+from .trouble import BACKWARD_RAISED, PART, Trouble
+from .watch import Watch, may_reduce
+from .weights import Window
+
+
+class Collector(Attached):
+    """The accumulators of one optimizer and the hooks that fill them.
+
+    Args:
+        backend: runs the launches.
+        window: gives each micro-batch its scale.
+        bucket_bytes: fresh gradients take no more than this, with the one that autograd is making
+            (or half of it and one gradient, where that is more).
+        wants_norm: whether updates need the norm, so that the last accumulation leaves its sums.
+        master_weights: see `FusedAccumOptimizer`, or "stochastic".
+        splits: whether a master may be split; else it is an fp32 copy.
+        scaling: what a GradScaler does to the gradients.
+
+    Attributes:
+        trouble: why the open window cannot be used, if it cannot.
+        backwards: those that are running, and how many there were in the open micro-batch.
+        by_hand: what somebody does to gradients in between.
+        engines: those that would write or replace what is ours.
+        sums: their sums of squares.
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        window: Window,
+        *,
+        bucket_bytes: int,
+        wants_norm: bool,
+        master_weights: str | None,
+        splits: bool,
+        scaling: Scaling,
+        device: torch.device,
+    ) -> None:
+        super().__init__(device, master_weights, splits)
+        self.backend = backend
+        self.window = window
+        self.wants_norm = wants_norm
+        self.scaling = scaling
+        self.sums = Sums(backend, device)
+        self.trouble = Trouble()
+        self.backwards = Backwards()
+        self.by_hand = ByHand(self.segments, window, self.backwards)
+        self.engines = Watch(self)
+        self._bucket_bytes = bucket_bytes
+        self._queue_bytes = bucket_bytes
+        self._queue: list[Segment] = []
+        self._queued_bytes = 0
+
+    def attach(self, named_params: Iterable[tuple[str, Tensor]]) -> None:
+        """See `Attached.attach`."""
+        before = len(self.segments)
+        super().attach(named_params)
+        if len(self.segments) > before:
+            self.sums.forget()
+            largest = max(s.nbytes for s in self.segments.values())
+            self._queue_bytes = self._bucket_bytes - min(largest, self._bucket_bytes // 2)
+
+    # --- the backward ---
+
+    def _arrive(self, segment: Segment, is_due: bool = True) -> None:  # see `Attached`
+        task = torch._C._current_graph_task_id()
+        if task not in self.backwards.threads:
+            self._begin(task)
+        param = segment.param
+        grad = param.grad
+        if segment.pending:
+            self.flush()  # it arrives twice in one backward: add the first gradient first
+        elif grad is not None and grad is not segment.grad:
+            self.adopt([(segment, grad)])
+        elif grad is None and (self.window.steps is None or segment.fill is Fill.CURRENT):
+            segment.fill = Fill.EMPTY  # somebody took it away: zero_grad(), or `p.grad = None`
+        param.grad = None
+        if self._queue and self._queued_bytes + segment.nbytes > self._queue_bytes:
+            self.flush()
+        segment.pending, segment.is_due = True, is_due
+        self._queue.append(segment)
+        self._queued_bytes += segment.nbytes
+
+    # Not traced: compiled autograd would stop at the code below the error, and not say why.
+    @torch._disable_dynamo  # type: ignore[attr-defined]
+    def _begin(self, task: int) -> None:
+        """A backward reaches its first parameter.
+
+        Raises:
+            RuntimeError: for a backward that cannot come out right. Nothing has changed then.
+        """
+        refuse_kind()
+        self.engines.begin()
+        is_nested = self.backwards.enter(task)
+        try:
+            if is_nested or self.trouble.reason is not None:
+                self._recover()
+            elif self.by_hand.is_emptied():
+                self._discard_emptied()
+            self._refuse_zeroed()
+            self.window.check_arrival()
+            self.scaling.begin(self.device)
+        except BaseException:
+            self.backwards.end(task)
+            raise
+        self.backwards.begin(task)
+
+        def finish() -> None:
+            self.flush()
+            self.backwards.end(task)
+
+        Variable._execution_engine.queue_callback(finish)
+        self.engines.end()
+
+    @property
+    def is_broken(self) -> bool:
+        """Whether the window holds part of something."""
+        return self.trouble.reason is not None or self.backwards.is_any_open
+
+    def _recover(self) -> None:
+        """Start afresh after model.zero_grad(), where the loop owns the window.
+
+        That is all that the Trainer calls before it tries again with smaller batches. Since its
+        first parameter arrived, a backward that goes on shows a gradient.
+        """
+        if self.window.steps is None and all(param.grad is None for param in self.segments):
+            self.discard()
+
+    def _discard_emptied(self) -> None:
+        if self.window.steps is not None:
+            self.warn_discarded("model.zero_grad() (or p.grad = None) after a backward()")
+        self.discard()
+
+    @torch.no_grad()
+    def flush(self) -> None:
+        """Add what is queued, free it, and let `param.grad` show the accumulators."""
+        queue, self._queue, self._queued_bytes = self._queue, [], 0
+        fresh: list[tuple[Segment, Tensor]] = []
+        for segment in queue:
+            segment.pending = False
+            grad = segment.param.grad
+            if grad is None:  # a function gave None for its gradient: what was there stays
+                if len(self.backwards.threads) == 1:  # else it may be of one that raised before
+                    self.engines.refuse_taken(segment)
+                elif segment.is_due:
+                    self.trouble.note(BACKWARD_RAISED)
+                segment.param.grad = segment.grad if segment.fill else None
+            elif grad.shape != segment.shape:
+                raise RuntimeError(
+                    f"a parameter changed after it was wrapped ({segment.difference()}): call "
+                    "zero_grad() after changing the model, or wrap after it"
+                )
+            else:
+                fresh.append((segment, grad))
+        self._add(fresh, self.window.scale())
+
+    def adopt(self, assigned: list[tuple[Segment, Tensor]]) -> None:
+        """Take gradients that did not come through the hook: somebody assigned `param.grad`.
+
+        One replaces the accumulator where it stands in for it (the loop owns the window, or this
+        micro-batch has arrived already: `p.grad = p.grad * 0.5`); else it is this micro-batch's
+        gradient and is added.
+        """
+        loop_owned = self.window.steps is None
+        replacing = [(s, g) for s, g in assigned if loop_owned or s.fill is Fill.CURRENT]
+        adding = [(s, g) for s, g in assigned if not (loop_owned or s.fill is Fill.CURRENT)]
+        with self.trouble.unless_done("taking over gradients that were assigned to p.grad"):
+            for segment, _ in replacing:
+                segment.fill = Fill.EMPTY
+            self._add(replacing, 1.0, is_scaled=False)
+            if adding:
+                self._add(adding, self.window.scale())
+
+    @torch.no_grad()
+    def _add(
+        self, fresh: list[tuple[Segment, Tensor]], scale: float, is_scaled: bool = True
+    ) -> None:
+        """Accumulate gradients: the tensors that start a window, then the others.
+
+        `is_scaled`: whether they hold the scale of a GradScaler, if there is one.
+        """
+        window, scaling = self.window, self.scaling
+        is_last = window.steps is None or window.is_last or scaling.is_linked
+        with_sums = is_last and (self.wants_norm or scaling.needs_norm)
+        cells = self.sums.cells(self.segments.values(), self.n_cells) if with_sums else None
+        # One for each Fill: what starts the window, what starts the micro-batch, what goes on.
+        parts: tuple[list[tuple[Segment, Tensor]], ...] = ([], [], [])
+        for segment, grad in fresh:
+            if segment.grad is None or segment.grad.dtype is not torch.float32:
+                segment.allocate()
+            if not (segment.is_contiguous and grad.is_contiguous()):
+                grad = laid_out_like(grad, segment.acc)
+            if grad.dtype is not segment.dtype and grad.dtype is not torch.float32:
+                grad = grad.float()
+            parts[segment.fill].append((segment, grad))
+        if not scaling.is_linked:  # the last two differ in what a GradScaler has to say
+            parts = (parts[0], parts[1] + parts[2], [])
+        for i, members in enumerate(parts):
+            if members:
+                self.backend.accumulate(
+                    [s.acc for s, _ in members],
+                    [g for _, g in members],
+                    scale,
+                    i == 0,
+                    cells,
+                    [s.cell for s, _ in members],
+                    scaling.control(i < 2) if is_scaled else None,
+                )
+        for segment, _ in fresh:
+            segment.fill, segment.is_zero = Fill.CURRENT, False
+            segment.param.grad = shown = segment.grad
+            segment.has_sums |= with_sums
+            segment.sums_version = shown._version if with_sums and shown is not None else None
+
+    # --- between backwards ---
+
+    @property
+    def has_arrivals(self) -> bool:
+        """Whether the open micro-batch has contributed anything."""
+        return any(s.fill is Fill.CURRENT for s in self.segments.values())
+
+    @property
+    def is_open(self) -> bool:  # see `Attached`
+        return bool(self.window.micro_batches) or self.unclosed() is not None
+
+    def unclosed(self) -> str | None:
+        """What the open micro-batch was left by, in words; None where none is open."""
+        if self.is_broken:
+            return "a failed backward()" if self.backwards.is_any_open else "what step() refuses"
+        return "backward() without step()" if self.has_arrivals else None
+
+    def fail_block(self) -> None:
+        """A micro_batch() block raised."""
+        if self.has_arrivals:
+            self.trouble.note("a micro_batch() block raised after its backward()" + PART)
+
+    def check(self) -> None:
+        """Raise if the open window cannot be used.
+
+        Raises:
+            RuntimeError: naming what happened and the way out.
+        """
+        if self.taken_over:
+            raise RuntimeError(
+                "another FusedAccumOptimizer was made for the parameters of this one and has "
+                "taken them over; nothing was updated. Use that one, in the scheduler too"
+            )
+        self.engines.note_ending()
+        if self.backwards.is_any_open:
+            self.trouble.note(BACKWARD_RAISED)
+        if self.trouble.reason is not None:
+            self._recover()
+        self.trouble.refuse(self.window.micro_batches)
+
+    def look(self) -> list[tuple[Segment, Tensor]]:
+        """Notice what somebody did to `p.grad`: took gradients away, zeroed them, assigned others.
+
+        Returns:
+            Those that were assigned.
+
+        Raises:
+            RuntimeError: for what cannot be made good.
+        """
+        seen = self.by_hand.look()
+        self._refuse_zeroed()
+        if seen.is_emptied and not seen.assigned:
+            self._discard_emptied()
+            return []
+        for segment in seen.earlier:  # the model's zero_grad() after step() keeps a window too
+            if segment.param.grad is None:
+                segment.param.grad = segment.grad
+        return seen.assigned
+
+    def _refuse_zeroed(self) -> None:
+        """Raise if closed micro-batches were zeroed in place before the open one brought anything;
+        where the loop owns the window, that starts it afresh, as torch has it."""
+        if self.backwards.count or self.trouble.reason is not None:
+            return
+        if not self.by_hand.is_zeroed():
+            return
+        if self.window.steps is None:
+            self.window.reset()
+            return
+        self.trouble.note(
+            "the accumulators of the open window were zeroed in place, as "
+            "model.zero_grad(set_to_none=False) does, and what its closed micro-batches had "
+            "brought is lost; nothing was updated. The optimizer's zero_grad() knows the window, "
+            "the model's does not"
+        )
+        self.check()
+
+    def adopt_assigned(self) -> None:
+        """`look`, and take over what was assigned."""
+        if assigned := self.look():
+            self.adopt(assigned)
+
+    def warn_discarded(self, cause: str) -> None:
+        """Say that the closed micro-batches of a window are given up, if there are any."""
+        if not self.window.micro_batches:
+            return
+        warnings.warn(
+            f"{cause} discards the whole window: {self.window.micro_batches} closed "
+            "micro-batches. Call step() after every backward(). If the backward() belonged to "
+            "another optimizer and only passed through these parameters (the generator's step of "
+            "a GAN), call requires_grad_(False) on them around it",
+            RuntimeWarning,
+            stacklevel=4,
+        )
+
+    def filled(self) -> list[Segment]:
+        """The parameters that the open window holds a gradient for."""
+        return [s for s in self.segments.values() if s.fill]
+
+    def close_micro_batch(self) -> None:
+        """The open micro-batch is over."""
+        with self.trouble.unless_done("closing a micro-batch"):
+            self.scaling.close_micro_batch()
+            self.window.close_micro_batch()
+            self.backwards.count = 0
+            earlier = Fill.EARLIER
+            for segment in self.segments.values():
+                if segment.fill and segment.grad is not None:
+                    segment.fill, segment.closed_version = earlier, segment.grad._version
+
+    def end_window(self) -> None:
+        """The window has been used. `param.grad` still shows it.
+
+        A loop that owns the window and does not zero it goes on adding, as in torch. A mean (the
+        wrapper counts, or the loop gives weights) starts afresh with the next gradient.
+        """
+        keeps = not self.window.is_weighted
+        self.backwards.count = 0
+        for segment in self.segments.values():
+            segment.fill = Fill.EARLIER if keeps and segment.fill else Fill.EMPTY
+        self.scaling.end_window()
+        self.window.reset()
+
+    def start_counting(self) -> None:
+        """The wrapper counts from now on, or to another number: sums of a loop are over."""
+        for segment in self.segments.values():
+            if not segment.is_zero:
+                segment.fill = Fill.EMPTY
+        self.window.reset()
+
+    def discard(self, zeroes: bool = False) -> None:
+        """Forget the window. The accumulators' next use stores, so nothing is written.
+
+        Args:
+            zeroes: gradients that are shown become zeros, which the next update uses, as torch's
+                `zero_grad(set_to_none=False)` has it.
+        """
+        self.trouble.note("zero_grad() was interrupted")
+        self._queue.clear()
+        self._queued_bytes = 0
+        self.engines.forget()
+        for segment in self.segments.values():
+            segment.fill, segment.pending = Fill.EMPTY, False
+            if zeroes and segment.param.grad is not None:
+                segment.allocate()
+                segment.param.grad = shown = segment.grad
+                shown.detach().zero_()  # type: ignore[union-attr]
+                segment.fill, segment.is_zero, segment.sums_version = Fill.EARLIER, True, None
+                segment.note_version()
+        self.scaling.reset()
+        self.window.reset()
+        self.backwards.forget()
+        self.trouble.reason = None
+
+    def sums_of_squares(self) -> Tensor:
+        """Partial sums of all filled accumulators, zero elsewhere."""
+        unsure = self.scaling.may_have_divided or may_reduce()
+        return self.sums.of_filled(self.segments.values(), self.n_cells, unsure)

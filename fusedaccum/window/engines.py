@@ -1,0 +1,56 @@
+"""Parameters that an engine has taken apart or replaced: refused by name, at once.
+
+DeepSpeed's ZeRO puts other tensors in the place of the parameters. `watch.py` sees the engines that
+write gradients. Nothing is imported for any of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from ..backends.tensors import refuse_tensor
+
+PLAIN = (
+    "Give DeepSpeed the plain optimizer, which detach() returns without our hooks: DeepSpeed "
+    "accumulates, clips and averages by itself, in float32 with "
+    '"data_types": {"grad_accum_dtype": "fp32"} in its config. Or train without DeepSpeed'
+)
+
+
+def refuse_partitioned(name: str, param: Tensor) -> None:
+    """Refuse a parameter that DeepSpeed's ZeRO-3 has taken apart.
+
+    Raises:
+        TypeError: naming what to do.
+    """
+    if hasattr(param, "ds_id"):
+        raise TypeError(f"{name} is partitioned by DeepSpeed's ZeRO-3. {PLAIN}")
+
+
+def refuse_exchange(segments: Mapping[Tensor, Any], groups: Sequence[dict[str, Any]]) -> None:
+    """Refuse param groups in which none of the wrapped parameters is left.
+
+    Raises:
+        RuntimeError: naming who does that, and what to do.
+    """
+    if not segments:
+        return
+    newcomer: Tensor | None = None
+    for group in groups:
+        for param in group["params"]:
+            if param in segments:
+                return
+            if newcomer is None and param.requires_grad:
+                newcomer = param
+    if newcomer is None:
+        return
+    refuse_tensor("a parameter that replaced the wrapped ones", newcomer)
+    raise RuntimeError(
+        "all wrapped parameters were replaced in param_groups (by others, the first of shape "
+        f"{tuple(newcomer.shape)}): DeepSpeed's ZeRO and other sharding engines do that and then "
+        "step their own partitions, for which there is no accumulator here; nothing was updated. "
+        f"{PLAIN}. If you replaced them yourself: wrap the optimizer after that"
+    )

@@ -1,0 +1,60 @@
+"""Sums of squares of the accumulators, from which the norm and the finite check come."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from ..backends import Backend
+from .slots import Segment
+
+
+class Sums:
+    """fp32 partial sums of squares, a range of cells per parameter.
+
+    The last accumulation of a window leaves them; whatever was written since is read once more.
+
+    Args:
+        backend: computes those that are not there.
+        device: where they are.
+    """
+
+    def __init__(self, backend: Backend, device: torch.device) -> None:
+        self._backend, self._device = backend, device
+        self._cells: Tensor | None = None
+
+    def forget(self) -> None:
+        """Parameters were added: all are computed anew, in a larger tensor."""
+        self._cells = None
+
+    def cells(self, segments: Iterable[Segment], n_cells: int) -> Tensor:
+        """The tensor, made where it is not there."""
+        if self._cells is None:
+            self._cells = torch.zeros(n_cells, dtype=torch.float32, device=self._device)
+            for segment in segments:
+                segment.sums_version, segment.has_sums = None, False
+        return self._cells
+
+    @torch.no_grad()
+    def of_filled(self, segments: Iterable[Segment], n_cells: int, unsure: bool) -> Tensor:
+        """Sums of all filled accumulators, zero elsewhere; reads only what changed.
+
+        Args:
+            segments: of all parameters.
+            n_cells: how many cells those have.
+            unsure: whether accumulators may have changed unseen.
+        """
+        cells = self.cells(segments, n_cells)
+        stale = [s for s in segments if s.fill and (unsure or not s.sums_are_current)]
+        if stale:
+            self._backend.sum_of_squares([s.acc for s in stale], cells, [s.cell for s in stale])
+            for segment in stale:
+                assert segment.grad is not None
+                segment.sums_version, segment.has_sums = segment.grad._version, True
+        for segment in segments:
+            if segment.has_sums and not segment.fill:
+                cells[segment.cell : segment.cell + segment.n_cells].zero_()
+                segment.sums_version, segment.has_sums = None, False
+        return cells

@@ -1,0 +1,325 @@
+"""Kernels (in the interpreter), compiled CPU loops and the ATen fallback against the reference.
+
+Every dtype x rule x alignment x size. The interpreter and the compiled loops round as the reference
+does, operation by operation, so they are compared bit for bit; only ATen's sqrt is its own.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fusedaccum import backends
+from fusedaccum.backends import StepBatch, UpdateRequest, UpdateScalars, reference, rounding
+from fusedaccum.backends.tables import count_chunks
+from fusedaccum.rules.builtin import RULES, Family, Rule
+from tests import tolerances
+from tests.cases import (
+    CASES,
+    GRAD_DTYPES,
+    LAYOUTS,
+    SIZES,
+    WithoutCompiler,
+    case_id,
+    forget_compiled,
+    tensor,
+)
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(params=["triton", "compiled", "aten", pytest.param("gpu", marks=pytest.mark.gpu)])
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A backend, and which it is: it says how exactly it rounds."""
+    if request.param == "aten":
+        WithoutCompiler(monkeypatch)
+    device = torch.device("cuda", 0) if request.param == "gpu" else CPU
+    name = "triton" if request.param in ("triton", "gpu") else "torch"
+    yield backends.get(name, device), request.param
+    forget_compiled()
+
+
+def cells_of(tensors: list[Tensor]) -> tuple[list[int], int]:
+    cells, end = [], 0
+    for each in tensors:
+        cells.append(end)
+        end += count_chunks(each.numel())
+    return cells, end
+
+
+@pytest.mark.parametrize("with_norm", [False, True], ids=["plain", "norm"])
+@pytest.mark.parametrize("first", [True, False], ids=["first", "later"])
+@pytest.mark.parametrize("offset", [0, 1], ids=["aligned", "unaligned"])
+@pytest.mark.parametrize("dtype", GRAD_DTYPES, ids=case_id)
+def test_accumulate(
+    backend: Any, dtype: torch.dtype, offset: int, first: bool, with_norm: bool
+) -> None:
+    runner, kind = backend
+    device = runner.device
+    accs = [tensor(n, offset=offset, seed=1, device=device) for n in SIZES]
+    grads = [tensor(n, dtype, offset=offset, seed=2, device=device) for n in SIZES]
+    magnitudes = [a.abs() + 0.3 * g.float().abs() for a, g in zip(accs, grads, strict=True)]
+    expected = [reference.accumulate(a, g, 0.3, first) for a, g in zip(accs, grads, strict=True)]
+    if first:
+        for acc in accs:
+            acc.fill_(math.nan)  # a store must not read what was there
+    cells, end = cells_of(accs)
+    partials = torch.full((end,), math.nan, device=device) if with_norm else None
+    runner.accumulate(accs, grads, 0.3, first, partials, cells)
+    for acc, reference_acc, magnitude in zip(accs, expected, magnitudes, strict=True):
+        if kind == "gpu":  # one rounding fewer where the compiler fuses the product and the sum
+            assert ((acc - reference_acc).abs() <= 2 * tolerances.U * magnitude).all()
+        else:
+            assert tolerances.equal_bits(acc, reference_acc)
+    if partials is not None:
+        norm = partials.double().sum().sqrt().cpu()
+        torch.testing.assert_close(
+            norm, reference.global_norm(expected), rtol=tolerances.NORM_RTOL, atol=0
+        )
+
+
+@pytest.mark.parametrize("dtype", GRAD_DTYPES, ids=case_id)
+def test_mixed_dtypes_in_one_call(backend: Any, dtype: torch.dtype) -> None:
+    runner, _ = backend
+    accs = [torch.zeros(n, device=runner.device) for n in (5, 3000)]
+    grads = [tensor(5, device=runner.device), tensor(3000, dtype, device=runner.device)]
+    runner.accumulate(accs, grads, 1.0, True)
+    for acc, grad in zip(accs, grads, strict=True):
+        assert torch.equal(acc, grad.float())
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_nonfinite_shows_in_the_sums(backend: Any, value: float) -> None:
+    runner, _ = backend
+    accs, grads = ([tensor(10_007, device=runner.device)] for _ in range(2))
+    grads[0][9_999] = value
+    partials = torch.zeros(2, device=runner.device)
+    runner.accumulate(accs, grads, 1.0, False, partials, [0])
+    assert partials[0].isfinite() and not partials[1].isfinite()
+
+
+@pytest.mark.parametrize("offset", [0, 1], ids=["aligned", "unaligned"])
+@pytest.mark.parametrize("dtype", GRAD_DTYPES, ids=case_id)
+def test_sum_of_squares(backend: Any, dtype: torch.dtype, offset: int) -> None:
+    runner, _ = backend
+    tensors = [tensor(n, dtype, offset=offset, device=runner.device) for n in SIZES]
+    cells, end = cells_of(tensors)
+    partials = torch.full((end,), math.nan, device=runner.device)
+    runner.sum_of_squares(tensors, partials, cells)
+    torch.testing.assert_close(
+        partials.double().sum().sqrt().cpu(),
+        reference.global_norm(tensors),
+        rtol=tolerances.NORM_RTOL,
+        atol=0,
+    )
+
+
+def hyper_of(family: str) -> tuple[float, ...]:
+    """Hyper-parameters that exercise a family: those of its case with the most options."""
+    if family == "lion":  # its class is another package's, which may not be installed
+        return (1e-2, 0.9, 0.99, 0.1)
+    own = [case for case in CASES if RULES[case.rule].family.name == family]
+    case = max(own, key=lambda c: len(c.options))
+    group = case.make([torch.nn.Parameter(torch.zeros(1))]).param_groups[0]
+    return RULES[case.rule].family.hyper(group)
+
+
+HYPER = {rule.family.name: hyper_of(rule.family.name) for rule in RULES.values()}
+# Rules whose results every CPU path rounds alike: no square root, which ATen rounds its own way.
+NO_ROOT = ("sgd", "asgd", "rprop", "lion", "adamax")
+
+
+def make_scalars(family: Family, device: torch.device = CPU) -> UpdateScalars:
+    scalars = UpdateScalars(len(SIZES), family.n_scalars, device, len(family.memory))
+    scalars.memory += 0.5
+    return scalars
+
+
+def start(rule: Rule, name: str) -> float:
+    group = {"lr": 1e-2, "initial_accumulator_value": 0.25}
+    return rule.start(name, group)
+
+
+def make_batch(
+    rule_name: str, dtype: torch.dtype, master: str, offset: int, device: torch.device = CPU
+) -> StepBatch:
+    rule = RULES[rule_name]
+    batch = StepBatch(rule, master)
+
+    def make(n: int, kind: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+        return tensor(n, kind, offset=offset, seed=seed, device=device)
+
+    for row, n in enumerate(SIZES):
+        param = make(n, dtype, seed=3)
+        batch.params.append(param)
+        batch.accs.append(make(n, seed=4))
+        batch.states.append(tuple(make(n).fill_(start(rule, name)) for name in rule.states))
+        batch.rows.append(row)
+        batch.groups.append(row % 2)
+        if master == "split":
+            low = make(n, seed=5).mul(1000).clamp(-32767, 32767)
+            batch.masters.append(make(n, torch.int16).copy_(low))
+        elif master == "fp32":
+            batch.masters.append(make(n).copy_(param))
+        elif master == "stochastic":
+            batch.keys.append(rounding.tensor_key(7, row))
+    return batch
+
+
+def run_reference(
+    batch: StepBatch, hyper: list[tuple[float, ...]], coef: float, step: int, memory: Tensor
+) -> None:
+    """What a step must do to the batch, by the reference; in place."""
+    rule = getattr(reference, batch.rule.name)
+    for i, param in enumerate(batch.params):
+        sign, *values = hyper[batch.groups[i]]
+        scalars_of = getattr(reference, f"{batch.rule.family.name}_scalars")
+        scalars, kept = scalars_of(tuple(values), step, tuple(memory[i].tolist()))
+        memory[i] = torch.tensor(kept)
+        # What the tables hold: one rounding to fp32.
+        scalars = tuple(torch.tensor(scalars, dtype=torch.float32).tolist())
+        factor = torch.tensor(coef * sign, dtype=torch.float32).item()
+        if batch.master == "split":
+            full = reference.join_master(param, batch.masters[i])
+        else:
+            full = batch.masters[i].clone() if batch.masters else param.float()
+        full, states = rule(full, batch.accs[i] * factor, batch.states[i], scalars)
+        for state, new in zip(batch.states[i], states, strict=True):
+            state.copy_(new)
+        if batch.master == "split":
+            high, low = reference.split_master(full)
+            param.copy_(high)
+            batch.masters[i].copy_(low)
+        elif batch.master == "stochastic":
+            random = rounding.random_bits(batch.keys[i], step, 0, full.numel())
+            param.copy_(rounding.round_stochastic(full, random))
+        else:
+            param.copy_(full)
+            if batch.masters:
+                batch.masters[i].copy_(full)
+
+
+def contents(batch: StepBatch) -> list[Tensor]:
+    return [*batch.params, *batch.masters, *(s for states in batch.states for s in states)]
+
+
+@pytest.mark.parametrize("offset", [0, 1], ids=["aligned", "unaligned"])
+@pytest.mark.parametrize(("dtype", "master"), LAYOUTS, ids=case_id)
+@pytest.mark.parametrize("rule", RULES)
+def test_step(backend: Any, rule: str, dtype: torch.dtype, master: str, offset: int) -> None:
+    runner, kind = backend
+    ours, theirs = (make_batch(rule, dtype, master, offset, runner.device) for _ in range(2))
+    family = RULES[rule].family
+    hyper = [(1.0, *HYPER[family.name]), (-1.0, 3e-3, *HYPER[family.name][1:])]
+    scalars = make_scalars(family, runner.device)
+    memory = make_scalars(family).memory
+    for step in (1, 2, 3):
+        request = UpdateRequest(family, hyper, None, 0.7, None, True)
+        runner.finalize(request, [ours], scalars)
+        runner.step(ours, scalars)
+        run_reference(theirs, hyper, 0.7, step, memory)
+    assert scalars.steps.tolist() == [3.0] * len(SIZES)
+    torch.testing.assert_close(scalars.memory.cpu(), memory, rtol=4 * tolerances.U, atol=0)
+    exactly = kind in ("triton", "compiled") and family.name in NO_ROOT and not family.memory
+    for mine, reference_tensor in zip(contents(ours), contents(theirs), strict=True):
+        if exactly:
+            assert tolerances.equal_bits(mine, reference_tensor)
+        elif mine.dtype != torch.int16:  # remainders are compared through the masters below
+            assert_same(mine, reference_tensor)
+    for i in range(len(SIZES)):
+        assert_same(precise(ours, i), precise(theirs, i))
+
+
+def precise(batch: StepBatch, i: int) -> Tensor:
+    if batch.master == "split":
+        return reference.join_master(batch.params[i], batch.masters[i])
+    return batch.masters[i] if batch.masters else batch.params[i]
+
+
+def assert_same(a: Tensor, b: Tensor) -> None:
+    """Within a rule's few roundings; a low dtype may be one rounding boundary away."""
+    u = tolerances.STEP_ROUNDINGS * tolerances.U
+    if a.dtype != torch.float32:
+        u = 2 * torch.finfo(a.dtype).eps
+    torch.testing.assert_close(a.double(), b.double(), rtol=u, atol=u)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_interpreter_and_compiled_loops_agree_to_the_bit(rule: str) -> None:
+    """One rule text, two compilers: any difference is a mistake in one of them."""
+    for dtype, master in LAYOUTS:
+        results = []
+        for name in ("triton", "torch"):
+            batch = make_batch(rule, dtype, master, 0)
+            family = RULES[rule].family
+            hyper = [(1.0, *HYPER[family.name]), (-1.0, 3e-3, *HYPER[family.name][1:])]
+            scalars = make_scalars(family)
+            runner = backends.get(name, CPU)
+            for _ in range(3):
+                request = UpdateRequest(family, hyper, None, 0.7, None, True)
+                runner.finalize(request, [batch], scalars)
+                runner.step(batch, scalars)
+            results.append(contents(batch))
+        for a, b in zip(*results, strict=True):
+            assert tolerances.equal_bits(a, b)
+
+
+def test_an_fp32_master_gives_way_to_a_written_parameter(backend: Any) -> None:
+    runner, _ = backend
+    batch = make_batch("sgd", torch.bfloat16, "fp32", 0, runner.device)
+    for master in batch.masters:
+        master.add_(1.0)  # as if the parameters had been overwritten since
+    other = make_batch("sgd", torch.bfloat16, "fp32", 0, runner.device)
+    family = RULES["sgd"].family
+    for each in (batch, other):
+        scalars = make_scalars(family, runner.device)
+        hyper = [(1.0, *HYPER["sgd"])] * 2
+        runner.finalize(UpdateRequest(family, hyper, None, 1.0, None, True), [each], scalars)
+        runner.step(each, scalars)
+    for a, b in zip(contents(batch), contents(other), strict=True):
+        assert tolerances.equal_bits(a, b)
+
+
+@pytest.mark.parametrize("max_norm", [None, 0.5])
+@pytest.mark.parametrize("value", [1.0, math.nan, math.inf])
+@pytest.mark.parametrize("skip", [True, False])
+def test_finalize(backend: Any, max_norm: float | None, value: float, skip: bool) -> None:
+    runner, _ = backend
+    batch = StepBatch(RULES["adam"], "none")
+    batch.rows, batch.groups = [0, 2], [0, 1]
+    scalars = UpdateScalars(3, 8, runner.device)
+    scalars.steps += 4
+    partials = torch.tensor([4.0, 12.0 * value], device=runner.device)
+    hyper = [(1.0, *HYPER["adam"]), (-1.0, *HYPER["adam"])]
+    request = UpdateRequest(RULES["adam"].family, hyper, partials, 0.25, max_norm, skip)
+    runner.finalize(request, [batch], scalars)
+    skipped = skip and not math.isfinite(value)
+    assert bool(scalars.skip) is skipped and int(scalars.skipped) == skipped
+    norm = 0.25 * math.sqrt(4.0 + 12.0 * value) if value == value else math.nan
+    assert float(scalars.norm) == pytest.approx(norm, nan_ok=True)
+    assert scalars.steps.tolist() == ([4, 4, 4] if skipped else [5, 4, 5])
+    if not skipped:
+        coef = 0.25 * reference.clip_coefficient(norm, max_norm)
+        expected = [coef, 5.0, *reference.adam_scalars(HYPER["adam"], 5.0, ())[0]]
+        got = scalars.scalars[0].tolist()
+        assert got == pytest.approx(expected, rel=1e-7, nan_ok=True)
+        assert scalars.scalars[2, 0].item() == pytest.approx(-coef, rel=1e-7, nan_ok=True)
+        assert scalars.scalars[1].tolist() == [0.0] * len(expected)
+
+
+def test_a_skipped_step_writes_nothing(backend: Any) -> None:
+    runner, _ = backend
+    batch = make_batch("adam", torch.bfloat16, "split", 0, runner.device)
+    before = [t.clone() for t in contents(batch)]
+    scalars = UpdateScalars(len(SIZES), 8, runner.device)
+    hyper = [(1.0, *HYPER["adam"])] * 2
+    partials = torch.tensor([math.inf], device=runner.device)
+    request = UpdateRequest(RULES["adam"].family, hyper, partials, 1, None, True)
+    runner.finalize(request, [batch], scalars)
+    runner.step(batch, scalars)
+    for a, b in zip(contents(batch), before, strict=True):
+        assert tolerances.equal_bits(a, b)

@@ -1,0 +1,348 @@
+"""Checkpoints: interchange with plain torch, mid-window resume, refusal of what does not fit."""
+
+from __future__ import annotations
+
+import copy
+import io
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fusedaccum import FusedAccumOptimizer
+from fusedaccum.integrations import entries
+from tests.cases import CASES, Case, Gradients, case_id, small_model
+from tests.tolerances import equal_bits
+
+Model = torch.nn.Module
+
+
+def run(model: Model, opt: Any, start: int, stop: int, dtype: torch.dtype = torch.float32) -> None:
+    """Micro-batches `start` to `stop` of a fixed sequence."""
+    for i in range(start, stop):
+        generator = torch.Generator().manual_seed(i)
+        x = torch.randn(4, 7, generator=generator).to(dtype)
+        model(x).float().square().mean().backward()
+        opt.step()
+        opt.zero_grad()
+
+
+def saved(model: Model, opt: Any) -> tuple[Any, Any]:
+    """Through torch.save and a loader that executes nothing."""
+    memory = io.BytesIO()
+    torch.save({"model": model.state_dict(), "optimizer": opt.state_dict()}, memory)
+    memory.seek(0)
+    loaded = torch.load(memory, weights_only=True)
+    return loaded["model"], loaded["optimizer"]
+
+
+def assert_same_models(a: Model, b: Model) -> None:
+    for p, q in zip(a.parameters(), b.parameters(), strict=True):
+        assert equal_bits(p.detach(), q.detach())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=case_id)
+@pytest.mark.parametrize("case", CASES, ids=case_id)
+@pytest.mark.parametrize("stop", [6, 8], ids=["mid-window", "between-windows"])
+def test_resume_is_bit_identical(case: Case, dtype: torch.dtype, stop: int) -> None:
+    straight, first = small_model(dtype), small_model(dtype)
+    opts = [FusedAccumOptimizer(case.make(m.parameters()), 4) for m in (straight, first)]
+    run(straight, opts[0], 0, 14, dtype)
+    run(first, opts[1], 0, stop, dtype)
+    weights, state = saved(first, opts[1])
+    second = small_model(dtype, seed=9)
+    opt = FusedAccumOptimizer(case.make(second.parameters()), 4)
+    opt.load_state_dict(state)  # before the weights: the order must not matter
+    second.load_state_dict(weights)
+    assert opt.micro_batches == stop % 4
+    run(second, opt, stop, 14, dtype)
+    assert_same_models(straight, second)
+    opts[0].flush()
+    opt.flush()
+    assert_same_models(straight, second)
+
+
+@pytest.mark.parametrize("order", [("torch", "triton"), ("triton", "torch")])
+def test_resume_on_the_other_backend(order: tuple[str, str]) -> None:
+    straight, first, second = (small_model(torch.bfloat16) for _ in range(3))
+
+    def wrap(model: Model, backend: str) -> FusedAccumOptimizer:
+        inner = torch.optim.AdamW(model.parameters(), lr=0.01)
+        return FusedAccumOptimizer(inner, 2, backend=backend)
+
+    opt = wrap(straight, "torch")
+    run(straight, opt, 0, 6, torch.bfloat16)
+    opt = wrap(first, order[0])
+    run(first, opt, 0, 3, torch.bfloat16)
+    weights, state = saved(first, opt)
+    second.load_state_dict(weights)
+    opt = wrap(second, order[1])
+    opt.load_state_dict(state)
+    run(second, opt, 3, 6, torch.bfloat16)
+    assert_same_models(straight, second)
+
+
+def feed(model: Gradients, opt: Any, start: int, stop: int) -> None:
+    """Updates `start` to `stop` with given gradients: a model's own would amplify rounding."""
+    for i in range(start, stop):
+        generator = torch.Generator().manual_seed(i)
+        model.backward([torch.randn(p.shape, generator=generator) for p in model.params])
+        opt.step()
+        opt.zero_grad()
+
+
+@pytest.mark.parametrize("case", CASES, ids=case_id)
+def test_interchange_with_plain_torch(case: Case) -> None:
+    """Torch's run continued here, ours continued in torch: one and the same."""
+    values = [torch.randn(33, 7), torch.randn(5)]
+    models = [Gradients(values) for _ in range(2)]
+    plain = case.make(models[0].parameters())
+    ours = FusedAccumOptimizer(case.make(models[1].parameters()), 1)
+    for source, opt in enumerate((plain, ours)):
+        feed(models[source], opt, 0, 3)
+        weights, state = saved(models[source], opt)
+        model = Gradients([torch.zeros_like(v) for v in values])
+        model.load_state_dict(weights)
+        other: Any = case.make(model.parameters())
+        if opt is plain:
+            other = FusedAccumOptimizer(other, 1)
+        other.load_state_dict(state)
+        feed(model, other, 3, 6)
+        feed(models[source], opt, 3, 6)
+        for p, q in zip(model.parameters(), models[source].parameters(), strict=True):
+            torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+
+
+def test_wrapping_an_optimizer_with_a_history() -> None:
+    ours, theirs = small_model(), small_model()
+    for kind, options in (
+        (torch.optim.AdamW, {}), (torch.optim.SGD, {"momentum": 0.9, "dampening": 0.5})
+    ):  # fmt: skip
+        inner, plain = (kind(m.parameters(), lr=0.01, **options) for m in (ours, theirs))
+        run(ours, inner, 0, 3)
+        run(theirs, plain, 0, 3)
+        opt = FusedAccumOptimizer(inner, 1)
+        run(ours, opt, 3, 6)
+        run(theirs, plain, 3, 6)
+        opt.detach()
+        run(ours, inner, 6, 8)
+        run(theirs, plain, 6, 8)
+    for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-7)
+
+
+def test_states_stay_fp32_on_load() -> None:
+    """torch rounds them to the parameter's dtype (pytorch issue 43706)."""
+    model = small_model(torch.bfloat16)
+    opt = FusedAccumOptimizer(torch.optim.AdamW(model.parameters()), 2)
+    run(model, opt, 0, 4, torch.bfloat16)
+    state = copy.deepcopy(opt.state_dict())
+    opt.load_state_dict(state)
+    for i, p in enumerate(model.parameters()):
+        for name in ("exp_avg", "exp_avg_sq"):
+            assert equal_bits(opt.state[p][name], state["state"][i][name])
+        assert state["state"][i]["master_param"].dtype == torch.float32
+    opt.load_state_dict(opt.state_dict())  # Accelerate does this at once
+    run(model, opt, 4, 6, torch.bfloat16)
+
+
+def test_the_format() -> None:
+    model = small_model(torch.bfloat16)
+    opt = FusedAccumOptimizer(torch.optim.AdamW(model.parameters()), 4)
+    run(model, opt, 0, 5, torch.bfloat16)
+    state = opt.state_dict()
+    assert set(state) == {"state", "param_groups", "fusedaccum"}
+    states = {"step", "exp_avg", "exp_avg_sq", "master_param"}
+    states |= {"window_micro_batches", "window_is_open"}
+    assert set(state["state"][0]) == states | {"window_grad", *entries.NUMBERS}
+    extra = state["fusedaccum"]
+    assert extra["version"] == 1 and extra["window"]["micro_batches"] == 1
+    assert set(extra["accumulators"]) == set(range(8))
+    run(model, opt, 5, 8, torch.bfloat16)
+    state = opt.state_dict()
+    assert state["fusedaccum"]["accumulators"] == {} and set(state["state"][0]) == states
+
+
+def everything(model: Model, opt: FusedAccumOptimizer) -> list[Tensor]:
+    state = opt.state_dict()
+    tensors = [v for e in state["state"].values() for v in e.values() if isinstance(v, Tensor)]
+    tensors += state["fusedaccum"]["accumulators"].values()
+    return [t.detach().clone() for t in [*model.parameters(), *tensors]]
+
+
+def _edit(state: dict[str, Any], how: str) -> None:
+    if how == "groups":
+        state["param_groups"].append(state["param_groups"][0])
+    elif how == "parameters":
+        state["param_groups"][0]["params"].pop()
+    elif how == "shape":
+        state["state"][2]["exp_avg"] = torch.zeros(4, 4)
+    elif how == "master":
+        state["state"][2]["master_param"] = torch.zeros(4, 4)
+    elif how == "accumulator":
+        state["fusedaccum"]["accumulators"][1] = torch.zeros(3)
+    elif how == "version":
+        state["fusedaccum"]["version"] = 99
+    elif how == "window":
+        state["fusedaccum"]["gradient_accumulation_steps"] = 3
+    elif how == "nothing":
+        state.clear()
+
+
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [
+        ("groups", "2 param groups, the optimizer 1"),
+        ("parameters", "7 parameters in the checkpoint and 8"),
+        ("shape", r"exp_avg of parameter 2 has shape \(4, 4\)"),
+        ("master", r"master_param of parameter 2 has shape \(4, 4\)"),
+        ("accumulator", r"accumulator of parameter 1 has shape \(3,\)"),
+        ("version", "version 99"),
+        ("window", r"gradient_accumulation_steps=3, this optimizer has 4"),
+        ("nothing", "no 'state'"),
+    ],
+)
+def test_what_does_not_fit_is_refused_and_nothing_is_loaded(how: str, words: str) -> None:
+    model = small_model(torch.bfloat16)
+    opt = FusedAccumOptimizer(torch.optim.AdamW(model.parameters()), 4)
+    run(model, opt, 0, 6, torch.bfloat16)
+    state = copy.deepcopy(opt.state_dict())
+    run(model, opt, 6, 7, torch.bfloat16)
+    before = everything(model, opt)
+    _edit(state, how)
+    with pytest.raises(ValueError, match=words):
+        opt.load_state_dict(state)
+    assert all(equal_bits(a, b) for a, b in zip(before, everything(model, opt), strict=True))
+    assert opt.micro_batches == 3
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickle"])
+def test_copies_go_on_by_themselves(how: str) -> None:
+    """The model and its optimizer together, in mid-window; the original is not disturbed."""
+    model = small_model(torch.bfloat16)
+    opt = FusedAccumOptimizer(torch.optim.AdamW(model.parameters(), lr=0.01), 4, max_grad_norm=1.0)
+    run(model, opt, 0, 6, torch.bfloat16)
+    both = {"model": model, "opt": opt}
+    copied = copy.deepcopy(both) if how == "deepcopy" else pickle.loads(pickle.dumps(both))
+    other, copied_opt = copied["model"], copied["opt"]
+    assert copied_opt.param_groups[0]["params"][0] is next(other.parameters())
+    assert copied_opt.micro_batches == 2 and repr(copied_opt) == repr(opt)
+    run(other, copied_opt, 6, 9, torch.bfloat16)
+    assert opt.micro_batches == 2
+    run(model, opt, 6, 9, torch.bfloat16)
+    assert_same_models(model, other)
+
+
+class FusedAdamW(FusedAccumOptimizer):
+    """One that takes parameters, for frameworks that make the optimizer themselves."""
+
+    def __init__(self, params: Any, **options: Any) -> None:
+        super().__init__(torch.optim.AdamW(params, **options))
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickle"])
+def test_subclasses_with_a_constructor_of_their_own_are_copied(how: str) -> None:
+    model = small_model(torch.bfloat16)
+    opt = FusedAdamW(model.parameters(), lr=0.01)
+    run(model, opt, 0, 2, torch.bfloat16)
+    both = {"model": model, "opt": opt}
+    copied = copy.deepcopy(both) if how == "deepcopy" else pickle.loads(pickle.dumps(both))
+    assert type(copied["opt"]) is FusedAdamW
+    run(model, opt, 2, 4, torch.bfloat16)
+    run(copied["model"], copied["opt"], 2, 4, torch.bfloat16)
+    assert_same_models(model, copied["model"])
+
+
+SCRIPT = """
+import os, sys, signal, torch
+from fusedaccum import FusedAccumOptimizer
+from tests.cases import small_model
+path, kill_at = sys.argv[1], int(sys.argv[2])
+model = small_model(torch.bfloat16)
+inner = torch.optim.AdamW(model.parameters(), lr=0.01)
+opt = FusedAccumOptimizer(inner, 4, max_grad_norm=1.0)
+start = 0
+if os.path.exists(path):
+    checkpoint = torch.load(path, weights_only=True)
+    model.load_state_dict(checkpoint["model"])
+    opt.load_state_dict(checkpoint["optimizer"])
+    start = checkpoint["next"]
+for i in range(start, 11):
+    x = torch.randn(4, 7, generator=torch.Generator().manual_seed(i)).bfloat16()
+    with opt.micro_batch(weight=1 + i % 3):
+        model(x).float().square().mean().backward()
+    opt.step()
+    opt.zero_grad()
+    state = {"model": model.state_dict(), "optimizer": opt.state_dict(), "next": i + 1}
+    torch.save(state, path + ".new")
+    os.replace(path + ".new", path)
+    if i == kill_at:
+        os.kill(os.getpid(), signal.SIGKILL)
+opt.flush()
+torch.save([p.detach() for p in model.parameters()], path + ".end")
+"""
+
+
+def test_kill_and_resume(tmp_path: Path) -> None:
+    """kill -9 in mid-window, twice, with token weights: the end is that of an undisturbed run."""
+    script = tmp_path / "train.py"
+    script.write_text(textwrap.dedent(SCRIPT))
+    root = Path(__file__).resolve().parents[2]
+    environment = {**os.environ, "PYTHONPATH": str(root)}
+
+    def start(name: str, kill_at: int) -> int:
+        command = [sys.executable, str(script), str(tmp_path / name), str(kill_at)]
+        return subprocess.run(command, env=environment, check=False, timeout=300).returncode
+
+    assert start("undisturbed", -1) == 0
+    assert start("killed", 2) == -signal.SIGKILL
+    assert start("killed", 5) == -signal.SIGKILL
+    assert start("killed", -1) == 0
+    ends = [torch.load(tmp_path / f"{n}.end", weights_only=True) for n in ("undisturbed", "killed")]
+    assert all(equal_bits(a, b) for a, b in zip(*ends, strict=True))
+
+
+@pytest.mark.parametrize("weighted", [False, True], ids=["plain", "weighted"])
+def test_a_loops_open_window_is_saved_and_a_used_one_is_not(weighted: bool) -> None:
+    """Frameworks that zero gradients only when the next window starts (Lightning) save before."""
+
+    def micro_batch(model: Gradients, opt: FusedAccumOptimizer, value: float) -> None:
+        grads: list[Tensor | None] = [torch.full((3,), value)]
+        if weighted:
+            with opt.micro_batch(weight=value):
+                model.backward(grads)
+        else:
+            model.backward(grads)
+
+    def made() -> tuple[Gradients, FusedAccumOptimizer]:
+        model = Gradients([torch.zeros(3)])
+        return model, FusedAccumOptimizer(torch.optim.SGD(model.parameters(), lr=1.0))
+
+    model, opt = made()
+    micro_batch(model, opt, 1.0)
+    opt.step()
+    assert model.params[0].grad is not None
+    assert opt.state_dict()["fusedaccum"]["accumulators"] == {}
+    opt.zero_grad()
+    micro_batch(model, opt, 2.0)
+    other, resumed = made()
+    for _ in range(2):  # saved again just after it was loaded, as Accelerate does
+        weights, state = saved(model, opt)
+        assert len(state["fusedaccum"]["accumulators"]) == 1
+        other.load_state_dict(weights)
+        resumed.load_state_dict(state)
+        model, opt = other, resumed
+        other, resumed = made()
+    micro_batch(model, opt, 3.0)
+    opt.step()
+    # The first update was of 1; then the sum, or the mean weighted with the values themselves.
+    expected = -1 - (13 / 5 if weighted else 5.0)
+    torch.testing.assert_close(model.params[0].detach(), torch.full((3,), expected))

@@ -1,0 +1,242 @@
+"""Rules of users: registered, they step on every backend as the class itself does."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import fusedaccum
+from fusedaccum.backends import reference
+from fusedaccum.rules import as_torch as rule_text
+from fusedaccum.rules import builtin as rules
+from tests import custom_rules, tolerances
+from tests.cases import Gradients, WithoutCompiler, forget_compiled
+
+ROOT = Path(__file__).resolve().parents[2]
+KERNELS = "tests.custom_rules"
+
+
+class Signum(torch.optim.Optimizer):
+    """Softened sign of the momentum, warmed up; without momentum the sign of the gradient."""
+
+    def __init__(self, params: Any, lr: float = 1e-2, momentum: float = 0.9) -> None:
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": 0.1})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            lr, momentum = group["lr"], group["momentum"]
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                state = self.state[p]
+                if not state:
+                    state["step"], state["product"] = 0, 1.0
+                state["step"] += 1
+                state["product"] *= momentum
+                direction = p.grad.sign()
+                if momentum:
+                    buffer = state.setdefault("momentum_buffer", torch.zeros_like(p))
+                    buffer.mul_(momentum).add_(p.grad, alpha=1 - momentum)
+                    direction = buffer / buffer.abs().clamp(min=0.01)
+                rate = lr / (1 - state["product"])
+                p.sub_(lr * group["weight_decay"] * p + rate * direction)
+
+
+class Unregistered(Signum):
+    """A subclass, which keeps its own step()."""
+
+
+def register(name: str = "signum_soft", **changes: Any) -> rules.Rule:
+    options: dict[str, Any] = {
+        "kernels": custom_rules,
+        "family": "signum",
+        "hyper": ("lr", "momentum", "weight_decay"),
+        "states": ("momentum_buffer",),
+        "memory": {"product": 1.0},
+        "when": lambda optimizer, group: group["momentum"] > 0,
+    }
+    return fusedaccum.register_rule(Signum, name, **{**options, **changes})
+
+
+@pytest.fixture(autouse=True)
+def clean() -> Iterator[None]:
+    yield
+    rules.REGISTERED.clear()
+    forget_compiled()
+
+
+def register_both() -> None:
+    register()
+    register("signum_none", states=(), when=lambda optimizer, group: group["momentum"] == 0)
+
+
+def run(kind: type[torch.optim.Optimizer], momentum: float, backend: str | None) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    model = Gradients([torch.randn(n, generator=generator) for n in (5, 1030)])
+    opt = fusedaccum.FusedAccumOptimizer(
+        kind(model.parameters(), momentum=momentum), 2, backend=backend
+    )
+    for _ in range(10):
+        model.backward([torch.randn(n, generator=generator) for n in (5, 1030)])
+        opt.step()
+        opt.zero_grad()
+    assert ("fused rule 'signum" in repr(opt)) is bool(rules.REGISTERED.get(kind))
+    return [p.detach() for p in model.parameters()]
+
+
+@pytest.mark.parametrize("momentum", [0.9, 0.0])
+@pytest.mark.parametrize("backend", ["torch", "triton", "without-compiler"])
+def test_a_registered_rule_steps_as_the_class_does(
+    backend: str, momentum: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if backend == "without-compiler":
+        WithoutCompiler(monkeypatch)
+        backend = "torch"
+    native = run(Signum, momentum, "torch")
+    register_both()
+    fused = run(Signum, momentum, backend)
+    for a, b in zip(native, fused, strict=True):
+        # Five updates of at most lr / (1 - momentum) each; fp32 in another order of operations.
+        moved = torch.full_like(a, 0.5).double()
+        assert ((a.double() - b).abs() <= tolerances.update_bound(a.double(), moved, 2, 5)).all()
+
+
+def test_another_momentum_differs() -> None:
+    """The negative control of the test above."""
+    register_both()
+    a, b = run(Signum, 0.9, "torch")[1], run(Signum, 0.8, "torch")[1]
+    moved = torch.full_like(a, 0.5).double()
+    assert ((a.double() - b).abs() > tolerances.update_bound(a.double(), moved, 2, 5)).any()
+
+
+def test_subclasses_and_unserved_groups_step_natively() -> None:
+    register()  # with momentum only
+    params = [torch.nn.Parameter(torch.ones(3))]
+    for inner in (Unregistered(params), Signum(params, momentum=0.0)):
+        opt = fusedaccum.FusedAccumOptimizer(inner)
+        assert "native step" in repr(opt)
+        opt.detach()
+    assert "no registered rule of Signum serves these options" in repr(
+        fusedaccum.FusedAccumOptimizer(Signum(params, momentum=0.0))
+    )
+
+
+def test_unregistering_gives_the_native_step_back() -> None:
+    register()
+    model = Gradients([torch.ones(3)])
+    opt = fusedaccum.FusedAccumOptimizer(Signum(model.parameters()))
+    assert "fused rule 'signum_soft'" in repr(opt)
+    fusedaccum.unregister_rules(Signum)
+    assert "native step" in repr(opt)
+    with pytest.raises(KeyError):
+        fusedaccum.unregister_rules(Signum)
+
+
+@pytest.mark.parametrize("rule", rules.RULES)
+def test_torch_made_from_the_text_is_the_reference(rule: str) -> None:
+    """Two independent readings of each rule of ours: the Triton text run as torch, and
+    reference.py."""
+    family = rules.RULES[rule].family
+    text = rule_text.as_torch(family.kernels)
+    hyper = tuple(0.5 + 0.01 * i for i in range(family.n_hyper))
+    memory = tuple(0.5 + 0.1 * i for i in range(len(family.memory)))
+    results = []
+    for source in (text, reference):
+        generator = torch.Generator().manual_seed(0)
+        draw = [torch.rand(64, generator=generator, dtype=torch.float64) for _ in range(5)]
+        kept, outcome = memory, []
+        for step in (1.0, 2.0, 10.0):
+            scalars, kept = getattr(source, f"{family.name}_scalars")(hyper, step, kept)
+            outcome.append(torch.tensor((*scalars, *kept), dtype=torch.float64))
+            states = tuple(draw[2 : 2 + len(rules.RULES[rule].states)])
+            param, states = getattr(source, rule)(draw[0], draw[1] - 0.5, states, scalars)
+            outcome += [param, *states]
+        results.append(outcome)
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "says"),
+    [
+        ({"name": "nothing"}, LookupError, "no function 'nothing'; it has: signum_scalars"),
+        ({"kernels": "no.such.module"}, LookupError, "has no source file"),
+        ({"family": "other"}, LookupError, "no function 'other_scalars'"),
+        ({"states": ()}, ValueError, "unpacks 1 states and returns 1, but 0 are named"),
+        ({"hyper": ("lr",)}, ValueError, "cannot take 1 hyper-parameters"),
+        ({"hyper": lambda group: (1.0,)}, ValueError, "say with n_hyper"),
+        ({"memory": {}}, ValueError, "cannot take 3 hyper-parameters and 0 numbers of memory"),
+        (
+            {"name": "loops", "family": "loops", "hyper": ("lr",), "states": (), "memory": {}},
+            ValueError,
+            "cannot be translated",
+        ),
+    ],
+)
+def test_rules_that_do_not_fit_are_refused(
+    changes: dict[str, Any], error: type[Exception], says: str
+) -> None:
+    with pytest.raises(error, match=says):
+        register(**changes)
+    assert not rules.REGISTERED
+
+
+def test_a_class_has_one_family_and_each_rule_once() -> None:
+    register()
+    with pytest.raises(ValueError, match="'signum_soft' of family 'signum' already"):
+        register()
+    with pytest.raises(ValueError, match="names of their own and the same family"):
+        register("signum_none", states=(), step_key=None)
+    assert len(rules.REGISTERED[Signum]) == 1
+
+
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.nn.Linear, "AdamW"])
+def test_classes_that_are_served_or_no_optimizers_are_refused(kind: Any) -> None:
+    with pytest.raises((TypeError, ValueError), match=r"already|must be a subclass"):
+        fusedaccum.register_rule(kind, "signum_soft", kernels=KERNELS, hyper=())
+    assert not rules.REGISTERED
+
+
+def test_the_example_checks_itself() -> None:
+    done = subprocess.run(
+        [sys.executable, "examples/custom_rule.py"],
+        cwd=ROOT,
+        env={"PYTHONPATH": ".", "PATH": "/usr/bin:/bin", "HOME": str(Path.home())},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "fused rule 'ademamix'" in done.stdout
+
+
+@pytest.mark.parametrize("mode", ["split", "fp32"])
+def test_masters_outlive_the_end_of_the_fused_rule(mode: str) -> None:
+    """An option that the rule does not serve takes the class's step() on the same fp32 numbers."""
+    register()
+    models = [Gradients([torch.ones(40, dtype=d)]) for d in (torch.bfloat16, torch.float32)]
+    opts = []
+    for model in models:
+        opts.append(
+            fusedaccum.FusedAccumOptimizer(
+                Signum(model.parameters(), lr=1e-4), 1, master_weights=mode
+            )
+        )
+    for momentum in (0.9, 0.9, 0.9, 0.0, 0.0):
+        for model, opt in zip(models, opts, strict=True):
+            opt.param_groups[0]["momentum"] = momentum
+            model.backward([torch.linspace(-1, 1, 40).bfloat16()])
+            opt.step()
+            opt.zero_grad()
+    assert not opts[0]._core.updater.is_fused
+    master = opts[0].state_dict()["state"][0]["master_param"]
+    assert tolerances.equal_bits(master, models[1].params[0].detach())
+    assert not torch.equal(master, models[0].params[0].float())

@@ -1,0 +1,351 @@
+"""`python -m fusedaccum bench`: it runs, says what it measured, and refuses what is wrong."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fusedaccum import cli
+from fusedaccum.bench import forms, gate, shapes
+from fusedaccum.bench import run as bench
+from fusedaccum.bench.forms import Form, Ours, Plan
+from fusedaccum.doctor import machine
+from fusedaccum.doctor.checks import Wrong
+from tests.commands import run_command
+
+CPU = torch.device("cpu")
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+TINY = ["bench", "--shapes", "64x33,7*3,1", "--device", "cpu", "--seconds", "0.2"]
+OPERATIONS = ["first micro-batch", "later micro-batch", "last, with its norm"]
+
+
+def check_report(report: dict[str, Any], optimizer: str, exact: set[str]) -> None:
+    assert report["measured"]["n_params"] == 64 * 33 + 7 * 3 + 1
+    assert report["measured"]["n_tensors"] == 5 and report["refused"] == {}
+    rows = report["rows"]
+    operations = [*OPERATIONS, f"step ({optimizer})", "window"]
+    assert list(dict.fromkeys(row["operation"] for row in rows)) == operations
+    for operation in operations:
+        own = {row["form"]: row for row in rows if row["operation"] == operation}
+        assert own.keys() >= exact | {"fp32 copy", "fp32 copy, again"}
+        for name, row in own.items():
+            assert 0 < row["p20_ms"] <= row["p50_ms"] <= row["p80_ms"] and row["samples"] >= 3
+            assert row["ratio"] == pytest.approx(
+                row["p50_ms"] / own["fp32 copy"]["p50_ms"], rel=1e-2, abs=1e-3
+            )
+            if name in exact:
+                assert row["grad_error"] < 1e-6
+    summary = report["summary"]
+    windows = summary["window_ms"]
+    assert exact <= windows.keys()
+    assert windows[summary["best_native"]] == min(
+        ms for name, ms in windows.items() if name.startswith("native")
+    )
+    best = windows[summary["best_native"]]
+    assert summary["speedup"] == pytest.approx(best / windows["fusedaccum"], rel=0.01, abs=1e-3)
+    assert summary["noise"] >= 0
+
+
+def test_bench_in_a_process_of_its_own() -> None:
+    done = run_command(*TINY, "--json")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stderr == ""
+    report = json.loads(done.stdout)
+    native = {f"native: {how}" for how in ("fp32 .grad", "foreach add", "blocks by hand")}
+    check_report(report, "adamw", {"fusedaccum", *native})
+    plain = [row for row in report["rows"] if row["form"] == "plain bf16 (inexact)"]
+    assert len(plain) == 5 and all(row["grad_error"] > 1e-4 for row in plain)
+    held = report["summary"]["bytes_held_per_param"]
+    assert (held["fusedaccum"], held["native: fp32 .grad"]) == (16.0, 18.0)
+    moved = {(row["form"], row["operation"]): row["bytes_per_param"] for row in report["rows"]}
+    assert [moved["fusedaccum", name] for name in OPERATIONS] == [6, 10, 10]
+    assert [moved["native: fp32 .grad", name] for name in OPERATIONS] == [14, 10, 14]
+    steps = [moved[name, "step (adamw)"] for name in ("fusedaccum", "native: foreach add")]
+    assert steps == [28, 34] and moved["plain bf16 (inexact)", "step (adamw)"] == 14
+    assert moved["fusedaccum", "window"] == 6 + 7 * 10 + 28
+
+
+def test_other_options_and_what_people_see(capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--optimizer", "radam", "--dtype", "fp16", "--accumulation-steps", "3"]
+    assert cli.main([*TINY, *options]) == 0
+    text = capsys.readouterr().out
+    assert "2,134 float16 parameters in 5 tensors, radam, 3 micro-batches" in text
+    for title in (*OPERATIONS, "step (radam)", "window of 3, clipping and step"):
+        assert f"\n{title} (" in text
+    assert "plain" not in text
+    lines = text.strip().splitlines()
+    assert lines[-3].startswith("noise: ") and "fusedaccum 18.0, native: " in lines[-2]
+    assert lines[-1].startswith("one window: ") and lines[-1].endswith(" x")
+
+
+def test_fp32_without_a_master(capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--optimizer", "sgd", "--dtype", "fp32", "--accumulation-steps", "1", "--json"]
+    assert cli.main([*TINY, *options]) == 0
+    report = json.loads(capsys.readouterr().out)
+    check_report(report, "sgd", {"fusedaccum", "native: fp32 .grad"})
+    held = report["summary"]["bytes_held_per_param"]
+    assert held["fusedaccum"] == held["native: fp32 .grad"] == 12.0
+
+
+@pytest.mark.gpu
+def test_bench_on_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [*TINY, "--json"]
+    arguments[arguments.index("cpu")] = "cuda"
+    assert cli.main(arguments) == 0
+    report = json.loads(capsys.readouterr().out)
+    check_report(report, "adamw", {"fusedaccum", "native: fp32 .grad", "native: foreach add"})
+    assert all(row["host_ms"] > 0 for row in report["rows"])
+
+
+# --- the gate ---
+
+
+def test_the_optimizers_of_the_command_line() -> None:
+    assert sorted(cli.OPTIMIZERS) == sorted(forms.OPTIMIZERS)
+
+
+@pytest.mark.parametrize("optimizer", forms.OPTIMIZERS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_gate_lets_pass(optimizer: str, dtype: str) -> None:
+    plan, like = Plan(optimizer, 3), torch.empty(0, dtype=DTYPES[dtype])
+    for kind in forms.kinds(CPU, like.dtype):
+        found = gate.gate(maker(kind), plan, like)
+        if kind.is_exact:
+            assert found.grad_error < 1e-6 and found.update_error < 1e-3
+        else:
+            assert found.grad_error > 1e-4
+
+
+def maker(kind: type[Form]) -> Callable[[list[Tensor], Plan, bool], Form]:
+    return lambda params, plan, counts: forms.build([kind], params, plan, counts)[0]
+
+
+class CountedTwice(Ours):
+    """Counts every gradient twice in whole windows; AdamW alone would hide it."""
+
+    def micro_batch(self, grads: Sequence[Tensor], index: int) -> None:
+        super().micro_batch([grad * 2 for grad in grads], index)
+
+
+class FirstForgotten(Ours):
+    """A single operation that stores where it should add."""
+
+    def add(self, grads: Sequence[Tensor], index: int) -> None:
+        super().add(grads, 0)
+
+
+class ShortOfOne(forms.Foreach):
+    """Misses the last element of every tensor."""
+
+    def accumulate(self, grads: Sequence[Tensor]) -> None:
+        for acc, grad in zip(self.accs, grads, strict=True):
+            acc.view(-1)[:-1].add_(grad.view(-1)[:-1], alpha=1 / self.plan.n)
+
+
+class Rounded(forms.Foreach):
+    """Sums right, and then steps parameters that are only bf16."""
+
+    def step(self) -> None:
+        super().step()
+        for param, master in zip(self.params, self.shared.masters, strict=True):
+            master.data.copy_(param)
+
+
+class Skipped(forms.Foreach):
+    """Is fast because it does not step."""
+
+    def step(self) -> None:
+        pass
+
+
+class NotClipped(forms.Foreach):
+    """Steps without clipping, which SGD shows."""
+
+    def update(self) -> None:
+        self.step()
+
+
+@pytest.mark.parametrize(
+    "kind", [CountedTwice, FirstForgotten, ShortOfOne, Rounded, Skipped, NotClipped]
+)
+def test_the_gate_refuses(kind: type[Form]) -> None:
+    plan = Plan("sgd" if kind is NotClipped else "adamw", 4)
+    with pytest.raises(Wrong):
+        gate.gate(maker(kind), plan, torch.empty(0, dtype=torch.bfloat16))
+
+
+@pytest.mark.parametrize("optimizer", forms.OPTIMIZERS)
+def test_the_gate_refuses_any_optimizer_that_does_not_step(optimizer: str) -> None:
+    with pytest.raises(Wrong, match="parameter off by"):
+        gate.gate(maker(Skipped), Plan(optimizer, 3), torch.empty(0, dtype=torch.bfloat16))
+
+
+def test_a_wrong_form_is_not_timed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    original = Ours.micro_batch
+    monkeypatch.setattr(
+        Ours,
+        "micro_batch",
+        lambda self, grads, index: original(self, [1.001 * g.float() for g in grads], index),
+    )
+    assert cli.main([*TINY, "--json"]) == 1
+    report = json.loads(capsys.readouterr().out)
+    assert report["refused"].keys() == {"fusedaccum"}
+    assert "mean gradient off by" in report["refused"]["fusedaccum"]
+    assert "fusedaccum" not in {row["form"] for row in report["rows"]}
+    assert report["summary"]["speedup"] is None
+    assert cli.main(TINY) == 1
+    assert "not timed: fusedaccum: mean gradient off by" in capsys.readouterr().out
+
+
+def test_a_form_that_cannot_run_costs_no_other(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def raises(self: Any, grads: Any) -> None:
+        raise RuntimeError("not implemented here")
+
+    monkeypatch.setattr(forms.Foreach, "accumulate", raises)
+    assert cli.main([*TINY, "--json"]) == 1
+    report = json.loads(capsys.readouterr().out)
+    assert report["refused"] == {"native: foreach add": "RuntimeError: not implemented here"}
+    assert report["summary"]["speedup"] is not None
+
+
+def test_nan_is_noticed_after_timing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(gate, "is_finite", lambda form: not isinstance(form, forms.Blocks))
+    assert cli.main([*TINY, "--json"]) == 1
+    report = json.loads(capsys.readouterr().out)
+    assert "NaN or Inf" in report["refused"]["native: blocks by hand"]
+    form = Ours([torch.zeros(5)], Plan(), True)
+    assert gate.is_finite(form)
+    form.params[0].data[3] = math.nan
+    monkeypatch.undo()
+    assert not gate.is_finite(form)
+
+
+def test_losses_are_said_as_plainly() -> None:
+    summary = {
+        "window_ms": {"fusedaccum": 200.0, "native: x": 150.0},
+        "best_native": "native: x",
+        "speedup": 0.75,
+        "bytes_held_per_param": {"fusedaccum": 16.0, "native: x": 18.0},
+        "noise": 0.02,
+    }
+    assert bench.conclusions(summary, {})[-1] == "one window: 200 ms, native: x 150 ms: 0.75 x"
+
+
+# --- shapes ---
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("4096x4096", [(4096, 4096)]),
+        ("7, 2x3*2 ,5*1", [(7,), (2, 3), (2, 3), (5,)]),
+        ("2x3x4", [(2, 3, 4)]),
+    ],
+)
+def test_shapes_are_parsed(text: str, expected: shapes.Shapes) -> None:
+    assert shapes.parse(text) == expected
+
+
+@pytest.mark.parametrize("text", ["1000", "5k", "350000", "4M", "124M", "1.1B", "70B"])
+def test_made_up_models_have_the_size(text: str) -> None:
+    number = {"k": 1e3, "M": 1e6, "B": 1e9}.get(text[-1], 1.0) * float(text.rstrip("kMB"))
+    assert 0.99 * number <= shapes.count(shapes.synthetic(text)) <= number
+
+
+def test_default_shapes() -> None:
+    name, found = shapes.default("cuda")
+    assert (name, len(found), shapes.count(found)) == ("GPT-2", 148, 124_439_808)
+    assert shapes.count(shapes.default("cpu")[1]) * 8 > 200 << 20  # beyond most caches
+
+
+@pytest.mark.parametrize("as_file", [True, False])
+def test_shapes_of_a_config(as_file: bool, tmp_path: Path, monkeypatch: Any) -> None:
+    transformers = pytest.importorskip("transformers")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    config = transformers.GPT2Config(n_layer=2, n_embd=16, n_head=2, vocab_size=33, n_positions=8)
+    config.save_pretrained(tmp_path)
+    found = shapes.of_model(str(tmp_path / "config.json" if as_file else tmp_path))
+    # The head is the token embedding: counted once.
+    assert found == shapes.gpt(16, 33, 8, 2)
+
+
+def test_shapes_of_an_encoder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.ViTConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32
+    )
+    config.save_pretrained(tmp_path)
+    assert shapes.count(shapes.of_model(str(tmp_path))) > 1000
+
+
+def test_a_config_that_is_none(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    (tmp_path / "config.json").write_text('{"model_type": "no-such-model"}')
+    with pytest.raises(ValueError, match=r"which transformers cannot use: .*no-such-model"):
+        shapes.of_model(str(tmp_path))
+
+
+def test_without_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(ValueError, match=r"--model needs transformers .*or use --shapes"):
+        shapes.of_model(str(tmp_path))
+
+
+# --- usage ---
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--shapes", "4x,3"], "--shapes got '4x'"),
+        (["--shapes", "0x3"], "--shapes got '0x3'"),
+        (["--params", "many"], "--params got 'many'"),
+        (["--params", "10"], "a number from 1000 on"),
+        (["--model", "/no/such/folder"], "--model got '/no/such/folder', which does not exist"),
+        (["--params", "1M", "--shapes", "3"], "not allowed with argument"),
+        (["--params", "1M", "--device", "tpu"], "--device got 'tpu'; there is here: cpu"),
+        (["--accumulation-steps", "0"], "got 0; 1 or more"),
+        (["--seconds", "-1"], "got -1; a positive number"),
+        (["--optimizer", "adamv"], "invalid choice: 'adamv'"),
+        (["--dtype", "fp8"], "invalid choice: 'fp8'"),
+    ],
+)
+def test_wrong_usage(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    try:
+        status: Any = cli.main(["bench", *arguments])
+    except SystemExit as exit_:
+        status = exit_.code
+    assert status == 2 and message in capsys.readouterr().err
+
+
+def test_what_does_not_fit_is_refused_before_it_is_tried(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(machine, "memory_bytes", lambda device: 1 << 30)
+    assert cli.main(["bench", "--params", "1B", "--device", "cpu"]) == 2
+    message = capsys.readouterr().err
+    assert "need about 52.2 GiB on cpu, which has 1.0 GiB free; use --params 17M" in message
+
+
+def test_a_busy_machine_is_worth_a_word(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(machine, "is_busy", lambda: True)
+    assert cli.main(TINY) == 0
+    assert "set OMP_WAIT_POLICY=PASSIVE" in capsys.readouterr().err

@@ -1,0 +1,297 @@
+"""The benchmarks run, refuse what is wrong, and leave rows that say where they come from."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import tarfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks import cases, gpu, measure
+from benchmarks import run as benchmarks_run
+from benchmarks.baselines import ForeachAdd, Form, PlainBF16, Plan
+from benchmarks.fused import FusedBackend
+from benchmarks.suites import Suite
+from tests.threads import one_thread
+
+ROOT = Path(__file__).resolve().parents[2]
+CPU = torch.device("cpu")
+# What every row must carry, so that a number can be traced to where it was measured.
+FIELDS = {
+    *("device", "driver", "n_cores", "n_threads", "torch", "triton", "python", "commit", "date"),
+    *("operation", "variant", "shape", "dtype", "n", "n_elements", "bytes", "samples", "load"),
+    *("p20_ms", "p50_ms", "p80_ms", "host_ms", "ratio", "copy_share", "grad_error"),
+}
+
+
+def run(*arguments: str, out: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    inherited = {name: value for name, value in os.environ.items() if name != "PART"}
+    return subprocess.run(
+        [sys.executable, "-m", *arguments],
+        cwd=ROOT,
+        env=inherited | {"OUT": str(out), "OMP_NUM_THREADS": "1"} | environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+
+
+def check_rows(path: Path) -> list[dict[str, Any]]:
+    text = path.read_text(encoding="utf-8")
+    rows: list[dict[str, Any]] = json.loads(text)
+    assert rows
+    for row in rows:
+        assert row.keys() >= FIELDS
+        assert 0 < row["p20_ms"] <= row["p50_ms"] <= row["p80_ms"]
+    assert str(path.parent) not in text and str(ROOT) not in text
+    return rows
+
+
+def test_run_quick(tmp_path: Path) -> None:
+    done = run("benchmarks.run", "--device", "cpu", "--quick", out=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "REFUSED" not in done.stdout
+    (path,) = tmp_path.iterdir()
+    rows = check_rows(path)
+    assert {row["operation"] for row in rows} == {
+        *("accumulate_first", "accumulate", "accumulate_last_norm", "norm", "step", "window")
+    }
+    windows = {row["variant"]: row for row in rows if row["operation"] == "window"}
+    assert windows.keys() >= {"copy", "copy_again", "native_fp32", "fused_hooks", "plain_bf16"}
+    assert "SKIPPED flashoptim_24: " in done.stdout
+    assert windows["fused_hooks"]["grad_error"] < 1e-6 < windows["plain_bf16"]["grad_error"]
+    shown = run("benchmarks.run", "--show", str(path), out=tmp_path)
+    assert shown.returncode == 0 and "fused_hooks takes" in shown.stdout
+
+
+def test_gpu_dry_run(tmp_path: Path) -> None:
+    done = run("benchmarks.gpu", "--dry-run", out=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    names = {path.name for path in tmp_path.iterdir()}
+    assert len(names) <= 8 and "gpu.log" in names
+    for path in tmp_path.glob("*-quick.json"):
+        check_rows(path)
+    assert sum(name.endswith("-quick.json") for name in names) == 5
+    assert any(name.endswith("train_gpt.json") for name in names)
+    text = (tmp_path / "gpu.log").read_text("utf-8")
+    assert "accumulate, norm, finalize, step: each ran, and is right" in text
+    if importlib.util.find_spec("matplotlib"):
+        (archive,) = tmp_path.glob("*-plots.tar.gz")
+        with tarfile.open(archive) as packed:
+            figures = {Path(name).name for name in packed.getnames()}
+        assert figures >= {"share.svg", "cycle.svg", "tax.svg", "memory.svg"}
+
+
+def test_gpu_parts_fit_in_eight_minutes(tmp_path: Path) -> None:
+    assert sum(part.limit_s for part in gpu.parts(False, tmp_path).values()) < 8 * 60
+
+
+def test_gpu_refuses_to_start(tmp_path: Path) -> None:
+    if not torch.cuda.is_available():
+        done = run("benchmarks.gpu", out=tmp_path)
+        assert done.returncode == 2 and "no CUDA device" in done.stdout
+    done = run("benchmarks.gpu", "--dry-run", out=tmp_path, PART="micros")
+    assert done.returncode == 2 and "micros" in done.stdout
+    assert not list(tmp_path.iterdir())
+
+
+class CountedTwice(FusedBackend):
+    """Counts every gradient twice; AdamW alone would hide it."""
+
+    def micro_batch(self, grads: Sequence[Tensor], index: int) -> None:
+        super().micro_batch([g * 2 for g in grads], index)
+
+
+class ShortOfOne(ForeachAdd):
+    """Misses the last element of every tensor."""
+
+    def add(self, grads: Sequence[Tensor]) -> None:
+        for acc, grad in zip(self.accs, grads, strict=True):
+            acc.view(-1)[:-1].add_(grad.view(-1)[:-1], alpha=1 / self.plan.n)
+
+
+class Rounded(ForeachAdd):
+    """Sums right, and then steps parameters that are only bf16."""
+
+    def update(self) -> None:
+        super().update()
+        for param, master in zip(self.params, self.shared.masters, strict=True):
+            master.data.copy_(param)
+
+
+class Skipped(ForeachAdd):
+    """Is fast because it does not step."""
+
+    def update(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize("form", [CountedTwice, ShortOfOne, Rounded, Skipped])
+def test_the_gate_refuses(form: type[Form]) -> None:
+    with pytest.raises(measure.Refused):
+        measure.gate(form, cases.tiny(), torch.bfloat16, Plan(), CPU)
+
+
+@pytest.mark.parametrize("form", [FusedBackend, ForeachAdd])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("max_norm", [None, 1.0])
+def test_the_gate_lets_pass(form: type[Form], dtype: torch.dtype, max_norm: float | None) -> None:
+    found = measure.gate(form, cases.tiny(), dtype, Plan(max_norm=max_norm), CPU)
+    assert found.grad_error <= measure.MAX_GRAD_ERROR
+
+
+def test_plain_bf16_is_shown_with_its_error() -> None:
+    found = measure.gate(PlainBF16, cases.tiny(), torch.bfloat16, Plan(), CPU)
+    assert found.grad_error > 100 * measure.MAX_GRAD_ERROR
+    assert found.update_error > measure.MAX_UPDATE_ERROR
+
+
+def test_nan_is_noticed_after_timing() -> None:
+    form = FusedBackend(cases.random([(5,)], torch.bfloat16, CPU, seed=0), Plan())
+    form.micro_batch([torch.ones(5, dtype=torch.bfloat16)], 0)
+    assert measure.is_finite(form)
+    form.micro_batch([torch.full((5,), torch.nan, dtype=torch.bfloat16)], 1)
+    assert not measure.is_finite(form)
+
+
+def test_variants_that_raise_are_left_out() -> None:
+    refused = {}
+
+    def broken() -> None:
+        raise ValueError("no")
+
+    samples = measure.interleave(
+        {"sound": lambda: None, "broken": broken},
+        measure.Clock(),
+        rounds=4,
+        budget_s=60,
+        refuse=lambda name, error: refused.update({name: str(error)}),
+    )
+    assert refused == {"broken": "no"}
+    assert samples.keys() == {"sound"} and len(samples["sound"].times) == 4
+
+
+def test_the_cuda_clock_asks_for_what_it_should(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The order of its calls, on a machine without a GPU: nothing waits inside the timed region."""
+    calls: list[str] = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            calls.append("record")
+
+        def synchronize(self) -> None:
+            calls.append("synchronize")
+
+        def elapsed_time(self, end: Event) -> float:
+            return 2.0
+
+    class Properties:
+        L2_cache_size = 64
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda n: calls.append(f"sleep {n}"), raising=False)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Properties())
+    clock = measure.CudaClock(CPU)
+    assert clock.buffer.nbytes == 4 * Properties.L2_cache_size
+    calls.clear()
+    elapsed, host = clock.time(lambda: calls.append("run"), 3.0)
+    # A sleep of 4,000,000 cycles took 2 ms, so 3 ms are 6,000,000.
+    assert calls == ["sleep 6000000", "record", "run", "record", "synchronize"]
+    assert elapsed == 2.0 and 0 <= host < 1000
+
+
+def test_quantiles() -> None:
+    samples = measure.Samples(first=0.0, host=0.0, times=[4.0, 1.0, 3.0, 2.0, 5.0])
+    assert [samples.quantile(q) for q in (0.0, 0.2, 0.5, 0.8, 1.0)] == [1.0, 1.8, 3.0, 4.2, 5.0]
+
+
+@pytest.mark.parametrize(
+    ("name", "n_tensors", "n_elements"),
+    [
+        ("gpt2_small", 148, 124_439_808),
+        ("llama_1b", 201, 1_100_048_384),
+        ("llama_8b_slice", 18, 436_224_000),
+        ("many_700", 700, 734_003_200),
+        ("lora_500", 500, 32_768_000),
+        ("flat_64mi", 1, 64 * 2**20),
+    ],
+)
+def test_shapes(name: str, n_tensors: int, n_elements: int) -> None:
+    shapes = cases.SHAPES[name]()
+    assert (len(shapes), cases.count(shapes)) == (n_tensors, n_elements)
+
+
+def test_misaligned_tensors_are() -> None:
+    for tensor in cases.random(cases.odd(), torch.bfloat16, CPU, seed=0, offset=1):
+        assert tensor.data_ptr() % 16 and tensor.is_contiguous()
+    assert all(g.data_ptr() % 16 for g in cases.gradients("unaligned", torch.bfloat16, CPU))
+
+
+def test_windows_of_several_n(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OUT", str(tmp_path))
+    arguments = ["--device", "cpu", "--quick", "--only", "cycle", "--n", "1,4"]
+    with one_thread():
+        assert benchmarks_run.main(arguments) == 0
+    (path,) = tmp_path.iterdir()
+    rows = check_rows(path)
+    assert {(row["group"], row["n"]) for row in rows} == {(1, 1), (2, 4)}
+    known = {row["variant"]: row["precision"] for row in rows}
+    assert known["copy"] is None and "split masters" in known["fused_hooks"]
+
+
+def test_gemms_that_accumulate(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("OUT", str(tmp_path))
+    with one_thread():
+        assert benchmarks_run.main(["--device", "cpu", "--quick", "--only", "linear"]) == 0
+    assert "SKIPPED addmm_out_dtype: torch has it on CUDA only" in capsys.readouterr().out
+    (path,) = tmp_path.iterdir()
+    rows = {row["variant"]: row for row in check_rows(path)}
+    assert rows.keys() >= {"mm", "fused_functional", "per_tensor_add"}
+    assert rows["mm"]["tokens"] == 64 and rows["fused_functional"]["grad_error"] < 4e-3
+
+
+def test_what_does_not_fit_is_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OUT", str(tmp_path))
+    suite = Suite(CPU, Plan(n=2), rounds=3, budget_s=1, gate_shapes=cases.tiny(), name="x")
+    params = cases.random([(1000,)], torch.bfloat16, CPU, seed=0)
+    names = ["fused_backend", "native_fp32", "foreach_add", "plain_bf16"]
+    # 8 bytes per element for the ceilings, 16 and 18 for the first two; the third shares theirs.
+    monkeypatch.setattr(measure, "free_bytes", lambda device: 1000 * 43 / 0.9)
+    assert [*suite.build(names, params, suite.plan)] == names[:3]
+    assert list(suite.skipped) == ["plain_bf16, 1,000 elements"]
+    assert not suite.refused
+
+
+def test_pytest_benchmark_runs_the_operations(tmp_path: Path) -> None:
+    pytest.importorskip("pytest_benchmark")
+    done = run(
+        *("pytest", "benchmarks", "--benchmark-disable", "-q", "-k", "tiny and not window"),
+        *("-p", "no:cacheprovider"),
+        out=tmp_path,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert " passed" in done.stdout and " failed" not in done.stdout
+
+
+def test_results_are_added(tmp_path: Path) -> None:
+    paths = []
+    for _ in range(3):
+        paths.append(measure.new_path(tmp_path, "micro.json"))
+        measure.save([{"p50_ms": 1.0}], paths[-1])
+    assert len(set(paths)) == 3
+    assert all(json.loads(path.read_text()) == [{"p50_ms": 1.0}] for path in paths)
