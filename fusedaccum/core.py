@@ -171,7 +171,7 @@ class Core:
             for param in group["params"]:
                 if set_to_none:
                     param.grad = None
-                elif param.grad is not None and param not in collector.segments:
+                elif param.grad is not None and param not in collector.slots:
                     param.grad = param.grad.detach().zero_()
         collector.discard(zeroes=not set_to_none)
         self.check_params(reattach=True)

@@ -52,12 +52,12 @@ def _params(params: list[Any], collector: Collector, fused: bool) -> str:
     for param in params:
         numel += param.numel()
         dtype = str(param.dtype).removeprefix("torch.")
-        segment = collector.segments.get(param)
-        if segment is None or not param.requires_grad:
+        slot = collector.slots.get(param)
+        if slot is None or not param.requires_grad:
             kinds[f"{dtype} (frozen)"] += 1
             continue
-        kind = segment.kind if fused or not segment.has_master else "fp32"
-        if segment.has_master:
+        kind = slot.kind if fused or not slot.has_master else "fp32"
+        if slot.has_master:
             dtype += f" with {kind} master"
         elif kind == "stochastic":
             dtype += " rounded stochastically"

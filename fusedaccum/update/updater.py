@@ -15,7 +15,7 @@ from ..backends.rounding import tensor_key
 from ..rules import builtin as rules
 from ..rules import packages as foreign
 from ..window.collector import Collector
-from ..window.slots import Segment
+from ..window.slots import Slot
 from .skips import SkipWatch
 from .swap import Swap
 
@@ -46,8 +46,8 @@ class Updater:
         self._watch = SkipWatch()
         self.scalars: UpdateScalars | None = None
         self.grad_norm: Tensor | None = None
-        self._native_masters: dict[Segment, torch.nn.Parameter] = {}
-        self.has_own_states: set[Segment] = set()  # whose native states were made for fp32
+        self._native_masters: dict[Slot, torch.nn.Parameter] = {}
+        self.has_own_states: set[Slot] = set()  # whose native states were made for fp32
         # Whether states are there for their names and shapes only, made with a learning rate of 0,
         # from which some start.
         self.is_provisional = False
@@ -68,7 +68,7 @@ class Updater:
 
     def prepared_scalars(self) -> UpdateScalars:
         """The device tables, grown when parameters were added."""
-        n = len(self.collector.segments)
+        n = len(self.collector.slots)
         old = self.scalars
         if old is None or len(old.steps) < n:
             rule = rules.select(self.optimizer, self.optimizer.param_groups[0])
@@ -79,8 +79,8 @@ class Updater:
                 new.memory[: len(old.memory)] = old.memory
                 new.steps[: len(old.steps)] = old.steps
                 new.norm, new.skipped = old.norm, old.skipped
-                for segment in self.collector.segments.values():
-                    segment.step = None  # what `state` shows is in the old tables
+                for slot in self.collector.slots.values():
+                    slot.step = None  # what `state` shows is in the old tables
             self.scalars = new
         assert self.scalars is not None
         return self.scalars
@@ -97,7 +97,7 @@ class Updater:
         Returns:
             What applies it. Until that is called, all of this may be given up and done again.
         """
-        if not any(segment.fill for segment in self.collector.segments.values()):
+        if not any(slot.fill for slot in self.collector.slots.values()):
             return lambda correction: None  # torch's step() without a gradient does nothing either
         if self.is_provisional:
             self._forget_states()
@@ -112,15 +112,15 @@ class Updater:
         self.is_provisional = False
         self.optimizer.state.clear()
         self.prepared_scalars().steps.zero_()
-        for segment in self.collector.segments.values():
-            segment.states, segment.step = (), None
+        for slot in self.collector.slots.values():
+            slot.states, slot.step = (), None
 
     @torch.no_grad()
     def release_states(self) -> None:
         """Give the wrapped optimizer states of its own, in the dtypes plain torch would have."""
         if self.is_provisional:
             self.optimizer.state.clear()
-        for param, segment in self.collector.segments.items():
+        for param, slot in self.collector.slots.items():
             entry = self.optimizer.state.get(param, {})
             for name, value in entry.items():
                 if not isinstance(value, Tensor):
@@ -128,7 +128,7 @@ class Updater:
                 if value.dim() == 0:
                     entry[name] = value.detach().clone().cpu()
                 elif value.is_floating_point():
-                    entry[name] = value.to(segment.dtype, copy=True)
+                    entry[name] = value.to(slot.dtype, copy=True)
 
     # --- the fused step ---
 
@@ -136,30 +136,30 @@ class Updater:
         scalars = self.prepared_scalars()
         groups = self.optimizer.param_groups
         batches: dict[tuple[str, torch.dtype, str], StepBatch] = {}
-        updated: list[Segment] = []
+        updated: list[Slot] = []
         position = -1  # among all parameters, frozen ones too: a resumed run draws the same bits
         for group_index, group in enumerate(groups):
             rule = rules.select(self.optimizer, group)
             assert rule is not None
             for param in group["params"]:
                 position += 1
-                segment = self.collector.segments.get(param)
-                if segment is None or not segment.fill:
+                slot = self.collector.slots.get(param)
+                if slot is None or not slot.fill:
                     continue
-                self.bind(segment, rule, group)
-                key = (rule.name, segment.dtype, segment.kind)
-                batch = batches.setdefault(key, StepBatch(rule, segment.kind))
+                self.bind(slot, rule, group)
+                key = (rule.name, slot.dtype, slot.kind)
+                batch = batches.setdefault(key, StepBatch(rule, slot.kind))
                 batch.params.append(param)
-                batch.accs.append(segment.acc)
-                batch.states.append(segment.states)
-                batch.rows.append(segment.row)
+                batch.accs.append(slot.acc)
+                batch.states.append(slot.states)
+                batch.rows.append(slot.row)
                 batch.groups.append(group_index)
-                if segment.has_master:
-                    assert segment.master is not None
-                    batch.masters.append(segment.master)
-                elif segment.kind == "stochastic":
+                if slot.has_master:
+                    assert slot.master is not None
+                    batch.masters.append(slot.master)
+                elif slot.kind == "stochastic":
                     batch.keys.append(tensor_key(self.seed, position))
-                updated.append(segment)
+                updated.append(slot)
         if not updated:
             return lambda correction: None
         first = next(iter(batches.values())).rule.family
@@ -181,23 +181,23 @@ class Updater:
 
         return apply
 
-    def bind(self, segment: Segment, rule: rules.Rule, group: Group) -> None:
+    def bind(self, slot: Slot, rule: rules.Rule, group: Group) -> None:
         """Make `state[param]` show the flat buffers, taking over what somebody put there.
 
         It shows all of them or none: what raises before leaves `state` as it was.
         """
         scalars = self.prepared_scalars()
-        state = self.optimizer.state[segment.param]
-        segment.refresh_master()
-        if segment.step is not None and len(segment.states) == len(rule.states):
-            own = dict(zip(rule.states, segment.states, strict=True)) | segment.numbers
+        state = self.optimizer.state[slot.param]
+        slot.refresh_master()
+        if slot.step is not None and len(slot.states) == len(rule.states):
+            own = dict(zip(rule.states, slot.states, strict=True)) | slot.numbers
             if all(state.get(name) is tensor for name, tensor in own.items()):
-                self._start_later(segment, rule, group)
+                self._start_later(slot, rule, group)
                 return
         is_foreign = False  # whether it comes from a plain run, or from a checkpoint
         shown: dict[str, Tensor] = {}
         for name in rule.states:
-            shown[name] = view = segment.view(name)
+            shown[name] = view = slot.view(name)
             existing = state.get(name)
             if not isinstance(existing, Tensor):
                 view.fill_(rule.start(name, group))
@@ -205,14 +205,14 @@ class Updater:
                 is_foreign = True
                 view.copy_(existing)
         views = tuple(shown.values())
-        step = scalars.steps[segment.row]
+        step = scalars.steps[slot.row]
         if views and not any(isinstance(state.get(name), Tensor) for name in rule.states):
             step.zero_()  # history begins anew, also where somebody cleared the states
         memory = rule.family.memory
-        numbers = [(scalars.memory[segment.row, i], *m) for i, m in enumerate(memory)]
+        numbers = [(scalars.memory[slot.row, i], *m) for i, m in enumerate(memory)]
         if rule.family.step_key is not None:
             numbers.append((step, rule.family.step_key, _zero))
-        elif is_foreign and not segment.knows_step:
+        elif is_foreign and not slot.knows_step:
             step.clamp_(min=1.0)  # a momentum buffer from before: this is not the first update
         for number, name, start in numbers:
             shown[name] = number
@@ -222,28 +222,28 @@ class Updater:
             elif existing.data_ptr() != number.data_ptr():
                 number.copy_(existing)
         state.update(shown)
-        segment.starts = rule.starts(group)
-        segment.states = views
-        segment.numbers = {name: number for number, name, _ in numbers}
-        segment.step = step
+        slot.starts = rule.starts(group)
+        slot.states = views
+        slot.numbers = {name: number for number, name, _ in numbers}
+        slot.step = step
 
-    def _start_later(self, segment: Segment, rule: rules.Rule, group: Group) -> None:
+    def _start_later(self, slot: Slot, rule: rules.Rule, group: Group) -> None:
         """Let what starts as a hyper-parameter start as what that is now (ASGD's and Rprop's rate),
         where every update so far was skipped. That shows on the device alone."""
         starts = rule.starts(group)
-        if starts == segment.starts:
+        if starts == slot.starts:
             return
-        assert segment.step is not None
+        assert slot.step is not None
         for name, start in starts.items():
-            value = self.optimizer.state[segment.param][name]
-            value.copy_(torch.where(segment.step == 0, start, value))
-        segment.starts = starts
+            value = self.optimizer.state[slot.param][name]
+            value.copy_(torch.where(slot.step == 0, start, value))
+        slot.starts = starts
 
     # --- the wrapped optimizer's own step ---
 
     def _native(self, max_norm: float | None, partials: Tensor | None, skip: bool) -> Apply:
         filled = self.collector.filled()
-        if any(segment.kind == "stochastic" for segment in filled):
+        if any(slot.kind == "stochastic" for slot in filled):
             self.refuse_native("stochastic_rounding=True")
         scalars = self.prepared_scalars()
         masters = {s: self._native_master(s) for s in filled if s.has_master}
@@ -264,18 +264,18 @@ class Updater:
                     return
                 if max_norm is not None:
                     coef = (factor * (max_norm / (norm + 1e-6)).clamp(max=1.0)).float()
-            grads = [segment.acc for segment in filled]
+            grads = [slot.acc for slot in filled]
             if max_norm is not None or factor != 1.0:
                 if self.collector.window.steps is None:
                     grads = list(torch._foreach_mul(grads, coef))  # the loop may go on adding
                 else:
                     torch._foreach_mul_(grads, coef)
-                    for segment in filled:
-                        segment.sums_version = None  # the sums are of the gradient before this
+                    for slot in filled:
+                        slot.sums_version = None  # the sums are of the gradient before this
             with self._substituted(dict(zip(filled, grads, strict=True)), masters):
                 self.optimizer.step()
-            for segment, master in masters.items():
-                segment.param.copy_(master)
+            for slot, master in masters.items():
+                slot.param.copy_(master)
             if skip:
                 self._watch.updated(scalars.skipped)
 
@@ -284,19 +284,17 @@ class Updater:
     @torch.no_grad()
     def on_masters(self, method: Callable[[], Any]) -> Any:
         """Call a method that rewrites parameters (schedule-free optimizers' train() and eval())."""
-        kept = (
-            [] if self.is_fused else [s for s in self.collector.segments.values() if s.has_master]
-        )
+        kept = [] if self.is_fused else [s for s in self.collector.slots.values() if s.has_master]
         masters = {s: self._native_master(s) for s in kept}
         with self._substituted({s: s.acc for s in masters if s.fill}, masters):
             result = method()
-        for segment, master in masters.items():
-            segment.param.copy_(master)
+        for slot, master in masters.items():
+            slot.param.copy_(master)
         return result
 
     @contextmanager
     def _substituted(
-        self, grads: dict[Segment, Tensor], masters: dict[Segment, torch.nn.Parameter]
+        self, grads: dict[Slot, Tensor], masters: dict[Slot, torch.nn.Parameter]
     ) -> Iterator[None]:
         """Let the wrapped optimizer see fp32 masters instead of bf16 and fp16 parameters.
 
@@ -305,23 +303,23 @@ class Updater:
         window show none.
         """
         state = self.optimizer.state
-        segments = self.collector.segments.values()
-        shown = [(s.param, s.param.grad) for s in segments if s not in masters]
+        slots = self.collector.slots.values()
+        shown = [(s.param, s.param.grad) for s in slots if s not in masters]
         try:
-            for segment in segments:
-                if segment not in masters:
-                    grad = grads.get(segment)
-                    segment.param.grad = None if grad is None else self._native_grad(segment, grad)
+            for slot in slots:
+                if slot not in masters:
+                    grad = grads.get(slot)
+                    slot.param.grad = None if grad is None else self._native_grad(slot, grad)
             with self.swap.of({s.param: master for s, master in masters.items()}, True):
-                for segment, master in masters.items():
-                    grad = grads.get(segment)
-                    master.grad = None if grad is None else self._native_grad(segment, grad)
+                for slot, master in masters.items():
+                    grad = grads.get(slot)
+                    master.grad = None if grad is None else self._native_grad(slot, grad)
                     # Made in the parameter's dtype, by a constructor (Adagrad) or by a plain run.
                     # What it made, or loaded, for fp32 parameters is in the dtype that it wants.
-                    entry = {} if segment in self.has_own_states else state.get(master, {})
+                    entry = {} if slot in self.has_own_states else state.get(master, {})
                     for name, value in entry.items():
                         is_tensor = isinstance(value, Tensor) and value.dim() > 0
-                        if is_tensor and value.dtype == segment.dtype:
+                        if is_tensor and value.dtype == slot.dtype:
                             entry[name] = value.float()
                 self.has_own_states.update(grads)
                 yield
@@ -331,19 +329,19 @@ class Updater:
             for master in masters.values():
                 master.grad = None
 
-    def _native_grad(self, segment: Segment, grad: Tensor) -> Tensor:
+    def _native_grad(self, slot: Slot, grad: Tensor) -> Tensor:
         """A gradient in the form that the wrapped optimizer takes."""
         if isinstance(self.optimizer, torch.optim.SparseAdam):
             # It takes nothing else, and touches only these rows: those with a gradient.
             return grad.to_sparse(1)
         converts = not foreign.reads_fp32_gradients(self.optimizer)
-        if not segment.has_master and segment.dtype != torch.float32 and converts:
-            return grad.to(segment.dtype)
+        if not slot.has_master and slot.dtype != torch.float32 and converts:
+            return grad.to(slot.dtype)
         return grad
 
-    def _native_master(self, segment: Segment) -> torch.nn.Parameter:
-        kept = segment.use_fp32_master()
-        master = self._native_masters.get(segment)
+    def _native_master(self, slot: Slot) -> torch.nn.Parameter:
+        kept = slot.use_fp32_master()
+        master = self._native_masters.get(slot)
         if master is None or master.data_ptr() != kept.data_ptr():
-            master = self._native_masters[segment] = torch.nn.Parameter(kept)
+            master = self._native_masters[slot] = torch.nn.Parameter(kept)
         return master

@@ -77,7 +77,7 @@ def check_param(name: str, param: Tensor) -> None:
         )
 
 
-class Segment:
+class Slot:
     """One parameter.
 
     Attributes:

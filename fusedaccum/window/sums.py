@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..backends import Backend
-from .slots import Segment
+from .slots import Slot
 
 
 class Sums:
@@ -29,32 +29,32 @@ class Sums:
         """Parameters were added: all are computed anew, in a larger tensor."""
         self._cells = None
 
-    def cells(self, segments: Iterable[Segment], n_cells: int) -> Tensor:
+    def cells(self, slots: Iterable[Slot], n_cells: int) -> Tensor:
         """The tensor, made where it is not there."""
         if self._cells is None:
             self._cells = torch.zeros(n_cells, dtype=torch.float32, device=self._device)
-            for segment in segments:
-                segment.sums_version, segment.has_sums = None, False
+            for slot in slots:
+                slot.sums_version, slot.has_sums = None, False
         return self._cells
 
     @torch.no_grad()
-    def of_filled(self, segments: Iterable[Segment], n_cells: int, unsure: bool) -> Tensor:
+    def of_filled(self, slots: Iterable[Slot], n_cells: int, unsure: bool) -> Tensor:
         """Sums of all filled accumulators, zero elsewhere; reads only what changed.
 
         Args:
-            segments: of all parameters.
+            slots: of all parameters.
             n_cells: how many cells those have.
             unsure: whether accumulators may have changed unseen.
         """
-        cells = self.cells(segments, n_cells)
-        stale = [s for s in segments if s.fill and (unsure or not s.sums_are_current)]
+        cells = self.cells(slots, n_cells)
+        stale = [s for s in slots if s.fill and (unsure or not s.sums_are_current)]
         if stale:
             self._backend.sum_of_squares([s.acc for s in stale], cells, [s.cell for s in stale])
-            for segment in stale:
-                assert segment.grad is not None
-                segment.sums_version, segment.has_sums = segment.grad._version, True
-        for segment in segments:
-            if segment.has_sums and not segment.fill:
-                cells[segment.cell : segment.cell + segment.n_cells].zero_()
-                segment.sums_version, segment.has_sums = None, False
+            for slot in stale:
+                assert slot.grad is not None
+                slot.sums_version, slot.has_sums = slot.grad._version, True
+        for slot in slots:
+            if slot.has_sums and not slot.fill:
+                cells[slot.cell : slot.cell + slot.n_cells].zero_()
+                slot.sums_version, slot.has_sums = None, False
         return cells
