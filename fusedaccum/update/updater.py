@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from ..backends import StepBatch, UpdateRequest, UpdateScalars
 from ..backends.rounding import tensor_key
+from ..kernels.layout import CLIP_EPS
 from ..rules import builtin as rules
 from ..rules import packages as foreign
 from ..window.collector import Collector
@@ -263,7 +264,7 @@ class Updater:
                     self._watch.updated(scalars.skipped)
                     return
                 if max_norm is not None:
-                    coef = (factor * (max_norm / (norm + 1e-6)).clamp(max=1.0)).float()
+                    coef = (factor * (max_norm / (norm + CLIP_EPS)).clamp(max=1.0)).float()
             grads = [segment.acc for segment in filled]
             if max_norm is not None or factor != 1.0:
                 if self.collector.window.steps is None:
