@@ -199,17 +199,17 @@ class Ours(Form):
 
     @torch.no_grad()
     def _accumulate(self, grads: Sequence[Tensor], first: bool, with_norm: bool) -> None:
-        segments = list(self.collector.segments.values())
-        if segments[0].grad is None:
+        slots = list(self.collector.slots.values())
+        if slots[0].grad is None:
             with torch.enable_grad():
                 deliver(self.params, grads)  # makes the accumulators
         self.collector.backend.accumulate(
-            [s.acc for s in segments],
+            [s.acc for s in slots],
             grads,
             1 / self.plan.n,
             first,
-            self.collector.sums.cells(segments, self.collector.n_cells) if with_norm else None,
-            [s.cell for s in segments],
+            self.collector.sums.cells() if with_norm else None,
+            [s.cell for s in slots],
         )
 
     def add(self, grads: Sequence[Tensor], index: int) -> None:
@@ -237,8 +237,12 @@ class Ours(Form):
         return [state[i].get("master_param", p.detach()) for i, p in enumerate(self.params)]
 
     def held(self) -> int:
-        segments = self.collector.segments.values()
-        own = [t for s in segments for t in (s.acc, s.master, *s.states)]
+        updater = self.optimizer._core.updater
+        own = [
+            t
+            for s in self.collector.slots.values()
+            for t in (s.acc, updater.masters[s].tensor, *updater.states[s].tensors)
+        ]
         return _nbytes([*self.params, *own])
 
 

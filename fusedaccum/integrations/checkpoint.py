@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 from ..rules import builtin as rules
 from ..update.updater import Updater
 from ..window.collector import Collector
-from ..window.slots import PARAM_DTYPES, Fill, Segment
+from ..window.slots import PARAM_DTYPES, Fill, Slot
 from .entries import (
     IS_OPEN,
     KEY,
@@ -34,7 +34,6 @@ from .entries import (
     number,
     open_window,
     read_extra,
-    step_of,
     without_gaps,
     without_ours,
 )
@@ -42,10 +41,10 @@ from .frameworks import is_asked_for_keys, refuse_second_count
 from .malformed import refuse_malformed
 
 
-def _indexed(optimizer: Optimizer, collector: Collector) -> dict[int, Segment]:
+def _indexed(optimizer: Optimizer, collector: Collector) -> dict[int, Slot]:
     """Segments by torch's index of their parameter in a state dict."""
     params = [p for group in optimizer.param_groups for p in group["params"]]
-    return {i: s for i, p in enumerate(params) if (s := collector.segments.get(p)) is not None}
+    return {i: s for i, p in enumerate(params) if (s := collector.slots.get(p)) is not None}
 
 
 @torch.no_grad()
@@ -57,32 +56,32 @@ def save(inner: StateDict, updater: Updater) -> StateDict:
         updater: the wrapper's.
     """
     collector, window = updater.collector, updater.collector.window
-    segments = _indexed(updater.optimizer, collector)
+    slots = _indexed(updater.optimizer, collector)
     state = without_ours(inner)
-    accumulators = _open_accumulators(segments, collector)
+    accumulators = _open_accumulators(slots, collector)
     overflow = 0.0 if collector.scaling.overflow is None else float(collector.scaling.overflow)
     is_open = bool(window.micro_batches or accumulators)
     steps: dict[int, float] = {}
     masters: dict[int, Tensor] = {}
     # Many an optimizer takes an entry for a complete one: plain torch would not load ours alone.
     all_keys = is_asked_for_keys()
-    may_window = segments if all_keys else {*state, *_may_lack_states(updater, True)}
-    may_add = segments if all_keys else {*state, *_may_lack_states(updater, False)}
-    for index, segment in segments.items():
+    may_window = slots if all_keys else {*state, *_may_lack_states(updater, True)}
+    may_add = slots if all_keys else {*state, *_may_lack_states(updater, False)}
+    for index, slot in slots.items():
         entry = state.get(index)
-        precise = segment.precise()
+        precise = updater.masters[slot].precise()
         if precise is not None and index in may_add:
             state.setdefault(index, {})[MASTER] = precise
         elif precise is not None:
             masters[index] = precise
-        for name in segment.numbers:
+        for name in updater.states[slot].numbers:
             if entry is not None and name in entry:
                 entry[name] = entry[name].detach().cpu()  # where torch keeps them by default
-        step = step_of(segment, entry, updater)
+        step = updater.states.step_of(slot, entry)
         if step is not None and "step" not in (entry or {}):
             steps[index] = step
         if index in accumulators and index in may_window:
-            numbers = open_window(segment, window, overflow, step)
+            numbers = open_window(slot, window, overflow, step)
             state.setdefault(index, {}).update(numbers)
         if index in state:
             state[index][MICRO_BATCHES] = number(window.micro_batches)
@@ -100,10 +99,10 @@ def save(inner: StateDict, updater: Updater) -> StateDict:
             "max_norm": window.max_norm,
         },
         "accumulators": accumulators,
-        "arrived": [i for i in accumulators if segments[i].fill is Fill.CURRENT],
+        "arrived": [i for i in accumulators if slots[i].fill is Fill.CURRENT],
         "steps": steps,
         "masters": masters,
-        "skipped_steps": 0 if updater.scalars is None else int(updater.scalars.skipped),
+        "skipped_steps": updater.states.skipped,
     }
     return {**inner, "state": state, KEY: extra}
 
@@ -123,7 +122,7 @@ def _may_lack_states(updater: Updater, surely: bool) -> set[int]:
     return found
 
 
-def _open_accumulators(segments: dict[int, Segment], collector: Collector) -> dict[int, Tensor]:
+def _open_accumulators(slots: dict[int, Slot], collector: Collector) -> dict[int, Tensor]:
     """The accumulators of a window that is still to be updated.
 
     Where the loop owns the window, `param.grad` may still show the last one, which it need not.
@@ -133,7 +132,7 @@ def _open_accumulators(segments: dict[int, Segment], collector: Collector) -> di
         return {}  # nor zeros of zero_grad(set_to_none=False), which torch does not save either
     return {
         i: s.grad
-        for i, s in segments.items()
+        for i, s in slots.items()
         if s.fill and s.grad is not None and (window.steps or s.param.grad is not None)
     }
 
@@ -214,8 +213,8 @@ def _fp32_stand_ins(updater: Updater) -> dict[Tensor, Tensor]:
     is_fused = updater.is_fused
     return {
         s.param: torch.zeros((), dtype=torch.float32, device=s.device).expand(s.shape)
-        for s in updater.collector.segments.values()
-        if s.dtype != torch.float32 and (is_fused or s.has_master)
+        for s in updater.collector.slots.values()
+        if s.dtype != torch.float32 and (is_fused or updater.masters[s].is_kept)
     }
 
 
@@ -230,7 +229,7 @@ def _attach_frozen(known: Set[Any], params: Mapping[Any, Tensor], collector: Col
     collector.attach(
         (f"parameter {index}", param)
         for index, param in params.items()
-        if index in known and param not in collector.segments and param.dtype in PARAM_DTYPES
+        if index in known and param not in collector.slots and param.dtype in PARAM_DTYPES
     )
 
 
@@ -255,12 +254,12 @@ def load(state_dict: StateDict, updater: Updater) -> None:
     plain = {k: v for k, v in state_dict.items() if k != KEY}
     plain["state"] = without_ours(state_dict)
     stand_ins = _fp32_stand_ins(updater)
-    with updater.swap.of(stand_ins, with_states=False):
+    with updater.wrapped.swap.of(stand_ins, with_states=False):
         optimizer.load_state_dict(plain)
-    updater.has_own_states.update(collector.segments[param] for param in stand_ins)
-    updater.is_provisional = False
+    updater.wrapped.has_own_states.update(collector.slots[param] for param in stand_ins)
+    updater.states.is_provisional = False
     collector.discard()
-    scalars = updater.prepared_scalars() if collector.segments else None
+    scalars = updater.states.scalars if collector.slots else None
     accumulators = extra.get("accumulators", {})
     steps, masters = extra.get("steps", {}), extra.get("masters", {})
     is_weighted = bool(extra) and extra["window"]["micro_batches"] > 0
@@ -270,29 +269,30 @@ def load(state_dict: StateDict, updater: Updater) -> None:
     arrived = set(extra.get("arrived", unknown))
     for index, param in zip(ids, params, strict=True):
         param.grad = None
-        segment = collector.segments.get(param)
-        if segment is None or scalars is None:
+        slot = collector.slots.get(param)
+        if slot is None or scalars is None:
             continue
         entry = entries.get(index, {})
-        segment.forget_master()
-        segment.is_zero = False
+        kept, own = updater.masters[slot], updater.states[slot]
+        kept.forget()
+        slot.is_zero = False
         master = entry.get(MASTER, masters.get(index))
         if master is not None:
-            segment.loaded_master = master.to(param.device, torch.float32)
+            kept.loaded = master.to(param.device, torch.float32)
         for name, value in entry.items():
             if optimizer.state[param].get(name) is value and type(value) is Tensor:
                 optimizer.state[param][name] = value.clone()  # the caller's; a step would write it
-        segment.states, segment.step, segment.numbers = (), None, {}
-        segment.knows_step = index in steps
-        scalars.steps[segment.row] = float(steps.get(index, 0.0))
+        own.unbind()
+        own.knows_step = index in steps
+        scalars.steps[slot.row] = float(steps.get(index, 0.0))
         accumulated = accumulators.get(index)
         if accumulated is not None:
-            segment.allocate()
-            assert segment.grad is not None
-            segment.acc.copy_(accumulated)
-            segment.fill = Fill.CURRENT if index in arrived else Fill.EARLIER
-            segment.sums_version, segment.closed_version = None, segment.grad._version
-            param.grad = segment.grad
+            slot.allocate()
+            assert slot.grad is not None
+            slot.acc.copy_(accumulated)
+            slot.fill = Fill.CURRENT if index in arrived else Fill.EARLIER
+            slot.sums_version, slot.closed_version = None, slot.grad._version
+            param.grad = slot.grad
     window = collector.window
     if extra:
         saved = extra["window"]

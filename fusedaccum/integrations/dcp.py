@@ -18,30 +18,30 @@ def only_initialises(updater: Updater) -> bool:
     must not count as one.
     """
     optimizer, collector = updater.optimizer, updater.collector
-    segments, groups = collector.segments.values(), optimizer.param_groups
-    if optimizer.state or collector.unclosed() is not None or not segments:
+    slots, groups = collector.slots.values(), optimizer.param_groups
+    if optimizer.state or collector.unclosed() is not None or not slots:
         return False
     if any(group.get("lr", 0.0) != 0.0 for group in groups):
         return False
-    for segment in segments:
-        grad = segment.param.grad
-        if grad is None or grad is segment.grad or bool(grad.any()):
+    for slot in slots:
+        grad = slot.param.grad
+        if grad is None or grad is slot.grad or bool(grad.any()):
             return False
     if updater.is_fused:
         for group in groups:
             rule = rules.select(optimizer, group)
             for param in group["params"]:
-                segment_or_none = collector.segments.get(param)
-                if segment_or_none is not None and rule is not None:
-                    updater.bind(segment_or_none, rule, group)
+                slot_or_none = collector.slots.get(param)
+                if slot_or_none is not None and rule is not None:
+                    updater.fused.bind(slot_or_none, rule, group)
     elif not collector.window.micro_batches:
         collector.adopt_assigned()
         updater.prepare(None, False, False)(1.0)
         collector.discard()
-    updater.is_provisional = True
-    for segment in segments:
-        segment.param.grad = segment.grad if segment.fill else None
-        if segment.param in optimizer.state:
+    updater.states.is_provisional = True
+    for slot in slots:
+        slot.param.grad = slot.grad if slot.fill else None
+        if slot.param in optimizer.state:
             # DCP's unflattening takes from a file what the optimizer has names for.
-            optimizer.state[segment.param].update(dict.fromkeys(OURS))
+            optimizer.state[slot.param].update(dict.fromkeys(OURS))
     return True

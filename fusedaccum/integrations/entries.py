@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..update.updater import Updater
-from ..window.slots import Fill, Segment
+from ..window.slots import Fill, Slot
 from ..window.weights import Window
 
 VERSION = 1
@@ -63,18 +62,7 @@ def number(value: float) -> Tensor:
     return torch.tensor(float(value), dtype=torch.float64, device="cpu")
 
 
-def step_of(segment: Segment, entry: StateDict | None, updater: Updater) -> float | None:
-    """A parameter's step count as far as it is known, also before the first update after a load."""
-    if segment.step is not None:
-        return float(segment.step)
-    if entry and "step" in entry:
-        return float(entry["step"])
-    if segment.knows_step and updater.scalars is not None:
-        return float(updater.scalars.steps[segment.row])
-    return None
-
-
-def open_window(segment: Segment, window: Window, overflow: float, step: float | None) -> StateDict:
+def open_window(slot: Slot, window: Window, overflow: float, step: float | None) -> StateDict:
     """What a parameter's states tell of the open window."""
     values = (
         window.total,
@@ -83,10 +71,10 @@ def open_window(segment: Segment, window: Window, overflow: float, step: float |
         overflow,
         window.steps or 0,
         -1.0 if step is None else step,
-        segment.fill,
+        slot.fill,
         -1.0 if window.weight is None else window.weight,
     )
-    return {GRAD: segment.grad, **dict(zip(NUMBERS, map(number, values), strict=True))}
+    return {GRAD: slot.grad, **dict(zip(NUMBERS, map(number, values), strict=True))}
 
 
 def read_extra(state_dict: StateDict) -> StateDict:

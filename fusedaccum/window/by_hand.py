@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .backwards import Backwards
-from .slots import Fill, Segment
+from .slots import Fill, Slot
 from .weights import Window
 
 
@@ -23,8 +23,8 @@ class Seen:
         is_emptied: whether all that counts as the window was taken away.
     """
 
-    earlier: list[Segment] = field(default_factory=list)
-    assigned: list[tuple[Segment, Tensor]] = field(default_factory=list)
+    earlier: list[Slot] = field(default_factory=list)
+    assigned: list[tuple[Slot, Tensor]] = field(default_factory=list)
     is_emptied: bool = False
 
 
@@ -32,33 +32,31 @@ class ByHand:
     """Sees the changes that came through no hook.
 
     Args:
-        segments: by parameter; others may join.
+        slots: by parameter; others may join.
         window, backwards: of the same optimizer.
     """
 
-    def __init__(
-        self, segments: Mapping[Tensor, Segment], window: Window, backwards: Backwards
-    ) -> None:
-        self._segments, self._window, self._backwards = segments, window, backwards
+    def __init__(self, slots: Mapping[Tensor, Slot], window: Window, backwards: Backwards) -> None:
+        self._segments, self._window, self._backwards = slots, window, backwards
 
     def look(self) -> Seen:
         """Look at every parameter's `grad`; what was taken away is not part of the window now."""
         seen = Seen(is_emptied=self.is_emptied())
         loop_owned, float32 = self._window.steps is None, torch.float32
         earlier, current = Fill.EARLIER, Fill.CURRENT
-        for segment in self._segments.values():
-            grad, own = segment.param.grad, segment.grad
+        for slot in self._segments.values():
+            grad, own = slot.param.grad, slot.grad
             if grad is own:
                 if grad is not None and grad.dtype is not float32:
-                    segment.show_again()
-                    segment.param.grad = segment.grad
+                    slot.show_again()
+                    slot.param.grad = slot.grad
             elif grad is not None:
-                seen.assigned.append((segment, grad))
+                seen.assigned.append((slot, grad))
                 continue
-            elif loop_owned or segment.fill is current:
-                segment.fill = Fill.EMPTY
-            if segment.fill is earlier:
-                seen.earlier.append(segment)
+            elif loop_owned or slot.fill is current:
+                slot.fill = Fill.EMPTY
+            if slot.fill is earlier:
+                seen.earlier.append(slot)
         return seen
 
     def is_emptied(self) -> bool:
@@ -90,12 +88,12 @@ class ByHand:
             return False
         if not any(bool(s.acc.any()) for s in shown):
             return True
-        for segment in shown:  # scaled, say: not asked again
-            segment.note_version()
+        for slot in shown:  # scaled, say: not asked again
+            slot.note_version()
         return False
 
     def drop_assigned(self) -> None:
         """Forget gradients that somebody assigned and that no micro-batch has taken over."""
-        for segment in self._segments.values():
-            if segment.param.grad is not segment.grad and segment.param.grad is not None:
-                segment.param.grad = segment.grad if segment.fill else None
+        for slot in self._segments.values():
+            if slot.param.grad is not slot.grad and slot.param.grad is not None:
+                slot.param.grad = slot.grad if slot.fill else None

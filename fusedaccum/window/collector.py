@@ -9,7 +9,8 @@ fresh gradients are freed and `param.grad` shows the accumulator again.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,14 +22,14 @@ from .backwards import Backwards, refuse_kind
 from .by_hand import ByHand
 from .grad_scaler import Scaling
 from .hooks import Attached
-from .slots import Fill, Segment
+from .slots import Fill, Slot
 from .sums import Sums
 from .trouble import BACKWARD_RAISED, PART, Trouble
 from .watch import Watch, may_reduce
 from .weights import Window
 
 
-class Collector(Attached):
+class Collector:
     """The accumulators of one optimizer and the hooks that fill them.
 
     Args:
@@ -37,11 +38,13 @@ class Collector(Attached):
         bucket_bytes: fresh gradients take no more than this, with the one that autograd is making
             (or half of it and one gradient, where that is more).
         wants_norm: whether updates need the norm, so that the last accumulation leaves its sums.
-        master_weights: see `FusedAccumOptimizer`, or "stochastic".
-        splits: whether a master may be split; else it is an fp32 copy.
         scaling: what a GradScaler does to the gradients.
+        device: where the parameters are.
+        check: raises for a dtype that cannot be served.
 
     Attributes:
+        attached: the parameters with their hooks.
+        slots: by parameter, those of `attached`.
         trouble: why the open window cannot be used, if it cannot.
         backwards: those that are running, and how many there were in the open micro-batch.
         by_hand: what somebody does to gradients in between.
@@ -56,55 +59,65 @@ class Collector(Attached):
         *,
         bucket_bytes: int,
         wants_norm: bool,
-        master_weights: str | None,
-        splits: bool,
         scaling: Scaling,
         device: torch.device,
+        check: Callable[[torch.dtype], None],
     ) -> None:
-        super().__init__(device, master_weights, splits)
+        self.attached = Attached(self, device, check)
+        self.slots: Mapping[Tensor, Slot] = self.attached.slots
         self.backend = backend
         self.window = window
         self.wants_norm = wants_norm
         self.scaling = scaling
-        self.sums = Sums(backend, device)
+        self.sums = Sums(backend, self.attached)
         self.trouble = Trouble()
         self.backwards = Backwards()
-        self.by_hand = ByHand(self.segments, window, self.backwards)
-        self.engines = Watch(self)
+        self.by_hand = ByHand(self.slots, window, self.backwards)
+        self.engines = Watch(self.attached, self.trouble)
         self._bucket_bytes = bucket_bytes
         self._queue_bytes = bucket_bytes
-        self._queue: list[Segment] = []
+        self._queue: list[Slot] = []
         self._queued_bytes = 0
+        self._n_fitted = 0
 
     def attach(self, named_params: Iterable[tuple[str, Tensor]]) -> None:
         """See `Attached.attach`."""
-        before = len(self.segments)
-        super().attach(named_params)
-        if len(self.segments) > before:
+        self.attached.attach(named_params)
+        self._fit()
+
+    def attach_groups(self, groups: Sequence[dict[str, Any]]) -> None:
+        """See `Attached.attach_groups`."""
+        self.attached.attach_groups(groups)
+        self._fit()
+
+    def _fit(self) -> None:
+        """Let the sums and the queue fit the parameters, where there are more than before."""
+        if len(self.slots) > self._n_fitted:
             self.sums.forget()
-            largest = max(s.nbytes for s in self.segments.values())
+            largest = max(s.nbytes for s in self.slots.values())
             self._queue_bytes = self._bucket_bytes - min(largest, self._bucket_bytes // 2)
+            self._n_fitted = len(self.slots)
 
     # --- the backward ---
 
-    def _arrive(self, segment: Segment, is_due: bool = True) -> None:  # see `Attached`
+    def arrive(self, slot: Slot, is_due: bool) -> None:  # see `hooks.Owner`
         task = torch._C._current_graph_task_id()
         if task not in self.backwards.threads:
             self._begin(task)
-        param = segment.param
+        param = slot.param
         grad = param.grad
-        if segment.pending:
+        if slot.pending:
             self.flush()  # it arrives twice in one backward: add the first gradient first
-        elif grad is not None and grad is not segment.grad:
-            self.adopt([(segment, grad)])
-        elif grad is None and (self.window.steps is None or segment.fill is Fill.CURRENT):
-            segment.fill = Fill.EMPTY  # somebody took it away: zero_grad(), or `p.grad = None`
+        elif grad is not None and grad is not slot.grad:
+            self.adopt([(slot, grad)])
+        elif grad is None and (self.window.steps is None or slot.fill is Fill.CURRENT):
+            slot.fill = Fill.EMPTY  # somebody took it away: zero_grad(), or `p.grad = None`
         param.grad = None
-        if self._queue and self._queued_bytes + segment.nbytes > self._queue_bytes:
+        if self._queue and self._queued_bytes + slot.nbytes > self._queue_bytes:
             self.flush()
-        segment.pending, segment.is_due = True, is_due
-        self._queue.append(segment)
-        self._queued_bytes += segment.nbytes
+        slot.pending, slot.is_due = True, is_due
+        self._queue.append(slot)
+        self._queued_bytes += slot.nbytes
 
     # Not traced: compiled autograd would stop at the code below the error, and not say why.
     @torch._disable_dynamo  # type: ignore[attr-defined]
@@ -124,7 +137,7 @@ class Collector(Attached):
                 self._discard_emptied()
             self._refuse_zeroed()
             self.window.check_arrival()
-            self.scaling.begin(self.device)
+            self.scaling.begin(self.attached.device)
         except BaseException:
             self.backwards.end(task)
             raise
@@ -148,7 +161,7 @@ class Collector(Attached):
         That is all that the Trainer calls before it tries again with smaller batches. Since its
         first parameter arrived, a backward that goes on shows a gradient.
         """
-        if self.window.steps is None and all(param.grad is None for param in self.segments):
+        if self.window.steps is None and all(param.grad is None for param in self.slots):
             self.discard()
 
     def _discard_emptied(self) -> None:
@@ -160,26 +173,26 @@ class Collector(Attached):
     def flush(self) -> None:
         """Add what is queued, free it, and let `param.grad` show the accumulators."""
         queue, self._queue, self._queued_bytes = self._queue, [], 0
-        fresh: list[tuple[Segment, Tensor]] = []
-        for segment in queue:
-            segment.pending = False
-            grad = segment.param.grad
+        fresh: list[tuple[Slot, Tensor]] = []
+        for slot in queue:
+            slot.pending = False
+            grad = slot.param.grad
             if grad is None:  # a function gave None for its gradient: what was there stays
                 if len(self.backwards.threads) == 1:  # else it may be of one that raised before
-                    self.engines.refuse_taken(segment)
-                elif segment.is_due:
+                    self.engines.refuse_taken(slot)
+                elif slot.is_due:
                     self.trouble.note(BACKWARD_RAISED)
-                segment.param.grad = segment.grad if segment.fill else None
-            elif grad.shape != segment.shape:
+                slot.param.grad = slot.grad if slot.fill else None
+            elif grad.shape != slot.shape:
                 raise RuntimeError(
-                    f"a parameter changed after it was wrapped ({segment.difference()}): call "
+                    f"a parameter changed after it was wrapped ({slot.difference()}): call "
                     "zero_grad() after changing the model, or wrap after it"
                 )
             else:
-                fresh.append((segment, grad))
+                fresh.append((slot, grad))
         self._add(fresh, self.window.scale())
 
-    def adopt(self, assigned: list[tuple[Segment, Tensor]]) -> None:
+    def adopt(self, assigned: list[tuple[Slot, Tensor]]) -> None:
         """Take gradients that did not come through the hook: somebody assigned `param.grad`.
 
         One replaces the accumulator where it stands in for it (the loop owns the window, or this
@@ -190,16 +203,14 @@ class Collector(Attached):
         replacing = [(s, g) for s, g in assigned if loop_owned or s.fill is Fill.CURRENT]
         adding = [(s, g) for s, g in assigned if not (loop_owned or s.fill is Fill.CURRENT)]
         with self.trouble.unless_done("taking over gradients that were assigned to p.grad"):
-            for segment, _ in replacing:
-                segment.fill = Fill.EMPTY
+            for slot, _ in replacing:
+                slot.fill = Fill.EMPTY
             self._add(replacing, 1.0, is_scaled=False)
             if adding:
                 self._add(adding, self.window.scale())
 
     @torch.no_grad()
-    def _add(
-        self, fresh: list[tuple[Segment, Tensor]], scale: float, is_scaled: bool = True
-    ) -> None:
+    def _add(self, fresh: list[tuple[Slot, Tensor]], scale: float, is_scaled: bool = True) -> None:
         """Accumulate gradients: the tensors that start a window, then the others.
 
         `is_scaled`: whether they hold the scale of a GradScaler, if there is one.
@@ -207,17 +218,17 @@ class Collector(Attached):
         window, scaling = self.window, self.scaling
         is_last = window.steps is None or window.is_last or scaling.is_linked
         with_sums = is_last and (self.wants_norm or scaling.needs_norm)
-        cells = self.sums.cells(self.segments.values(), self.n_cells) if with_sums else None
+        cells = self.sums.cells() if with_sums else None
         # One for each Fill: what starts the window, what starts the micro-batch, what goes on.
-        parts: tuple[list[tuple[Segment, Tensor]], ...] = ([], [], [])
-        for segment, grad in fresh:
-            if segment.grad is None or segment.grad.dtype is not torch.float32:
-                segment.allocate()
-            if not (segment.is_contiguous and grad.is_contiguous()):
-                grad = laid_out_like(grad, segment.acc)
-            if grad.dtype is not segment.dtype and grad.dtype is not torch.float32:
+        parts: tuple[list[tuple[Slot, Tensor]], ...] = ([], [], [])
+        for slot, grad in fresh:
+            if slot.grad is None or slot.grad.dtype is not torch.float32:
+                slot.allocate()
+            if not (slot.is_contiguous and grad.is_contiguous()):
+                grad = laid_out_like(grad, slot.acc)
+            if grad.dtype is not slot.dtype and grad.dtype is not torch.float32:
                 grad = grad.float()
-            parts[segment.fill].append((segment, grad))
+            parts[slot.fill].append((slot, grad))
         if not scaling.is_linked:  # the last two differ in what a GradScaler has to say
             parts = (parts[0], parts[1] + parts[2], [])
         for i, members in enumerate(parts):
@@ -231,21 +242,21 @@ class Collector(Attached):
                     [s.cell for s, _ in members],
                     scaling.control(i < 2) if is_scaled else None,
                 )
-        for segment, _ in fresh:
-            segment.fill, segment.is_zero = Fill.CURRENT, False
-            segment.param.grad = shown = segment.grad
-            segment.has_sums |= with_sums
-            segment.sums_version = shown._version if with_sums and shown is not None else None
+        for slot, _ in fresh:
+            slot.fill, slot.is_zero = Fill.CURRENT, False
+            slot.param.grad = shown = slot.grad
+            slot.has_sums |= with_sums
+            slot.sums_version = shown._version if with_sums and shown is not None else None
 
     # --- between backwards ---
 
     @property
     def has_arrivals(self) -> bool:
         """Whether the open micro-batch has contributed anything."""
-        return any(s.fill is Fill.CURRENT for s in self.segments.values())
+        return any(s.fill is Fill.CURRENT for s in self.slots.values())
 
     @property
-    def is_open(self) -> bool:  # see `Attached`
+    def is_open(self) -> bool:  # see `hooks.Owner`
         return bool(self.window.micro_batches) or self.unclosed() is not None
 
     def unclosed(self) -> str | None:
@@ -260,12 +271,8 @@ class Collector(Attached):
             self.trouble.note("a micro_batch() block raised after its backward()" + PART)
 
     def check(self) -> None:
-        """Raise if the open window cannot be used.
-
-        Raises:
-            RuntimeError: naming what happened and the way out.
-        """
-        if self.taken_over:
+        """Raise if the open window cannot be used, naming what happened and the way out."""
+        if self.attached.taken_over:
             raise RuntimeError(
                 "another FusedAccumOptimizer was made for the parameters of this one and has "
                 "taken them over; nothing was updated. Use that one, in the scheduler too"
@@ -277,7 +284,7 @@ class Collector(Attached):
             self._recover()
         self.trouble.refuse(self.window.micro_batches)
 
-    def look(self) -> list[tuple[Segment, Tensor]]:
+    def look(self) -> list[tuple[Slot, Tensor]]:
         """Notice what somebody did to `p.grad`: took gradients away, zeroed them, assigned others.
 
         Returns:
@@ -291,9 +298,9 @@ class Collector(Attached):
         if seen.is_emptied and not seen.assigned:
             self._discard_emptied()
             return []
-        for segment in seen.earlier:  # the model's zero_grad() after step() keeps a window too
-            if segment.param.grad is None:
-                segment.param.grad = segment.grad
+        for slot in seen.earlier:  # the model's zero_grad() after step() keeps a window too
+            if slot.param.grad is None:
+                slot.param.grad = slot.grad
         return seen.assigned
 
     def _refuse_zeroed(self) -> None:
@@ -332,9 +339,9 @@ class Collector(Attached):
             stacklevel=4,
         )
 
-    def filled(self) -> list[Segment]:
+    def filled(self) -> list[Slot]:
         """The parameters that the open window holds a gradient for."""
-        return [s for s in self.segments.values() if s.fill]
+        return [s for s in self.slots.values() if s.fill]
 
     def close_micro_batch(self) -> None:
         """The open micro-batch is over."""
@@ -343,9 +350,9 @@ class Collector(Attached):
             self.window.close_micro_batch()
             self.backwards.count = 0
             earlier = Fill.EARLIER
-            for segment in self.segments.values():
-                if segment.fill and segment.grad is not None:
-                    segment.fill, segment.closed_version = earlier, segment.grad._version
+            for slot in self.slots.values():
+                if slot.fill and slot.grad is not None:
+                    slot.fill, slot.closed_version = earlier, slot.grad._version
 
     def end_window(self) -> None:
         """The window has been used. `param.grad` still shows it.
@@ -355,16 +362,16 @@ class Collector(Attached):
         """
         keeps = not self.window.is_weighted
         self.backwards.count = 0
-        for segment in self.segments.values():
-            segment.fill = Fill.EARLIER if keeps and segment.fill else Fill.EMPTY
+        for slot in self.slots.values():
+            slot.fill = Fill.EARLIER if keeps and slot.fill else Fill.EMPTY
         self.scaling.end_window()
         self.window.reset()
 
     def start_counting(self) -> None:
         """The wrapper counts from now on, or to another number: sums of a loop are over."""
-        for segment in self.segments.values():
-            if not segment.is_zero:
-                segment.fill = Fill.EMPTY
+        for slot in self.slots.values():
+            if not slot.is_zero:
+                slot.fill = Fill.EMPTY
         self.window.reset()
 
     def discard(self, zeroes: bool = False) -> None:
@@ -378,14 +385,10 @@ class Collector(Attached):
         self._queue.clear()
         self._queued_bytes = 0
         self.engines.forget()
-        for segment in self.segments.values():
-            segment.fill, segment.pending = Fill.EMPTY, False
-            if zeroes and segment.param.grad is not None:
-                segment.allocate()
-                segment.param.grad = shown = segment.grad
-                shown.detach().zero_()  # type: ignore[union-attr]
-                segment.fill, segment.is_zero, segment.sums_version = Fill.EARLIER, True, None
-                segment.note_version()
+        for slot in self.slots.values():
+            slot.fill, slot.pending = Fill.EMPTY, False
+            if zeroes and slot.param.grad is not None:
+                slot.show_zeros()
         self.scaling.reset()
         self.window.reset()
         self.backwards.forget()
@@ -393,5 +396,4 @@ class Collector(Attached):
 
     def sums_of_squares(self) -> Tensor:
         """Partial sums of all filled accumulators, zero elsewhere."""
-        unsure = self.scaling.may_have_divided or may_reduce()
-        return self.sums.of_filled(self.segments.values(), self.n_cells, unsure)
+        return self.sums.of_filled(self.scaling.may_have_divided or may_reduce())

@@ -30,18 +30,18 @@ def refuse_partitioned(name: str, param: Tensor) -> None:
         raise TypeError(f"{name} is partitioned by DeepSpeed's ZeRO-3. {PLAIN}")
 
 
-def refuse_exchange(segments: Mapping[Tensor, Any], groups: Sequence[dict[str, Any]]) -> None:
+def refuse_exchange(slots: Mapping[Tensor, Any], groups: Sequence[dict[str, Any]]) -> None:
     """Refuse param groups in which none of the wrapped parameters is left.
 
     Raises:
         RuntimeError: naming who does that, and what to do.
     """
-    if not segments:
+    if not slots:
         return
     newcomer: Tensor | None = None
     for group in groups:
         for param in group["params"]:
-            if param in segments:
+            if param in slots:
                 return
             if newcomer is None and param.requires_grad:
                 newcomer = param

@@ -1,14 +1,14 @@
-"""The parameters of one optimizer: their segments, and the hook on each.
+"""The parameters of one optimizer: their slots, and the hook on each.
 
 The hook is on the AccumulateGrad node and not on the tensor: a tensor's hook also fires in
-`autograd.grad`. Autograd holds that node weakly, so the segment holds it.
+`autograd.grad`. Autograd holds that node weakly, so the slot holds it.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -16,60 +16,63 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from .buffers import Block
 from .engines import refuse_exchange
-from .slots import Segment, check_param, master_kind
+from .slots import Slot, check_param
 
 # Whose live hooks are on a parameter: two owners would take each other's accumulators for
 # gradients.
 _owners: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
+class Owner(Protocol):
+    """Who takes what arrives; held weakly."""
+
+    @property
+    def is_open(self) -> bool:
+        """Whether something was accumulated that no update has used."""
+
+    def arrive(self, slot: Slot, is_due: bool) -> None:
+        """A gradient of `slot` is about to be accumulated by autograd.
+
+        `is_due`: whether there is one, and not the None of a function that has none.
+        """
+
+
 class Attached:
-    """Parameters with segments and hooks; a subclass takes what arrives.
+    """Parameters with slots and hooks.
 
     Args:
+        owner: takes what arrives.
         device: where all of them are.
-        master_weights: see `FusedAccumOptimizer`, or "stochastic".
-        splits: whether a master may be split; else it is an fp32 copy.
+        check: raises for a parameter of a dtype that cannot be served.
 
     Attributes:
         device: as given.
-        segments: by parameter.
+        slots: by parameter.
         groups: the optimizer's param groups, as they were last seen.
         n_cells: partial sums of squares of all of them.
         taken_over: whether another wrapper has the parameters now.
     """
 
     def __init__(
-        self, device: torch.device, master_weights: str | None, splits: bool = True
+        self, owner: Owner, device: torch.device, check: Callable[[torch.dtype], None]
     ) -> None:
+        self._owner_ref = weakref.ref(owner)
         self.device = device
-        self.segments: dict[Tensor, Segment] = {}
+        self.slots: dict[Tensor, Slot] = {}
         self.groups: Sequence[dict[str, Any]] = ()
         self.n_cells = 0
         self.taken_over = False
-        self._master_weights, self._splits = master_weights, splits
-
-    @property
-    def is_open(self) -> bool:
-        """Whether something was accumulated that no update has used."""
-        raise AssertionError("a subclass knows")
-
-    def _arrive(self, segment: Segment, is_due: bool = True) -> None:
-        """A gradient of `segment` is about to be accumulated by autograd.
-
-        `is_due`: whether there is one, and not the None of a function that has none.
-        """
-        raise AssertionError("a subclass takes it")
+        self._check = check
 
     def attach(self, named_params: Iterable[tuple[str, Tensor]]) -> None:
-        """Give each named parameter a segment and a hook. All of them, or none if one is wrong."""
+        """Give each named parameter a slot and a hook. All of them, or none if one is wrong."""
         named = list(named_params)
         if not named:
             return
         owners: dict[int, Attached] = {}
         for name, param in named:
             check_param(name, param)
-            master_kind(self._master_weights, param.dtype)
+            self._check(param.dtype)
             owner = _owners.get(param, lambda: None)()
             if owner is not None and owner is not self:
                 owner.refuse_take_over(name, param, named)
@@ -83,33 +86,30 @@ class Attached:
             owner.detach()
             owner.taken_over = True
         for dtype in dict.fromkeys(param.dtype for _, param in named):
-            kind = master_kind(self._master_weights, dtype)
-            if kind == "split" and not self._splits:
-                kind = "fp32"
             params = [param for _, param in named if param.dtype is dtype]
             block = Block(params)
             for position, param in enumerate(params):
-                segment = Segment(param, block, position, len(self.segments), self.n_cells, kind)
-                self.n_cells += segment.n_cells
+                slot = Slot(param, block, position, len(self.slots), self.n_cells)
+                self.n_cells += slot.n_cells
                 # Since torch 2.10 None lets `grad` have another dtype than the parameter.
                 param.grad_dtype = None if dtype != torch.float32 else dtype
-                self.segments[param] = segment
-                self._hook(segment)
+                self.slots[param] = slot
+                self._hook(slot)
 
     def attach_groups(self, groups: Sequence[dict[str, Any]]) -> None:
-        """Attach parameters of param groups that need a gradient and have no segment yet."""
-        refuse_exchange(self.segments, groups)
+        """Attach parameters of param groups that need a gradient and have no slot yet."""
+        refuse_exchange(self.slots, groups)
         self.groups = groups
         new: list[tuple[str, Tensor]] = []
         for i, group in enumerate(groups):
             for j, param in enumerate(group["params"]):
                 if not param.requires_grad and param.grad is None:
                     continue  # frozen; one with a gradient was not, when it came
-                segment = self.segments.get(param)
-                if segment is None:
+                slot = self.slots.get(param)
+                if slot is None:
                     new.append((f"param_groups[{i}]['params'][{j}]", param))
-                elif segment.hook is None:  # somebody interrupted us before
-                    self._hook(segment)
+                elif slot.hook is None:  # somebody interrupted us before
+                    self._hook(slot)
         self.attach(new)
 
     def refuse_take_over(self, name: str, param: Tensor, named: list[tuple[str, Tensor]]) -> None:
@@ -122,18 +122,20 @@ class Attached:
             ValueError: naming a parameter, and the way out.
         """
         new = {id(other) for _, other in named}
-        if self.is_open or not all(id(own) in new for own in self.segments):
+        owner = self._owner_ref()
+        is_open = owner is not None and owner.is_open
+        if is_open or not all(id(own) in new for own in self.slots):
             why, first = "serves other parameters too", ""
-            if self.is_open:
+            if is_open:
                 why, first = "has an open window", "its zero_grad(), which discards that, and "
             raise ValueError(
                 f"{name} of shape {tuple(param.shape)} already belongs to another "
                 f"FusedAccumOptimizer, which {why}; call {first}its detach(), or delete it, first"
             )
 
-    def changed(self) -> Segment | None:
+    def changed(self) -> Slot | None:
         """A parameter that is not what it was when it was attached, if there is one."""
-        return next((s for s in self.segments.values() if s.difference()), None)
+        return next((s for s in self.slots.values() if s.difference()), None)
 
     def refuse_changed(self) -> None:
         """Raise if a parameter changed.
@@ -143,41 +145,41 @@ class Attached:
         """
         first = self.changed()
         if first is not None:
-            n = sum(1 for s in self.segments.values() if s.difference())
+            n = sum(1 for s in self.slots.values() if s.difference())
             raise RuntimeError(
                 f"{n} parameters changed after they were wrapped (one of shape "
                 f"{tuple(first.shape)}: {first.difference()}) and lost their hooks; nothing was "
                 "updated. Call zero_grad() after moving or converting the model, or wrap after it"
             )
 
-    def _hook(self, segment: Segment) -> None:
-        param = segment.param
+    def _hook(self, slot: Slot) -> None:
+        param = slot.param
         is_trained = param.requires_grad
         try:
             # A frozen one, of which a checkpoint has something, is hooked for the time after.
             param.requires_grad_(True)
-            segment.node = torch.autograd.graph.get_gradient_edge(param).node
+            slot.node = torch.autograd.graph.get_gradient_edge(param).node
         finally:
             param.requires_grad_(is_trained)
-        # The node holds the hook and the segment the node: a strong reference back would be a
+        # The node holds the hook and the slot the node: a strong reference back would be a
         # cycle that Python's collector cannot see.
-        segment_ref, owner_ref = weakref.ref(segment), weakref.ref(self)
+        slot_ref, owner_ref = weakref.ref(slot), self._owner_ref
 
         def prehook(grads: tuple[Tensor | None, ...]) -> None:
-            arriving, owner = segment_ref(), owner_ref()
+            arriving, owner = slot_ref(), owner_ref()
             if arriving is not None and owner is not None and arriving.node is not None:
-                owner._arrive(arriving, grads[0] is not None)
+                owner.arrive(arriving, grads[0] is not None)
 
-        segment.hook = segment.node.register_prehook(prehook)
-        _owners[param] = owner_ref
+        slot.hook = slot.node.register_prehook(prehook)
+        _owners[param] = weakref.ref(self)
 
     def detach(self) -> None:
         """Remove every hook and give `grad` its usual dtype again."""
-        for segment in self.segments.values():
-            segment.node = None  # which a hook that was not noted here asks for
-            if segment.hook is not None:
-                segment.hook.remove()
-            _owners.pop(segment.param, None)
-            segment.param.grad = None
-            segment.param.grad_dtype = segment.param.dtype
-        self.segments.clear()
+        for slot in self.slots.values():
+            slot.node = None  # which a hook that was not noted here asks for
+            if slot.hook is not None:
+                slot.hook.remove()
+            _owners.pop(slot.param, None)
+            slot.param.grad = None
+            slot.param.grad_dtype = slot.param.dtype
+        self.slots.clear()

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import gc
 import sys
-import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any, NoReturn, Protocol
@@ -33,7 +32,7 @@ REDUCE = (
 
 
 class Owned(Protocol):
-    """What is asked of a segment."""
+    """What is asked of a slot."""
 
     param: Tensor
     grad: Tensor | None
@@ -42,13 +41,12 @@ class Owned(Protocol):
 
 
 class Owner(Protocol):
-    """What is asked of a collector."""
+    """What is asked of the parameters' hooks."""
 
-    trouble: Trouble
     groups: Sequence[dict[str, Any]]
 
     @property
-    def segments(self) -> Mapping[Tensor, Any]:
+    def slots(self) -> Mapping[Tensor, Any]:
         """By parameter."""
 
 
@@ -66,10 +64,15 @@ def may_reduce() -> bool:
 
 
 class Watch:
-    """What one collector knows of engines around it."""
+    """What one collector knows of engines around it.
 
-    def __init__(self, owner: Owner) -> None:
-        self._owner = weakref.proxy(owner)
+    Args:
+        owner: has the parameters.
+        trouble: of the open window.
+    """
+
+    def __init__(self, owner: Owner, trouble: Trouble) -> None:
+        self._owner, self._trouble = owner, trouble
         self._looked = False
         self._kept: list[tuple[Owned, int]] = []
         self._n_ending = 0  # backwards whose gradients are all here and that have not returned
@@ -85,7 +88,7 @@ class Watch:
             RuntimeError: for an engine that owns a parameter of ours, and for param groups in which
                 somebody replaced the parameters. The window is marked.
         """
-        refuse_exchange(self._owner.segments, self._owner.groups)
+        refuse_exchange(self._owner.slots, self._owner.groups)
         if not self._looked and is_distributed():
             self._look()
 
@@ -101,16 +104,16 @@ class Watch:
     def note_ending(self) -> None:
         """Mark the window after a backward that raised at its end."""
         if self._n_ending:
-            self._owner.trouble.note(_RAISED)
+            self._trouble.note(_RAISED)
 
     def _is_empty(self) -> bool:
-        return all(param.grad is None for param in self._owner.segments)
+        return all(param.grad is None for param in self._owner.slots)
 
     def _look(self) -> None:
-        found = _engine(self._owner.segments)
+        found = _engine(self._owner.slots)
         if found is not None:
             gc.collect()  # one that is only garbage has no say, and its hooks go with it
-            found = _engine(self._owner.segments)
+            found = _engine(self._owner.slots)
         self._looked = found is None
         if found is not None:
             self._fail(found)
@@ -130,9 +133,9 @@ class Watch:
             # Wherever an engine may be, all of them: it may own some parameters only.
             most = None if is_distributed() else 1
             shown = (
-                (segment, segment.grad._version)
-                for segment in self._owner.segments.values()
-                if segment.grad is not None and segment.param.grad is segment.grad
+                (slot, slot.grad._version)
+                for slot in self._owner.slots.values()
+                if slot.grad is not None and slot.param.grad is slot.grad
             )
             self._kept = list(islice(shown, most))
             self._n_ending += 1
@@ -141,24 +144,24 @@ class Watch:
         def compare() -> None:
             self._n_ending -= 1
             kept, self._kept = self._kept, []
-            for segment, version in kept:
-                grad = segment.param.grad
-                if grad is None or grad is not segment.grad or grad._version != version:
-                    self._fail(_WRITTEN.format(tuple(segment.shape)))
+            for slot, version in kept:
+                grad = slot.param.grad
+                if grad is None or grad is not slot.grad or grad._version != version:
+                    self._fail(_WRITTEN.format(tuple(slot.shape)))
 
         queue(remember)
 
-    def refuse_taken(self, segment: Owned) -> None:
+    def refuse_taken(self, slot: Owned) -> None:
         """A gradient that arrived is not there when it is to be added.
 
         Raises:
             RuntimeError: if there was one. The window is marked.
         """
-        if segment.is_due:
-            self._fail(_TAKEN.format(tuple(segment.shape)))
+        if slot.is_due:
+            self._fail(_TAKEN.format(tuple(slot.shape)))
 
     def _fail(self, reason: str) -> NoReturn:
-        self._owner.trouble.note(reason)
+        self._trouble.note(reason)
         raise RuntimeError(f"{reason}. Nothing was updated; zero_grad() discards the window")
 
 
@@ -188,13 +191,13 @@ def _reason(module: Module) -> str | None:
     return None
 
 
-def _engine(segments: Mapping[Tensor, Owned]) -> str | None:
-    """Which engine has a parameter of `segments`, and what to do; None if there is none."""
+def _engine(slots: Mapping[Tensor, Owned]) -> str | None:
+    """Which engine has a parameter of `slots`, and what to do; None if there is none."""
     held: set[Tensor] = set()
     sharded: set[torch.Size] = set()
     for module in _modules():
         reason = _reason(module)
-        if reason is not None and any(param in segments for param in Module.parameters(module)):
+        if reason is not None and any(param in slots for param in Module.parameters(module)):
             return reason
         for param in _parameters(module):
             held.add(param)
@@ -204,8 +207,8 @@ def _engine(segments: Mapping[Tensor, Owned]) -> str | None:
                 sharded.update(getattr(param, "_shapes", ()))  # FlatParameter
     if not sharded:
         return None
-    for param, segment in segments.items():
-        if param not in held and param.grad is None and segment.param.shape in sharded:
+    for param, slot in slots.items():
+        if param not in held and param.grad is None and slot.param.shape in sharded:
             return _REPLACED.format(tuple(param.shape))
     return None
 

@@ -116,10 +116,10 @@ def test_only_adapters_get_memory(dtype: torch.dtype) -> None:
         del batch
         live = count.live - before
     per_parameter = 4 + 4 + (2 if dtype is torch.bfloat16 else 0)
-    # Besides: segments are aligned to 16 elements, tables take a few dozen bytes per tensor.
+    # Besides: slots are aligned to 16 elements, tables take a few dozen bytes per tensor.
     assert per_parameter * adapters <= live <= per_parameter * adapters + 1024 * len(trained)
     assert live < 2 * frozen  # a bf16 gradient of the base would take as much
-    assert set(opt._core.collector.segments) == set(trained)
+    assert set(opt._core.collector.slots) == set(trained)
     assert set(opt.state) == set(trained)
 
 
@@ -304,7 +304,7 @@ def test_tied_embeddings_trained_fully(dtype: torch.dtype, reentrant: bool | Non
     for i, n in enumerate((4, 4, 2)):
         twins.window(batches(n, i))
     assert twins.violation() <= 1
-    assert len(twins.exact) == len([*model.parameters()]) == len(twins.opt._core.collector.segments)
+    assert len(twins.exact) == len([*model.parameters()]) == len(twins.opt._core.collector.slots)
 
 
 @pytest.mark.parametrize("issue", ["peft#341", "diffusers#8871"])
