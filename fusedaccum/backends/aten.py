@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..kernels.layout import CHUNK
 from ..rules import as_torch as rule_text
 from ..rules.builtin import Family, Rule
 from . import reference
@@ -25,7 +26,7 @@ from .compiled import source as cgen
 from .compiled.compiler import CompilerMissing
 from .operations import StepBatch, TableBackend, UpdateRequest, UpdateScalars
 from .rounding import random_bits, round_stochastic
-from .tables import CHUNK, LaunchTable, count_chunks
+from .tables import LaunchTable, count_chunks
 from .tensors import is_dense
 
 # Elements. fp32 scratch of 512 KiB: with its gradient and accumulator it fits a core's L2 cache.

@@ -15,8 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..kernels.layout import ScalarsRow, StepRow
 from ..rules.builtin import Family, Rule
-from .tables import OWN, LaunchTable, Mirror, TableCache, addresses
+from .tables import LaunchTable, Mirror, TableCache, addresses
 
 GRAD_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -66,7 +67,9 @@ class UpdateScalars:
         self, n_tensors: int, n_scalars: int, device: torch.device, n_memory: int = 0
     ) -> None:
         self.steps = torch.zeros(n_tensors, dtype=torch.float32, device=device)
-        self.scalars = torch.zeros(n_tensors, OWN + n_scalars, dtype=torch.float32, device=device)
+        self.scalars = torch.zeros(
+            n_tensors, ScalarsRow.OWN + n_scalars, dtype=torch.float32, device=device
+        )
         self.memory = torch.zeros(n_tensors, n_memory, dtype=torch.float32, device=device)
         self.norm = torch.zeros((), dtype=torch.float32, device=device)
         self.skip = torch.zeros(1, dtype=torch.int32, device=device)
@@ -136,7 +139,7 @@ class Backend(Protocol):
 class TableBackend:
     """`accumulate`, `sum_of_squares` and `step` by launch tables; subclasses launch.
 
-    The columns follow `kernels/accumulate.py`, `kernels/norm.py` and `kernels/step.py`.
+    The columns are those of the rows of `kernels/layout.py`, in its order.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -187,9 +190,11 @@ class TableBackend:
         accs = addresses(batch.accs)
         columns: list[Any] = [addresses(batch.params), masters, accs, numels, batch.rows]
         columns += [addresses(states) for states in zip(*batch.states, strict=True)]
-        address_columns = [0, 1, 2, *range(5, len(columns))]
+        address_columns = [
+            StepRow.PARAM, StepRow.MASTER, StepRow.ACC, *range(StepRow.STATES, len(columns))
+        ]  # fmt: skip
         if batch.keys:
-            address_columns.remove(1)
+            address_columns.remove(StepRow.MASTER)
         key = ("step", batch.rule.name, dtype, batch.master, accs.tobytes(), tuple(numels))
         table = self._tables.get(
             key, np.stack(columns, axis=1), numels, address_columns, self.device

@@ -18,13 +18,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-# Elements per program. Large enough that the table costs nothing (20 bytes for at least 48 KiB of
-# traffic), small enough that a LoRA matrix of 16 x 4096 still makes 8 programs.
-CHUNK = 8192
-# Every address of a launch must be a multiple of this for 128-bit accesses.
-VECTOR_BYTES = 16
-# Columns of a row of an update's scalars before the rule's own, as in kernels/norm.py.
-OWN = 2
+from ..kernels.layout import CHUNK, VECTOR_BYTES
+
 # Pinned memory for the tables of captured CUDA graphs: 32 bytes a tensor and micro-batch.
 ARENA_BYTES = 4 << 20
 # Tables kept per backend. A model needs one per bucket and one per step launch.

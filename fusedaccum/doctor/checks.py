@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from ..backends import Backend
-from ..backends.tables import CHUNK
+from ..kernels.layout import CHUNK
 
 U = 2.0**-24
 TINY = 2.0**-126  # below it roundings are absolute

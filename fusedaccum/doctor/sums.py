@@ -10,7 +10,8 @@ from torch import Tensor
 
 from ..backends import StepBatch, UpdateRequest, UpdateScalars, reference
 from ..backends.operations import GRAD_DTYPES
-from ..backends.tables import CHUNK, count_chunks
+from ..backends.tables import count_chunks
+from ..kernels.layout import CHUNK
 from ..rules.builtin import RULES
 from . import checks
 from .checks import Check, Memory, Runner, Wrong, host, normal

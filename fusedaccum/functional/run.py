@@ -13,8 +13,9 @@ from torch import Tensor
 from .. import backends
 from ..backends import Backend, StepBatch, UpdateRequest, UpdateScalars
 from ..backends.operations import GRAD_DTYPES
-from ..backends.tables import OWN, addresses
+from ..backends.tables import addresses
 from ..backends.tensors import is_dense, laid_out_like, refuse_tensor, same_order
+from ..kernels.layout import ScalarsRow
 from ..rules.builtin import RULES
 
 Lists = Mapping[str, Sequence[Tensor]]
@@ -161,7 +162,7 @@ def apply(
     _check_numbers("steps", steps, (n,), params[0])
     scalars = UpdateScalars(0, rule.family.n_scalars, device)
     scalars.steps = steps
-    n_columns = OWN + rule.family.n_scalars
+    n_columns = ScalarsRow.OWN + rule.family.n_scalars
     scalars.scalars = torch.empty(n, n_columns, dtype=torch.float32, device=device)
     scalars.memory = torch.empty(n, 0, dtype=torch.float32, device=device)
     for name, numbers in (memory or {}).items():
