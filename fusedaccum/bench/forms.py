@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.utils import clip_grad_norm_, get_total_norm
 
 from .. import FusedAccumOptimizer
+from ..backends import Add
 from ..doctor.windows import deliver
 from ..rules import builtin as rules
 
@@ -203,14 +204,10 @@ class Ours(Form):
         if slots[0].grad is None:
             with torch.enable_grad():
                 deliver(self.params, grads)  # makes the accumulators
-        self.collector.backend.accumulate(
-            [s.acc for s in slots],
-            grads,
-            1 / self.plan.n,
-            first,
-            self.collector.sums.cells(slots, self.collector.n_cells) if with_norm else None,
-            [s.cell for s in slots],
-        )
+        pairs = [(slot.acc, grad) for slot, grad in zip(slots, grads, strict=True)]
+        sums = self.collector.sums.cells(slots, self.collector.n_cells) if with_norm else None
+        request = Add(pairs, 1 / self.plan.n, first, sums, [slot.cell for slot in slots])
+        self.collector.backend.accumulate(request)
 
     def add(self, grads: Sequence[Tensor], index: int) -> None:
         self._accumulate(grads, index == 0, False)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ..backends import StepBatch, UpdateRequest, UpdateScalars
+from ..backends import Correction, Finalize, Keep, Step, StepTensor, UpdateScalars
 from ..backends.rounding import tensor_key
 from ..rules import builtin as rules
 from ..rules import packages as foreign
@@ -20,9 +20,8 @@ from .skips import SkipWatch
 from .swap import Swap
 
 Group = dict[str, Any]
-# What is still to do of an update, given the factor that makes the accumulated sum the mean: a
-# tensor where a GradScaler takes part, NaN after an overflow, which skips the update in any case.
-Apply = Callable[[float | Tensor], None]
+# What is still to do of an update, given what makes the accumulated sum the mean.
+Apply = Callable[[Correction], None]
 
 
 def _zero(_: Group) -> float:
@@ -107,6 +106,10 @@ class Updater:
         make = self._fused if self.is_fused else self._native
         return make(max_norm, partials, skip)
 
+    def update_as_is(self) -> None:
+        """Update with the sum that the window holds: no norm, no clipping, no skip."""
+        self.prepare(None, False, False)(Correction())
+
     def _forget_states(self) -> None:
         """Let the states start as if there had been none."""
         self.is_provisional = False
@@ -135,7 +138,7 @@ class Updater:
     def _fused(self, max_norm: float | None, partials: Tensor | None, skip: bool) -> Apply:
         scalars = self.prepared_scalars()
         groups = self.optimizer.param_groups
-        batches: dict[tuple[str, torch.dtype, str], StepBatch] = {}
+        by_kind: dict[tuple[str, torch.dtype, Keep], Step] = {}
         updated: list[Slot] = []
         position = -1  # among all parameters, frozen ones too: a resumed run draws the same bits
         for group_index, group in enumerate(groups):
@@ -147,31 +150,27 @@ class Updater:
                 if slot is None or not slot.fill:
                     continue
                 self.bind(slot, rule, group)
-                key = (rule.name, slot.dtype, slot.kind)
-                batch = batches.setdefault(key, StepBatch(rule, slot.kind))
-                batch.params.append(param)
-                batch.accs.append(slot.acc)
-                batch.states.append(slot.states)
-                batch.rows.append(slot.row)
-                batch.groups.append(group_index)
-                if slot.has_master:
-                    assert slot.master is not None
-                    batch.masters.append(slot.master)
-                elif slot.kind == "stochastic":
-                    batch.keys.append(tensor_key(self.seed, position))
+                keep = Keep(slot.kind)
+                step = by_kind.get((rule.name, slot.dtype, keep))
+                if step is None:
+                    step = Step(rule, keep, [], scalars)
+                    by_kind[rule.name, slot.dtype, keep] = step
+                key = tensor_key(self.seed, position) if keep is Keep.STOCHASTIC else 0
+                own = slot.master if slot.has_master else None
+                tensor = StepTensor(param, slot.acc, slot.states, slot.row, group_index, own, key)
+                step.tensors.append(tensor)
                 updated.append(slot)
         if not updated:
             return lambda correction: None
-        first = next(iter(batches.values())).rule.family
-        hyper = [(rules.sign(group), *first.hyper(group)) for group in groups]
+        steps = list(by_kind.values())
+        hyper = [(rules.sign(group), *steps[0].rule.family.hyper(group)) for group in groups]
         backend = self.collector.backend
 
         @torch.no_grad()
-        def apply(correction: float | Tensor) -> None:
-            request = UpdateRequest(first, hyper, partials, correction, max_norm, skip)
-            backend.finalize(request, list(batches.values()), scalars)
-            for batch in batches.values():
-                backend.step(batch, scalars)
+        def apply(correction: Correction) -> None:
+            backend.finalize(Finalize(steps, hyper, correction, partials, max_norm, skip))
+            for step in steps:
+                backend.step(step)
             self.grad_norm = None if partials is None else scalars.norm
             # The kernels write behind autograd's back: a backward through the old weights must
             # notice.
@@ -249,8 +248,8 @@ class Updater:
         masters = {s: self._native_master(s) for s in filled if s.has_master}
 
         @torch.no_grad()
-        def apply(correction: float | Tensor) -> None:
-            factor = float(correction)
+        def apply(correction: Correction) -> None:
+            factor = float(correction.product())
             coef: Tensor | float = factor
             self.grad_norm = None
             if partials is not None:

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from ..backends import Backend
+from ..backends import Backend, SumOfSquares
 from .slots import Slot
 
 
@@ -49,7 +49,8 @@ class Sums:
         cells = self.cells(slots, n_cells)
         stale = [s for s in slots if s.fill and (unsure or not s.sums_are_current)]
         if stale:
-            self._backend.sum_of_squares([s.acc for s in stale], cells, [s.cell for s in stale])
+            accs, own_cells = [s.acc for s in stale], [s.cell for s in stale]
+            self._backend.sum_of_squares(SumOfSquares(accs, cells, own_cells))
             for slot in stale:
                 assert slot.grad is not None
                 slot.sums_version, slot.has_sums = slot.grad._version, True

@@ -14,7 +14,8 @@ import torch
 
 from ...rules import as_torch as rule_text
 from ...rules.builtin import Rule
-from ..tables import CHUNK, OWN
+from ..scalars import OWN
+from ..tables import CHUNK
 
 _CALLS = {"sqrt": "sqrtf", "abs": "fabsf"}
 _OPERATORS = {ast.Add: "+", ast.Sub: "-", ast.Mult: "*", ast.Div: "/"}
@@ -158,7 +159,7 @@ void step(const int64_t *table, const int32_t *chunks, void *third, float unused
     const float *scalars = all_scalars + row[4] * %(scalar_columns)d;
     const float coef = scalars[0];
     const uint32_t key =
-        mix_bits(mix_bits((uint32_t)row[1] ^ (uint32_t)scalars[1]) + (uint32_t)chunks[2 * pid + 1]);
+        mix_bits(mix_bits((uint32_t)row[5] ^ (uint32_t)scalars[1]) + (uint32_t)chunks[2 * pid + 1]);
     %(scalar_values)s
     for (int64_t i = 0; i < n; ++i) {
       %(load_param)s
@@ -231,11 +232,11 @@ def step_source(rule: Rule, dtype: torch.dtype, master: str) -> str:
     states, scalars, body, results = translate(function)
     indices = range(len(rule.states))
     return _PRELUDE % {"chunk": CHUNK} + _STEP % {
-        "columns": 5 + len(rule.states),
+        "columns": 6 + len(rule.states),
         "type": c_type,
         "master_type": "int16_t" if master == "split" else "float",
         "state_pointers": "\n    ".join(
-            f"float *restrict state{i} = (float *)row[{5 + i}] + start;" for i in indices
+            f"float *restrict state{i} = (float *)row[{6 + i}] + start;" for i in indices
         ),
         "scalar_columns": OWN + rule.family.n_scalars,
         "scalar_values": "\n    ".join(
