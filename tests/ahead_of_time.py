@@ -1,21 +1,15 @@
 """Compile every kernel variant that the Triton backend can launch, for GPUs that are not there.
 
-    python -m tests.ahead_of_time --target sm_90            a line for each variant
-    python -m tests.ahead_of_time --target sm_90 --json     the same, for a program
     python -m tests.ahead_of_time --write                   kernels/REGISTERS.md, all targets
+    python -m tests.ahead_of_time --check                   is it of today? a sample, compiled anew
+    python -m tests.ahead_of_time --target sm_90 --only step-adam     some variants, a line for each
 
 Nothing about a launch is repeated here. The backend runs its own operations on small CPU tensors
 while recorders stand in for its kernels, so arguments, flags, block sizes and warps are those of a
 real launch; each recorded launch is then compiled the way Triton compiles a launch, with a driver
-that only names the target.
-
-What is read from the result: registers and spills (NVIDIA: cuobjdump on the cubin; AMD: metadata),
-and the accesses of the full-chunk path to tensors: gradients, accumulators, parameters, masters,
-states. That path has no mask, so in PTX those are the accesses without a predicate; and because
-tables and scalars are kernel arguments and tensors are addresses that were loaded from a table,
-they are those whose address does not come from an argument. AMD assembly has no predicates: there
-only 128-bit accesses are counted (the tail has none), for tensors wide enough to give each of a
-wavefront's 64 threads 128 bits.
+that only names the target. Registers and spills are read from the result (NVIDIA: cuobjdump on the
+cubin; AMD: metadata), and the accesses of the full-chunk path (`full_chunks.py`). What has to hold
+is in `registers.py`.
 
 The process must not have TRITON_INTERPRET=1, which the tests have: they run this as a subprocess.
 """
@@ -24,11 +18,14 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
+import math
+import multiprocessing
 import re
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,6 +53,8 @@ from fusedaccum.backends.tables import CHUNK, VECTOR_BYTES
 from fusedaccum.kernels import accumulate, norm, step
 from fusedaccum.rules.builtin import RULES, Rule
 from fusedaccum.window.slots import PARAM_DTYPES
+from tests import registers
+from tests.full_chunks import faults, ptx_widths
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -65,8 +64,8 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 UNALIGNED_TARGETS = ("sm_90", "gfx942")
-TABLE = Path(__file__).resolve().parent.parent / "kernels" / "REGISTERS.md"
 _DTYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+Rows = dict[str, dict[str, Any]]  # what was found of each variant, by name
 _FP32_BYTES = torch.float32.itemsize
 
 
@@ -85,6 +84,25 @@ class Variant:
     loads: tuple[int, ...] = ()
     stores: tuple[int, ...] = ()
 
+    def describe(self) -> str:
+        """All of the launch that decides what is compiled."""
+        arguments = [
+            *map(_describe, self.args),
+            *(f"{k}={_describe(self.kwargs[k])}" for k in sorted(self.kwargs)),
+        ]
+        return f"{self.name}: {self.kernel.__name__}({', '.join(arguments)})"
+
+
+def _describe(value: Any) -> str:
+    """A tensor's type and alignment, a function's name, the value of all else."""
+    if isinstance(value, Tensor):
+        return f"{value.dtype} at a multiple of {math.gcd(value.data_ptr(), VECTOR_BYTES)}"
+    if isinstance(value, triton.JITFunction):
+        return f"{value.__module__}.{value.__name__}"
+    if isinstance(value, tuple):
+        return f"({', '.join(map(_describe, value))})"
+    return repr(value)
+
 
 class _Recorder:
     """Stands in for a kernel and keeps its launches."""
@@ -96,8 +114,8 @@ class _Recorder:
         return lambda *args, **kwargs: self._launches.append((self._kernel, args, kwargs))
 
 
-def variants() -> list[Variant]:
-    """All of them."""
+def variants(target_name: str) -> list[Variant]:
+    """All that are compiled for a target."""
     launches: list[Any] = []
     kernels = {
         name: _Recorder(value, launches)
@@ -113,7 +131,9 @@ def variants() -> list[Variant]:
                 launches.clear()
                 assert kwargs.get("IS_ALIGNED", True) == is_aligned, name
                 name += "" if is_aligned else "-unaligned"
-                found.append(Variant(name, is_aligned, kernel, args, kwargs, loads, stores))
+                # What unaligned tensors take differs by nothing between NVIDIA's generations.
+                if is_aligned or target_name in UNALIGNED_TARGETS:
+                    found.append(Variant(name, is_aligned, kernel, args, kwargs, loads, stores))
     return found
 
 
@@ -220,31 +240,24 @@ def _pointer_without_hint(address, DTYPE: tl.constexpr, IS_ALIGNED: tl.constexpr
     return address.to(tl.pointer_type(DTYPE))
 
 
-def report(target_name: str, only: str = "", has_hint: bool = True) -> dict[str, Any]:
-    """Compile the variants whose name matches the pattern `only`, and look at each.
-
-    Without the hint, every pointer loses its alignment: a control, before anything is compiled.
-    """
+def report(target_name: str, wanted: Callable[[str], Any]) -> Rows:
+    """Compile the variants whose name is `wanted`, and look at each."""
     target = TARGETS[target_name]
     triton.runtime.driver.set_active(_Driver(target))
-    if not has_hint:
-        for module in (accumulate, norm, step):
-            module.typed_pointer = _pointer_without_hint
-    rows: dict[str, Any] = {}
-    for variant in variants():
-        # What unaligned tensors take differs by nothing between NVIDIA's generations.
-        is_wanted = variant.is_aligned or target_name in UNALIGNED_TARGETS
-        if is_wanted and re.search(only, variant.name):
-            row = rows[variant.name] = {"kernel": variant.kernel.__name__, "error": None}
-            row["is_aligned"] = variant.is_aligned
-            try:
-                compiled = variant.kernel.warmup(*variant.args, grid=(1,), **variant.kwargs)
-            except Exception as error:  # of many kinds; the other variants still count
-                row["error"] = f"{type(error).__name__}: {error}"
-                continue
-            row |= _read_amd(compiled) if target.backend == "hip" else _read_nvidia(compiled)
-            row["faults"] = faults(variant, target, row["widths"])
-    return {"triton": triton.__version__, "target": target_name, "variants": rows}
+    rows: Rows = {}
+    for variant in variants(target_name):
+        if not wanted(variant.name):
+            continue
+        row = rows[variant.name] = {"is_aligned": variant.is_aligned, "error": None}
+        try:
+            compiled = variant.kernel.warmup(*variant.args, grid=(1,), **variant.kwargs)
+        except Exception as error:  # of many kinds; the other variants still count
+            row["error"] = f"{type(error).__name__}: {error}"
+            continue
+        row |= _read_amd(compiled) if target.backend == "hip" else _read_nvidia(compiled)
+        widths = row.pop("widths")
+        row["faults"] = faults(variant.kwargs, variant.loads, variant.stores, target, widths)
+    return rows
 
 
 def _read_nvidia(compiled: Any) -> dict[str, Any]:
@@ -274,135 +287,61 @@ def _read_amd(compiled: Any) -> dict[str, Any]:
     }
 
 
-# --- the full-chunk path ---
-
-_PREDICATE = r"(@!?%p\d+\s+)?"
-_ACCESS = re.compile(_PREDICATE + r"(ld|st)\.global([.\w:]*)\s+(.*)$")
-# What an instruction computes, and what from. A loaded value has no sources of its own: where it
-# was loaded from is of no interest.
-_COMPUTED = re.compile(_PREDICATE + r"(?!ld|st|atom|red)[a-z][\w.:]*\s+(\{[^}]*\}|[^,]+),(.*)$")
-_REGISTER = re.compile(r"%[a-z]+\d+")
+# --- the commands ---
 
 
-def ptx_widths(ptx: str) -> dict[str, list[int]]:
-    """Bytes of each load and of each store that goes to a tensor and has no predicate."""
-    from_arguments: set[str] = set()
-    sources: dict[str, set[str]] = {}
-    found = []
-    for line in (raw.split("//")[0].strip() for raw in ptx.splitlines()):
-        access = _ACCESS.match(line)
-        if access:
-            predicate, kind, modifiers, operands = access.groups()
-            address = re.search(r"\[\s*(%\w+)", operands)
-            assert address, f"no address in {line!r}"
-            if not predicate:
-                found.append((kind, _width(modifiers), address[1]))
-        elif line.startswith("ld.param"):
-            from_arguments.update(_REGISTER.findall(line))
-        elif computed := _COMPUTED.match(line):
-            for register in _REGISTER.findall(computed[2]):
-                sources.setdefault(register, set()).update(_REGISTER.findall(computed[3]))
-    widths: dict[str, list[int]] = {"loads": [], "stores": []}
-    for kind, width, address in found:
-        if not from_arguments & _origins(address, sources):
-            widths["loads" if kind == "ld" else "stores"].append(width)
-    return widths
+def _whole_report(target_name: str) -> Rows:
+    return report(target_name, lambda name: True)
 
 
-def _width(modifiers: str) -> int:
-    """Bytes of an access: `.v4.b32` is 16."""
-    vector = re.search(r"\.v(\d)", modifiers)
-    bits = re.search(r"\.[bfsu](\d+)$", modifiers)
-    assert bits, f"unknown access {modifiers!r}"
-    return int(bits[1]) // 8 * (int(vector[1]) if vector else 1)
+def _digest() -> str:
+    # What unaligned tensors take is compiled for two targets only: their digest is of all.
+    launches = [variant.describe() for variant in variants(UNALIGNED_TARGETS[0])]
+    return registers.digest(launches)
 
 
-def _origins(register: str, sources: dict[str, set[str]]) -> set[str]:
-    """`register` and all that it is computed from. A loop makes this a graph with circles."""
-    seen, queue = {register}, [register]
-    while queue:
-        new = sources.get(queue.pop(), set()) - seen
-        seen |= new
-        queue.extend(new)
-    return seen
+def _write() -> list[str]:
+    with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
+        reports = dict(zip(TARGETS, pool.map(_whole_report, TARGETS), strict=True))
+    broken = [text for name in TARGETS for text in registers.broken_laws(name, reports[name])]
+    if not broken:
+        registers.write(_digest(), reports)
+    return broken
 
 
-def faults(variant: Variant, target: GPUTarget, widths: dict[str, list[int]]) -> list[str]:
-    """What is wrong with the widths (bytes) of the full-chunk path's loads and stores.
-
-    Every access has to be 128 bits or more, and together they have to be the bytes that a thread
-    moves in one block, or in several where the compiler has unrolled the loop: an access that went
-    elsewhere (behind a predicate, say) is missing.
-    """
-    found, unrolled = [], set()
-    threads = variant.kwargs["num_warps"] * target.warp_size
-    for kind, itemsizes in (("loads", variant.loads), ("stores", variant.stores)):
-        shares = [variant.kwargs["BLOCK"] * itemsize // threads for itemsize in itemsizes]
-        if target.backend == "hip":
-            shares = [share for share in shares if share >= VECTOR_BYTES]
-        narrow = sorted({8 * width for width in widths[kind] if width < VECTOR_BYTES})
-        if narrow:
-            found.append(f"{kind} of {narrow} bits")
-        expected, moved = sum(shares), sum(widths[kind])
-        if expected:
-            unrolled.add(moved / expected)
-        elif moved:
-            found.append(f"{moved} bytes in {kind}, expected none")
-    blocks = variant.kwargs.get("CHUNK", 0) // variant.kwargs["BLOCK"]
-    if unrolled and not (len(unrolled) == 1 and unrolled <= set(range(1, blocks + 1))):
-        found.append(f"loads and stores of {sorted(unrolled)} blocks, expected the same few")
-    return found
-
-
-# --- the table ---
-
-
-def write_table(reports: list[dict[str, Any]]) -> str:
-    """The text of REGISTERS.md."""
-    lines = [
-        "# Registers of every kernel variant",
-        "",
-        "Per thread, as the compiler allots them: registers on NVIDIA, VGPRs on AMD (gfx942), for",
-        "tensors at aligned addresses. Made by `python -m tests.ahead_of_time --write`, no GPU;",
-        "`tests/backends/test_ahead_of_time.py` compares. A commit that changes a number says why.",
-        "",
-        f"Triton {reports[0]['triton']}",
-        "",
-        "| variant | " + " | ".join(r["target"] for r in reports) + " |",
-        "|---|" + "--:|" * len(reports),
-    ]
-    for name, row in reports[0]["variants"].items():
-        if row["is_aligned"]:
-            for r in reports:
-                error = r["variants"][name]["error"]
-                assert not error, f"{name} does not compile for {r['target']}: {error}"
-            cells = [str(r["variants"][name]["registers"]) for r in reports]
-            lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+def _check() -> list[str]:
+    recorded = registers.read()
+    if (today := _digest()) != recorded.digest:
+        return [f"{registers.TABLE.name} is of other kernels or launches: {registers.WAY_OUT}"]
+    broken = []
+    for name in TARGETS:
+        every = [variant.name for variant in variants(name)]
+        sample = registers.sample(today, name, every)
+        rows = report(name, sample.__contains__)
+        broken += registers.broken_laws(name, rows) + registers.changed(name, rows, recorded, every)
+    return broken
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="compile every kernel variant without a GPU")
-    parser.add_argument("--target", choices=TARGETS, help="compile for this one and report")
+    does = parser.add_mutually_exclusive_group(required=True)
+    does.add_argument("--write", action="store_true", help="compile for all targets, then write")
+    does.add_argument("--check", action="store_true", help="compile a sample, compare")
+    does.add_argument("--target", choices=TARGETS, help="compile for this one, print")
     parser.add_argument("--only", default="", metavar="PATTERN", help="variants of that name")
     parser.add_argument("--without-hint", action="store_true", help="a control: no alignment")
-    parser.add_argument("--json", action="store_true", help="report as JSON")
-    parser.add_argument("--write", action="store_true", help=f"compile for all, write {TABLE.name}")
     arguments = parser.parse_args()
     if triton.knobs.runtime.interpret:
         parser.error("TRITON_INTERPRET is set: kernels would be interpreted, not compiled")
-    if arguments.write:
-        text = write_table([report(target) for target in TARGETS])
-        TABLE.write_text(text, encoding="utf-8")
-    elif arguments.target:
-        result = report(arguments.target, arguments.only, not arguments.without_hint)
-        if arguments.json:
-            print(json.dumps(result, indent=1))
-        else:
-            for name, row in result["variants"].items():
-                print(f"{name:44}", row["error"] or f"{row['registers']:4} {row['faults']}")
-    else:
-        parser.error("give --target or --write")
+    if arguments.without_hint:
+        for module in (accumulate, norm, step):
+            module.typed_pointer = _pointer_without_hint
+    if arguments.target:
+        rows = report(arguments.target, re.compile(arguments.only).search)
+        for name, row in rows.items():
+            print(f"{name:44}", row["error"] or f"{row['registers']:4} {row['faults']}")
+    elif broken := (_write() if arguments.write else _check()):
+        sys.exit("\n".join(broken))
 
 
 if __name__ == "__main__":

@@ -205,7 +205,7 @@ class Ours(Form):
             with torch.enable_grad():
                 deliver(self.params, grads)  # makes the accumulators
         pairs = [(slot.acc, grad) for slot, grad in zip(slots, grads, strict=True)]
-        sums = self.collector.sums.cells(slots, self.collector.n_cells) if with_norm else None
+        sums = self.collector.sums.cells() if with_norm else None
         request = Add(pairs, 1 / self.plan.n, first, sums, [slot.cell for slot in slots])
         self.collector.backend.accumulate(request)
 
@@ -234,8 +234,12 @@ class Ours(Form):
         return [state[i].get("master_param", p.detach()) for i, p in enumerate(self.params)]
 
     def held(self) -> int:
-        slots = self.collector.slots.values()
-        own = [t for s in slots for t in (s.acc, s.master, *s.states)]
+        updater = self.optimizer._core.updater
+        own = [
+            t
+            for s in self.collector.slots.values()
+            for t in (s.acc, updater.masters[s].tensor, *updater.states[s].tensors)
+        ]
         return _nbytes([*self.params, *own])
 
 

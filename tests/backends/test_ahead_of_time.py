@@ -1,169 +1,123 @@
 """Every kernel variant compiles for every target, without a GPU, and the result is as it should be:
 128-bit accesses, no spills, the registers that `kernels/REGISTERS.md` lists.
 
-`tests/ahead_of_time.py` compiles, in a process of its own, and says how it reads the result. All
-variants are compiled for all targets, on all cores: about 50 s of one core for each target.
+That file has the digest of a source all of which was compiled and found so. Here it has to be
+today's source, and a sample is compiled anew.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import subprocess
 import sys
-import tempfile
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 
 pytest.importorskip("triton", reason="needs Triton, which is only there on Linux")
 
-from tests.ahead_of_time import TABLE, TARGETS, UNALIGNED_TARGETS, faults, ptx_widths
+from tests import registers
+from tests.ahead_of_time import TARGETS
+from tests.full_chunks import faults, ptx_widths
 
 ROOT = Path(__file__).resolve().parents[2]
-# ptxas may park a few values that a whole kernel needs, to fit one more block on a multiprocessor.
-# In a variant for unaligned tensors that is left to it: four words.
-MAX_UNALIGNED_SPILL = 16
-# One program an update: two words of local memory are nothing.
-FINALIZE_SPILL = 8
-# The same, two words, in a few variants of rules that are rarely used. Not to grow.
-KNOWN_SPILLS = {
-    ("sm_80", "step-adadelta-bf16-fp32"): 8,
-    ("sm_100", "step-adadelta-bf16-stochastic"): 8,
-    ("sm_120", "step-adadelta-bf16-stochastic"): 8,
-    ("sm_120", "step-rmsprop_centered_momentum-bf16-none"): 8,
-    ("sm_120", "step-rmsprop_centered_momentum-fp16-none"): 8,
-}
 
 
-def compile_variants(*arguments: str) -> dict[str, Any]:
-    """What `python -m tests.ahead_of_time --json` prints."""
+def ahead_of_time(cache: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """`python -m tests.ahead_of_time`, with nothing in Triton's cache."""
     # Settings of whoever runs the tests (another ptxas, no optimisation) must not matter.
     environment = {k: v for k, v in os.environ.items() if not k.startswith("TRITON_")}
-    with tempfile.TemporaryDirectory() as cache:
-        run = subprocess.run(
-            [sys.executable, "-m", "tests.ahead_of_time", "--json", *arguments],
-            cwd=ROOT,
-            env=environment | {"TRITON_CACHE_DIR": cache},
-            capture_output=True,
-            text=True,
-            timeout=600,
-        )
+    return subprocess.run(
+        [sys.executable, "-m", "tests.ahead_of_time", *arguments],
+        cwd=ROOT,
+        env=environment | {"TRITON_CACHE_DIR": str(cache)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_the_table_is_of_this_source_and_a_sample_compiles_to_it(tmp_path: Path) -> None:
+    run = ahead_of_time(tmp_path, "--check")
     assert run.returncode == 0, run.stderr
-    report: dict[str, Any] = json.loads(run.stdout)
-    return report
 
 
-@pytest.fixture(scope="session")
-def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    """A report for each target. The first pytest-xdist worker compiles, the others wait for it."""
-    import fcntl  # not on Windows, where nothing of this module runs
-
-    folder = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        folder = folder.parent
-    with open(folder / "ahead_of_time.json", "a+", encoding="utf-8") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        file.seek(0)
-        text = file.read()
-        if not text:
-            with ThreadPoolExecutor(os.cpu_count()) as pool:
-                made = list(pool.map(lambda name: compile_variants("--target", name), TARGETS))
-            text = json.dumps({report["target"]: report for report in made})
-            file.write(text)
-    found: dict[str, dict[str, Any]] = json.loads(text)
-    return found
-
-
-@pytest.fixture(params=TARGETS)
-def report(request: pytest.FixtureRequest, reports: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    return reports[request.param]
-
-
-def compiled(report: dict[str, Any], *, aligned: bool) -> dict[str, dict[str, Any]]:
-    """The variants that compiled, by name."""
-    return {
-        name: row
-        for name, row in report["variants"].items()
-        if row["is_aligned"] == aligned and row["error"] is None
-    }
-
-
-def read_table() -> tuple[str, dict[str, dict[str, int]]]:
-    """REGISTERS.md: Triton's version, and registers by target and variant."""
-    text = TABLE.read_text(encoding="utf-8")
-    version = re.search(r"^Triton (\S+)$", text, re.M)
-    assert version, f"{TABLE.name} has no line 'Triton <version>'"
-    lines = [line.strip("|") for line in text.splitlines() if line.startswith("|")]
-    header, _, *rows = [[cell.strip() for cell in line.split("|")] for line in lines]
-    return version[1], {
-        target: {row[0]: int(row[column]) for row in rows}
-        for column, target in enumerate(header[1:], start=1)
-    }
-
-
-def test_every_variant_compiles(report: dict[str, Any]) -> None:
-    errors = {name: row["error"] for name, row in report["variants"].items() if row["error"]}
-    assert not errors, f"{len(errors)} do not: {', '.join(errors)}\n{next(iter(errors.values()))}"
-
-
-def test_every_kernel_is_among_the_variants(report: dict[str, Any]) -> None:
-    sources = "".join(path.read_text(encoding="utf-8") for path in TABLE.parent.glob("*.py"))
-    kernels = set(re.findall(r"^def (\w+_kernel)\(", sources, re.M))
-    assert kernels and {row["kernel"] for row in report["variants"].values()} == kernels
-
-
-def test_nothing_spills(report: dict[str, Any]) -> None:
-    aligned, unaligned = compiled(report, aligned=True), compiled(report, aligned=False)
-    assert aligned and bool(unaligned) is (report["target"] in UNALIGNED_TARGETS)
-    allowed = {**dict.fromkeys(aligned, 0), **dict.fromkeys(unaligned, MAX_UNALIGNED_SPILL)}
-    allowed |= {name: FINALIZE_SPILL for name in aligned if name.startswith("finalize-")}
-    allowed |= {name: n for (target, name), n in KNOWN_SPILLS.items() if target == report["target"]}
-    rows = {**aligned, **unaligned}
-    too_much = {name: row["spills"] for name, row in rows.items() if row["spills"] > allowed[name]}
-    assert too_much == {}, "bytes of local memory a thread"
-
-
-def test_the_full_chunk_path_moves_128_bits_at_a_time(report: dict[str, Any]) -> None:
-    found = {n: row["faults"] for n, row in compiled(report, aligned=True).items() if row["faults"]}
-    assert found == {}
-
-
-def test_unaligned_variants_would_not_pass_as_aligned(report: dict[str, Any]) -> None:
-    rows = compiled(report, aligned=False)
-    assert rows or report["target"] not in UNALIGNED_TARGETS
-    assert [name for name, row in rows.items() if not row["faults"]] == []
-
-
-def test_kernels_without_the_hint_would_not_pass() -> None:
+def test_kernels_without_the_hint_would_not_pass(tmp_path: Path) -> None:
     only = "^(accumulate-bf16-later-norm|sum_of_squares-bf16|step-adam-bf16-split)$"
-    rows = compile_variants("--target", "sm_90", "--only", only, "--without-hint")["variants"]
-    assert len(rows) == 3 and not any(row["error"] for row in rows.values())
-    assert all(row["faults"][0].startswith("loads of [16") for row in rows.values())
+    run = ahead_of_time(tmp_path, "--target", "sm_90", "--only", only, "--without-hint")
+    assert run.returncode == 0, run.stderr
+    lines = run.stdout.splitlines()
+    assert len(lines) == 3
+    assert all(re.search(r" \d+ \['loads of \[16", line) for line in lines), run.stdout
 
 
-def test_registers_are_those_of_the_table(report: dict[str, Any]) -> None:
-    version, table = read_table()
-    if version != report["triton"]:
-        pytest.skip(f"{TABLE.name} is made with Triton {version}, this is {report['triton']}")
-    rows = compiled(report, aligned=True)
-    now = {name: row["registers"] for name, row in rows.items()}
-    listed = table[report["target"]]
-    changed = {
-        name: f"listed {listed.get(name)}, now {now.get(name)}"
-        for name in {**listed, **now}
-        if listed.get(name) != now.get(name)
-    }
-    assert changed == {}, "python -m tests.ahead_of_time --write, and say why in the commit"
+def test_every_kernel_is_in_the_table_and_in_each_sample() -> None:
+    sources = "".join(p.read_text(encoding="utf-8") for p in registers.TABLE.parent.glob("*.py"))
+    kernels = set(re.findall(r"^def (\w+)_kernel\(", sources, re.M))
+    recorded = registers.read()
+    assert set(recorded.registers) == set(TARGETS)
+    for target, listed in recorded.registers.items():
+        assert kernels and {name.split("-")[0] for name in listed} == kernels
+        sample = registers.sample(recorded.digest, target, list(listed))
+        assert {name.split("-")[0] for name in sample} == kernels
 
 
 def test_the_table_is_made_with_the_version_that_ci_installs() -> None:
     constraints = (ROOT / "constraints.txt").read_text(encoding="utf-8")
-    assert f"triton=={read_table()[0]}\n" in constraints
+    assert f"triton=={registers.read().triton}\n" in constraints
+
+
+# --- the laws themselves ---
+
+GOOD = {"error": None, "is_aligned": True, "spills": 0, "faults": [], "registers": 40}
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "is_broken"),
+    [
+        ("step-adam-bf16-none", GOOD, False),
+        ("step-adam-bf16-none", {"error": "CompilationError: no"}, True),
+        ("step-adam-bf16-none", GOOD | {"spills": 4}, True),
+        ("step-adam-bf16-none", GOOD | {"faults": ["loads of [16] bits"]}, True),
+        ("step-adadelta-bf16-fp32", GOOD | {"spills": 8}, False),
+        ("step-adadelta-bf16-fp32", GOOD | {"spills": 12}, True),
+        ("finalize-adam", GOOD | {"spills": 8}, False),
+        ("finalize-adam", GOOD | {"spills": 12}, True),
+        ("step-adam-bf16-none-unaligned", GOOD | {"is_aligned": False}, True),
+    ],
+)
+def test_a_broken_law_is_found(name: str, row: dict[str, object], is_broken: bool) -> None:
+    assert bool(registers.broken_laws("sm_80", {name: row})) is is_broken
+
+
+def test_an_unaligned_variant_may_spill_four_words() -> None:
+    row = GOOD | {"is_aligned": False, "faults": ["loads of [16] bits"], "spills": 16}
+    assert registers.broken_laws("sm_90", {"step-adam-bf16-none-unaligned": row}) == []
+    row["spills"] = 20
+    assert len(registers.broken_laws("sm_90", {"step-adam-bf16-none-unaligned": row})) == 1
+
+
+def test_other_registers_and_other_variants_are_found() -> None:
+    recorded = registers.read()
+    name, number = next(iter(recorded.registers["sm_90"].items()))
+    names = list(recorded.registers["sm_90"])
+    good = {name: GOOD | {"registers": number}}
+    assert registers.changed("sm_90", good, recorded, names) == []
+    assert len(registers.changed("sm_90", good, recorded, [*names, "step-new-fp32-none"])) == 1
+    assert len(registers.changed("sm_90", good, recorded, names[1:])) == 1
+    other = {name: GOOD | {"registers": number + 1}}
+    expected = int(recorded.triton == registers.triton.__version__)
+    assert len(registers.changed("sm_90", other, recorded, names)) == expected
+
+
+def test_comments_and_docstrings_do_not_count_for_the_digest_and_all_else_does() -> None:
+    text = "X = 1\n\ndef f(a):\n    return a + X\n"
+    said = '"""Text."""\nX = 1  # one\n\ndef f(a):\n    """More."""\n    return (a + X)\n'
+    assert registers.tree(said) == registers.tree(text)
+    for other in ("a - X", "a + Y", "a + (X + a)", "None"):
+        assert registers.tree(text.replace("a + X", other)) != registers.tree(text)
+    assert registers.digest(["a"]) != registers.digest(["b"])
 
 
 # --- the reading of PTX itself ---
@@ -193,8 +147,7 @@ $L__BB0_2:
 
 def found_in(ptx: str, block: int = 512) -> list[str]:
     kwargs = {"BLOCK": block, "CHUNK": 2 * block, "num_warps": 4}
-    variant: Any = SimpleNamespace(kwargs=kwargs, loads=(4,), stores=(4,))
-    return faults(variant, TARGETS["sm_90"], ptx_widths(ptx))
+    return faults(kwargs, (4,), (4,), TARGETS["sm_90"], ptx_widths(ptx))
 
 
 def test_tables_scalars_and_the_tail_do_not_count() -> None:
