@@ -21,16 +21,18 @@ import triton
 import triton.language as tl
 
 from ._math import join_master, mix_bits, round_stochastic, split_master, typed_pointer
-from .norm import COEF, OWN, STEP
+from .layout import ScalarsRow, StepRow
 
-# Columns of a row of the address table; the states' addresses follow.
-PARAM = tl.constexpr(0)
-MASTER_COLUMN = tl.constexpr(1)  # 0 where there is none
-ACC = tl.constexpr(2)
-NUMEL = tl.constexpr(3)
-TENSOR = tl.constexpr(4)
-KEY = tl.constexpr(5)  # the tensor's random key, read only for "stochastic"
-STATES = tl.constexpr(6)
+PARAM = tl.constexpr(StepRow.PARAM)
+MASTER_COLUMN = tl.constexpr(StepRow.MASTER)
+ACC = tl.constexpr(StepRow.ACC)
+NUMEL = tl.constexpr(StepRow.NUMEL)
+TENSOR = tl.constexpr(StepRow.TENSOR)
+KEY = tl.constexpr(StepRow.KEY)
+STATES = tl.constexpr(StepRow.STATES)
+COEF = tl.constexpr(ScalarsRow.COEF)
+STEP = tl.constexpr(ScalarsRow.STEP)
+OWN = tl.constexpr(ScalarsRow.OWN)
 
 
 @triton.jit

@@ -49,8 +49,8 @@ from fusedaccum.backends.operations import (
     SumOfSquares,
 )
 from fusedaccum.backends.scalars import UpdateScalars
-from fusedaccum.backends.tables import CHUNK, VECTOR_BYTES
 from fusedaccum.kernels import accumulate, norm, step
+from fusedaccum.kernels.layout import CHUNK, VECTOR_BYTES
 from fusedaccum.rules.builtin import RULES, Rule
 from fusedaccum.window.slots import PARAM_DTYPES
 from tests import registers

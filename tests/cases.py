@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fusedaccum.backends.compiled import loops
-from fusedaccum.backends.tables import CHUNK
+from fusedaccum.kernels.layout import CHUNK
 
 GRAD_DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # 0, 1, around a block of the step and of the accumulation, and a prime beyond one chunk.

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..kernels.layout import CHUNK
 from ..rules import as_torch as rule_text
 from ..rules.builtin import Family
 from . import reference
@@ -22,7 +23,7 @@ from .compiled.loops import Loops
 from .keep import Keep
 from .operations import Add, Finalize, Step, SumOfSquares
 from .rounding import random_bits, round_stochastic
-from .tables import CHUNK, count_chunks
+from .tables import count_chunks
 from .tensors import is_dense
 
 # Elements. fp32 scratch of 512 KiB: with its gradient and accumulator it fits a core's L2 cache.

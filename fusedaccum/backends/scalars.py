@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from ..kernels.layout import ScalarsRow
 from .mirror import Mirror
-
-# Columns of a row of `UpdateScalars.scalars` before the rule's own, as in kernels/norm.py.
-OWN = 2
 
 
 class UpdateScalars:
@@ -15,8 +13,8 @@ class UpdateScalars:
 
     Attributes:
         steps: fp32 [n_tensors], updates so far.
-        scalars: fp32 [n_tensors, OWN + n_scalars]: gradient coefficient, step count, then the
-            rule's scalars.
+        scalars: fp32 [n_tensors, ScalarsRow.OWN + n_scalars]: gradient coefficient, step count,
+            then the rule's scalars.
         memory: fp32 [n_tensors, n_memory], what the rules keep per tensor.
         norm: fp32 [], the last update's norm before clipping.
         skip: int32 [1], whether the last update was skipped.
@@ -29,7 +27,8 @@ class UpdateScalars:
         self, n_tensors: int, n_scalars: int, device: torch.device, n_memory: int = 0
     ) -> None:
         self.steps = torch.zeros(n_tensors, dtype=torch.float32, device=device)
-        self.scalars = torch.zeros(n_tensors, OWN + n_scalars, dtype=torch.float32, device=device)
+        n_columns = ScalarsRow.OWN + n_scalars
+        self.scalars = torch.zeros(n_tensors, n_columns, dtype=torch.float32, device=device)
         self.memory = torch.zeros(n_tensors, n_memory, dtype=torch.float32, device=device)
         self.norm = torch.zeros((), dtype=torch.float32, device=device)
         self.skip = torch.zeros(1, dtype=torch.int32, device=device)

@@ -17,14 +17,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from ..kernels.layout import CHUNK, VECTOR_BYTES, AccumulateRow, SquaresRow, StepRow
 from .mirror import Mirror
 from .operations import Add, Step, SumOfSquares
 
-# Elements per program. Large enough that the table costs nothing (20 bytes for at least 48 KiB of
-# traffic), small enough that a LoRA matrix of 16 x 4096 still makes 8 programs.
-CHUNK = 8192
-# Every address of a launch must be a multiple of this for 128-bit accesses.
-VECTOR_BYTES = 16
 # Tables kept per backend. A model needs one per bucket and one per step launch.
 MAX_TABLES = 512
 
@@ -80,7 +76,7 @@ class Tables:
     """The launch tables of one backend, least recently used first out.
 
     Each method makes or updates those of a request, and leaves out what has no elements. The
-    columns of a row follow `kernels/accumulate.py`, `kernels/norm.py` and `kernels/step.py`.
+    columns are those of the rows of `kernels/layout.py`, in its order.
 
     Args:
         device: where the kernels run.
@@ -103,7 +99,9 @@ class Tables:
             # The accumulators are part of the key, so that two buckets of equal shapes, such as two
             # layers of a model, keep a table each and neither is uploaded again.
             key = ("accumulate", dtype, acc_addresses.tobytes(), tuple(numels), tuple(own_cells))
-            yield from self._get(key, dtype, columns, numels, (0, 1))
+            yield from self._get(
+                key, dtype, columns, numels, (AccumulateRow.GRAD, AccumulateRow.ACC)
+            )
 
     def of_sums(self, request: SumOfSquares) -> Iterator[LaunchTable]:
         """A table for each dtype of the tensors."""
@@ -112,7 +110,9 @@ class Tables:
             numels = [tensor.numel() for tensor in tensors]
             cells = [request.cells[i] for i in members]
             key = ("sum_of_squares", dtype, tuple(numels), tuple(cells))
-            yield from self._get(key, dtype, [addresses(tensors), numels, cells], numels, (0,))
+            yield from self._get(
+                key, dtype, [addresses(tensors), numels, cells], numels, (SquaresRow.DATA,)
+            )
 
     def of_step(self, request: Step) -> Iterator[LaunchTable]:
         """The one table."""
@@ -125,7 +125,8 @@ class Tables:
         columns: list[Any] = [addresses([t.param for t in tensors]), masters, accs]
         columns += [numels, rows, keys]
         columns += [addresses(states) for states in zip(*(t.states for t in tensors), strict=True)]
-        address_columns = (0, 1, 2, *range(6, len(columns)))
+        own = (StepRow.PARAM, StepRow.MASTER, StepRow.ACC)
+        address_columns = (*own, *range(StepRow.STATES, len(columns)))
         key = ("step", request.rule.name, dtype, request.keep, accs.tobytes(), tuple(numels))
         yield from self._get(key, dtype, columns, numels, address_columns)
 

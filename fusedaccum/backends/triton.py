@@ -12,11 +12,12 @@ import triton.language as tl
 from torch import Tensor
 
 from ..kernels.accumulate import accumulate_kernel
+from ..kernels.layout import CHUNK
 from ..kernels.norm import finalize_kernel, sum_of_squares_kernel
 from ..kernels.step import step_kernel
 from ..rules.builtin import Family
 from .operations import Add, Finalize, Step, SumOfSquares
-from .tables import CHUNK, Tables
+from .tables import Tables
 
 # Elements a program has in flight. 2048 over 4 warps is two 128-bit loads of bf16 and four of fp32
 # per thread; the step keeps more values alive, so half of that keeps it without spills.

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from ..backends import Add, Backend, Finalize, Step, SumOfSquares
-from ..backends.tables import CHUNK
+from ..kernels.layout import CHUNK
 
 U = 2.0**-24
 TINY = 2.0**-126  # below it roundings are absolute

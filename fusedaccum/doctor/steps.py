@@ -25,7 +25,7 @@ from ..backends import (
 from ..backends.compiled import compiler
 from ..backends.compiled import engine as native
 from ..backends.compiled import source as cgen
-from ..backends.scalars import OWN
+from ..kernels.layout import ScalarsRow
 from ..rules.builtin import RULES, Rule, sign
 from . import checks
 from .checks import Check, Memory, Runner, host, normal
@@ -213,7 +213,11 @@ def _require_scalars(
     relative = checks.SCALAR_ROUNDINGS * checks.U
     wanted = (COEF * hyper[0], float(update), *own)
     for i, (got, expected) in enumerate(zip(numbers, wanted, strict=True)):
-        name = ("gradient coefficient", "step count")[i] if i < OWN else f"scalar {i - OWN}"
+        name = (
+            ("gradient coefficient", "step count")[i]
+            if i < ScalarsRow.OWN
+            else f"scalar {i - ScalarsRow.OWN}"
+        )
         checks.require_number(f"in update {update} {name}", got, expected, relative)
     for (name, _), got, expected in zip(
         rule.family.memory, scalars.memory[row].tolist(), kept, strict=True

@@ -20,7 +20,8 @@ from ..backends import (
     reference,
 )  # fmt: skip
 from ..backends.operations import GRAD_DTYPES
-from ..backends.tables import CHUNK, count_chunks
+from ..backends.tables import count_chunks
+from ..kernels.layout import CHUNK
 from ..rules.builtin import RULES
 from . import checks
 from .checks import Check, Memory, Runner, Wrong, host, normal

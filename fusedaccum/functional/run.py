@@ -14,9 +14,9 @@ from torch import Tensor
 from .. import backends
 from ..backends import Backend, Correction, Finalize, Keep, Step, StepTensor, UpdateScalars
 from ..backends.operations import GRAD_DTYPES
-from ..backends.scalars import OWN
 from ..backends.tables import addresses
 from ..backends.tensors import is_dense, laid_out_like, refuse_tensor, same_order
+from ..kernels.layout import ScalarsRow
 from ..rules.builtin import RULES, Family
 
 Tensors = Sequence[Tensor]
@@ -208,7 +208,7 @@ def _scalars(family: Family, operands: Operands) -> UpdateScalars:
     _check_numbers("steps", operands.steps, (n,), like)
     scalars = UpdateScalars(0, family.n_scalars, like.device)
     scalars.steps = operands.steps
-    n_columns = OWN + family.n_scalars
+    n_columns = ScalarsRow.OWN + family.n_scalars
     scalars.scalars = torch.empty(n, n_columns, dtype=torch.float32, device=like.device)
     scalars.memory = torch.empty(n, 0, dtype=torch.float32, device=like.device)
     for name, numbers in operands.memory.items():
