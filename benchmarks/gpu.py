@@ -78,13 +78,19 @@ def parts(dry_run: bool, results: Path) -> dict[str, Part]:
     tests += ["tests/backends/test_gpu.py" if dry_run else "tests"]
     if not dry_run and importlib.util.find_spec("xdist"):
         tests += ["-n", "4"]  # hundreds of kernel variants to compile
+    if dry_run:
+        run += ["--n", "2"]  # kernels are interpreted, and the gate runs as many micro-batches
     eager, compiled = [*run, "--forms", "eager"], [*run, "--forms", "compiled"]
     counts = ["--n", "1,2" if dry_run else "1,4,8,16"]
     micro, cycle = [*eager, "--only", "micro"], [*eager, "--only", "cycle", *counts]
     return {
         "tests": Part(tests, 110, passes=(0, NO_TESTS) if dry_run else (0,)),
         "sanitize": Part(sanitize, 50),
-        "doctor": Part(["-m", "fusedaccum", "doctor"], 30, missing=lacks("fusedaccum.cli")),
+        "doctor": Part(
+            ["-m", "fusedaccum", "doctor", *(["--help"] * dry_run)],
+            30,
+            missing=lacks("fusedaccum.cli"),
+        ),
         "micro": Part([*micro, "--budget", "2"], 60),
         "cycle": Part([*cycle, "--budget", "3"], 50),
         "end_to_end": Part(train, 60),
