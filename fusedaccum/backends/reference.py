@@ -16,6 +16,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from ..kernels.layout import CLIP_EPS, ROUND_HALF
+
 Scalars = tuple[float, ...]
 States = tuple[Tensor, ...]
 Both = tuple[Scalars, Scalars]  # scalars and memory
@@ -39,7 +41,7 @@ def clip_coefficient(norm: float, max_norm: float | None) -> float:
     """What torch.nn.utils.clip_grad_norm_ multiplies gradients of that norm with."""
     if math.isnan(norm):
         return norm
-    return 1.0 if max_norm is None else min(1.0, max_norm / (norm + 1e-6))
+    return 1.0 if max_norm is None else min(1.0, max_norm / (norm + CLIP_EPS))
 
 
 def join_master(high: Tensor, remainder: Tensor) -> Tensor:
@@ -57,7 +59,7 @@ def split_master(master: Tensor) -> tuple[Tensor, Tensor]:
     """bf16 high half (nearest, ties away from zero) and int16 remainder of an fp32 master."""
     master = torch.where(master.isnan(), torch.full_like(master, math.nan), master)
     bits = master.view(torch.int32)
-    high = (bits + 0x8000) >> 16
+    high = (bits + ROUND_HALF) >> 16
     remainder = bits - (high << 16)
     return high.to(torch.int16).view(torch.bfloat16), remainder.to(torch.int16)
 
