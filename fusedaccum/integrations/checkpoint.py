@@ -186,7 +186,7 @@ def _elementwise(updater: Updater) -> set[str]:
 def _fp32_stand_ins(updater: Updater) -> dict[Tensor, Tensor]:
     """An fp32 tensor for each parameter: loading rounds states to a parameter's dtype.
 
-    Not for those whose native step really runs in low precision.
+    Not for those whose own step really runs in low precision.
     """
     is_fused = updater.is_fused
     return {

@@ -248,7 +248,7 @@ def sign(group: Group) -> float:
 
 
 def reason(optimizer: torch.optim.Optimizer) -> str:
-    """Why `optimizer` takes its native step, in words for people."""
+    """Why `optimizer` takes its own step, in words for people."""
     kind = type(optimizer)
     if kind in REGISTERED:
         return f"no registered rule of {kind.__name__} serves these options"
