@@ -41,7 +41,8 @@ from fusedaccum.backends import triton as backend_module
 from fusedaccum.backends.operations import GRAD_DTYPES, StepBatch, UpdateRequest, UpdateScalars
 from fusedaccum.kernels import accumulate, norm, step
 from fusedaccum.kernels.layout import CHUNK, VECTOR_BYTES
-from fusedaccum.rules.builtin import RULES, Rule
+from fusedaccum.rules.builtin import RULES
+from fusedaccum.rules.rule import Rule
 from fusedaccum.update.masters import master_kind
 from fusedaccum.window.slots import PARAM_DTYPES
 from tests import registers

@@ -8,7 +8,6 @@ free on a CPU, one wait per update on another device.
 from __future__ import annotations
 
 import ctypes
-import importlib
 import math
 from collections.abc import Sequence
 from functools import cache, lru_cache
@@ -18,8 +17,8 @@ import torch
 from torch import Tensor
 
 from ..kernels.layout import CHUNK
-from ..rules import as_torch as rule_text
-from ..rules.builtin import Family, Rule
+from ..rules.as_torch import as_torch
+from ..rules.rule import Family, Rule
 from . import reference
 from .compiled import engine as native
 from .compiled import source as cgen
@@ -54,10 +53,8 @@ def _step_library(rule: Rule, dtype: torch.dtype, master: str) -> ctypes.CDLL | 
 
 
 def _torch_function(family: Family, name: str) -> Any:
-    """A torch function of a rule: its reference, or made from the Triton text where it has none."""
-    if family.reference is None:
-        return getattr(rule_text.as_torch(family.kernels), name)
-    return getattr(importlib.import_module(family.reference), name)
+    """A function of a rule in torch."""
+    return getattr(as_torch(family.kernels), name)
 
 
 class TorchBackend:

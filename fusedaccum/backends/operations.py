@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.layout import ScalarsRow, StepRow
-from ..rules.builtin import Family, Rule
+from ..rules.rule import Family, Rule
 from .tables import LaunchTable, Mirror, TableCache, addresses
 
 GRAD_DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -11,7 +11,7 @@ from torch import Tensor
 from .. import FusedAccumOptimizer, backends
 from ..backends.tables import count_chunks
 from ..doctor.windows import deliver
-from ..rules.builtin import Rule
+from ..rules.rule import Rule
 from .forms import Form, Moved, Plan, leaves, nbytes
 
 MASTERS = {torch.float32: "none", torch.bfloat16: "split", torch.float16: "fp32"}
