@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fusedaccum import FusedAccumOptimizer, backends
+from fusedaccum.backends import Add, Finalize, Keep, Step, StepTensor, UpdateScalars
 from fusedaccum.backends.tables import count_chunks
 from fusedaccum.doctor.windows import deliver
 from fusedaccum.rules.builtin import RULES
@@ -50,33 +51,25 @@ class FusedBackend(FusedForm):
         self.cells = [sum(counts[:i]) for i in range(n_tensors)]
         self.partials = torch.zeros(sum(counts), device=device)
         chosen = RULES[rule]
-        self.kind = "none" if params[0].dtype == torch.float32 else "split"
-        is_split = self.kind == "split"
-        self.masters = [torch.zeros_like(p, dtype=torch.int16) for p in params if is_split]
-        self.batch = backends.StepBatch(
-            chosen,
-            self.kind,
-            params=self.params,
-            masters=self.masters,
-            accs=self.accs,
-            states=[
-                tuple(torch.full_like(a, chosen.start(name, self.group)) for name in chosen.states)
-                for a in self.accs
-            ],
-            rows=list(range(n_tensors)),
-            groups=[0] * n_tensors,
-        )
+        self.keep = Keep.of(None, params[0].dtype)
         family = chosen.family
-        self.scalars = backends.UpdateScalars(
-            n_tensors, family.n_scalars, device, len(family.memory)
-        )
+        self.scalars = UpdateScalars(n_tensors, family.n_scalars, device, len(family.memory))
+        self.request = Step(chosen, self.keep, [], self.scalars)
+        for row, (param, acc) in enumerate(zip(self.params, self.accs, strict=True)):
+            dtype = self.keep.master_dtype
+            master = torch.zeros_like(param, dtype=dtype) if dtype else None
+            states = tuple(
+                torch.full_like(acc, chosen.start(name, self.group)) for name in chosen.states
+            )
+            self.request.tensors.append(StepTensor(param, acc, states, row, 0, master))
         for column, (_, start) in enumerate(family.memory):
             self.scalars.memory[:, column] = start(self.group)
 
     @torch.no_grad()
     def micro_batch(self, grads: Sequence[Tensor], index: int) -> None:
-        partials = self.partials if index == self.plan.n - 1 else None
-        self.backend.accumulate(self.accs, grads, 1 / self.plan.n, index == 0, partials, self.cells)
+        sums = self.partials if index == self.plan.n - 1 else None
+        pairs = list(zip(self.accs, grads, strict=True))
+        self.backend.accumulate(Add(pairs, 1 / self.plan.n, index == 0, sums, self.cells))
 
     def norm(self) -> Tensor:
         return self.partials.double().sum().sqrt().float()
@@ -84,32 +77,32 @@ class FusedBackend(FusedForm):
     @torch.no_grad()
     def finalize(self) -> None:
         """Norm, clip coefficient, skip flag, step counts and the rule's scalars."""
-        family, max_norm = self.batch.rule.family, self.plan.max_norm
-        request = backends.UpdateRequest(
-            family,
-            hyper=[(1.0, *family.hyper(self.group))],
-            partials=None if max_norm is None else self.partials,
-            correction=1.0,
+        max_norm = self.plan.max_norm
+        request = Finalize(
+            [self.request],
+            hyper=[(1.0, *self.request.rule.family.hyper(self.group))],
+            sums=None if max_norm is None else self.partials,
             max_norm=max_norm,
             skip_nonfinite=True,
         )
-        self.backend.finalize(request, [self.batch], self.scalars)
+        self.backend.finalize(request)
 
     @torch.no_grad()
     def update(self) -> None:
         self.finalize()
-        self.backend.step(self.batch, self.scalars)
+        self.backend.step(self.request)
 
     def mean_grads(self) -> list[Tensor]:
         return self.accs
 
     def values(self) -> list[Tensor]:
-        if self.kind == "none":
+        if self.keep is Keep.PARAM:
             return [p.detach() for p in self.params]
         # join_master of backends/reference.py, spelled out: this file must not grade itself.
         bits = (
-            (p.detach().view(torch.int16).int() << 16) + remainder.int()
-            for p, remainder in zip(self.params, self.masters, strict=True)
+            (t.param.detach().view(torch.int16).int() << 16) + t.master.int()
+            for t in self.request.tensors
+            if t.master is not None
         )
         return [b.view(torch.float32) for b in bits]
 

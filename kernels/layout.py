@@ -41,11 +41,11 @@ class SquaresRow:
 class StepRow:
     """Columns of `step_kernel`'s table, one row a tensor; the states' addresses follow.
 
-    MASTER is an address too, or the tensor's random key where parameters are rounded at random.
-    TENSOR is the row of the tensor's scalars.
+    MASTER is 0 where there is none. TENSOR is the row of the tensor's scalars. KEY is its random
+    key, read where parameters are rounded at random.
     """
 
-    PARAM, MASTER, ACC, NUMEL, TENSOR, STATES = range(6)
+    PARAM, MASTER, ACC, NUMEL, TENSOR, KEY, STATES = range(7)
 
 
 class ScalarsRow:

@@ -9,12 +9,11 @@ import torch
 from torch import Tensor
 
 from .. import FusedAccumOptimizer, backends
+from ..backends import Add, Finalize, Keep, Step, StepTensor, UpdateScalars
 from ..backends.tables import count_chunks
 from ..doctor.windows import deliver
 from ..rules.rule import Rule
 from .forms import Form, Moved, Plan, leaves, nbytes
-
-MASTERS = {torch.float32: "none", torch.bfloat16: "split", torch.float16: "fp32"}
 
 
 class Ours(Form):
@@ -56,35 +55,27 @@ class Operations(Ours):
         counts = [count_chunks(p.numel()) for p in params]
         self.cells = [sum(counts[:i]) for i in range(n_tensors)]
         self.partials = torch.zeros(sum(counts), dtype=torch.float32, device=device)
-        kind = MASTERS[params[0].dtype]
-        if kind == "split":
+        keep = Keep.of(None, params[0].dtype)
+        if keep is Keep.SPLIT:
             self.masters = [torch.zeros_like(p, dtype=torch.int16) for p in params]
         else:
-            self.masters = [p.float() for p in params if kind == "fp32"]
-        states = [
-            tuple(torch.full_like(a, rule.start(name, self.group)) for name in rule.states)
-            for a in self.accs
-        ]
-        self.batch = backends.StepBatch(
-            rule,
-            kind,
-            params=self.params,
-            masters=self.masters,
-            accs=self.accs,
-            states=states,
-            rows=list(range(n_tensors)),
-            groups=[0] * n_tensors,
-        )
+            self.masters = [p.float() for p in params if keep is Keep.FP32]
         family = rule.family
-        self.scalars = backends.UpdateScalars(
-            n_tensors, family.n_scalars, device, len(family.memory)
-        )
+        self.scalars = UpdateScalars(n_tensors, family.n_scalars, device, len(family.memory))
+        self.request = Step(rule, keep, [], self.scalars)
+        for row, (param, acc) in enumerate(zip(self.params, self.accs, strict=True)):
+            states = tuple(
+                torch.full_like(acc, rule.start(name, self.group)) for name in rule.states
+            )
+            master = self.masters[row] if self.masters else None
+            self.request.tensors.append(StepTensor(param, acc, states, row, 0, master))
         for column, (_, start) in enumerate(family.memory):
             self.scalars.memory[:, column] = start(self.group)
 
     @torch.no_grad()
     def _accumulate(self, grads: Sequence[Tensor], index: int, sums: Tensor | None) -> None:
-        self.backend.accumulate(self.accs, grads, 1 / self.plan.n, index == 0, sums, self.cells)
+        pairs = list(zip(self.accs, grads, strict=True))
+        self.backend.accumulate(Add(pairs, 1 / self.plan.n, index == 0, sums, self.cells))
 
     def add(self, grads: Sequence[Tensor], index: int) -> None:
         self._accumulate(grads, index, None)
@@ -99,32 +90,30 @@ class Operations(Ours):
     @torch.no_grad()
     def finalize(self, max_norm: float | None) -> None:
         """Norm, clip coefficient, skip flag, step counts and the rule's scalars."""
-        family = self.batch.rule.family
-        request = backends.UpdateRequest(
-            family,
-            hyper=[(1.0, *family.hyper(self.group))],
-            partials=None if max_norm is None else self.partials,
-            correction=1.0,
+        request = Finalize(
+            [self.request],
+            hyper=[(1.0, *self.request.rule.family.hyper(self.group))],
+            sums=None if max_norm is None else self.partials,
             max_norm=max_norm,
             skip_nonfinite=True,
         )
-        self.backend.finalize(request, [self.batch], self.scalars)
+        self.backend.finalize(request)
 
     @torch.no_grad()
     def step(self) -> None:
         self.finalize(None)
-        self.backend.step(self.batch, self.scalars)
+        self.backend.step(self.request)
 
     @torch.no_grad()
     def update(self) -> None:
         self.finalize(self.plan.max_norm)
-        self.backend.step(self.batch, self.scalars)
+        self.backend.step(self.request)
 
     def grads(self) -> list[Tensor]:
         return self.accs
 
     def values(self) -> list[Tensor]:
-        if self.batch.master != "split":
+        if self.request.keep is not Keep.SPLIT:
             return self.masters or super().values()
         # join_master of backends/reference.py, spelled out: this file must not grade itself.
         bits = (
@@ -134,7 +123,7 @@ class Operations(Ours):
         return [b.view(torch.float32) for b in bits]
 
     def held(self) -> int:
-        states = [t for own in self.batch.states for t in own]
+        states = [t for tensor in self.request.tensors for t in tensor.states]
         return nbytes([*self.params, *self.masters, *self.accs, *states])
 
 

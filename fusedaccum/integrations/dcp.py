@@ -36,7 +36,7 @@ def only_initialises(updater: Updater) -> bool:
                     updater.fused.bind(slot_or_none, rule, group)
     elif not collector.window.micro_batches:
         collector.adopt_assigned()
-        updater.prepare(None, False, False)(1.0)
+        updater.update_as_is()
         collector.discard()
     updater.states.is_provisional = True
     for slot in slots:

@@ -6,6 +6,7 @@ from collections import Counter
 from typing import Any
 
 from .. import backends
+from ..backends import Keep
 from ..options import Options
 from ..rules import registry
 from .updater import Updater
@@ -57,10 +58,10 @@ def _params(params: list[Any], updater: Updater) -> str:
             kinds[f"{dtype} (frozen)"] += 1
             continue
         master = updater.masters[slot]
-        kind = master.kind if fused or not master.is_kept else "fp32"
+        keep = master.keep if fused or not master.is_kept else Keep.FP32
         if master.is_kept:
-            dtype += f" with {kind} master"
-        elif kind == "stochastic":
+            dtype += f" with {keep.value} master"
+        elif keep is Keep.STOCHASTIC:
             dtype += " rounded stochastically"
         kinds[dtype] += 1
     listing = ", ".join(f"{n} {kind}" for kind, n in kinds.items())

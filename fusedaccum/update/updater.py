@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from ..backends import Correction
 from ..rules import registry
 from ..window.collector import Collector
 from .fused import Apply, FusedStep
@@ -94,13 +95,17 @@ class Updater:
         scalars = self.states.scalars
 
         @torch.no_grad()
-        def apply(correction: float | Tensor) -> None:
+        def apply(correction: Correction) -> None:
             self.grad_norm = None if partials is None else scalars.norm
             update(correction)
             if skip:
                 self._watch.updated(scalars.skipped)
 
         return apply
+
+    def update_as_is(self) -> None:
+        """Update with the sum that the window holds: no norm, no clipping, no skip."""
+        self.prepare(None, False, False)(Correction())
 
     def on_masters(self, method: Callable[[], Any]) -> Any:
         """Call a method that rewrites parameters (schedule-free optimizers' train() and eval())."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from ..backends import Correction
 from ..kernels.layout import CLIP_EPS
 from ..rules import packages
 from ..window.collector import Collector
@@ -50,8 +51,8 @@ class WrappedStep:
         masters = {s: self._parameter(s) for s in filled if self._masters[s].is_kept}
 
         @torch.no_grad()
-        def apply(correction: float | Tensor) -> None:
-            factor = float(correction)
+        def apply(correction: Correction) -> None:
+            factor = float(correction.product())
             coef: Tensor | float = factor
             if partials is not None:
                 norm = partials.double().sum().sqrt() * factor

@@ -50,7 +50,7 @@ def test_a_capture_uploads_always_and_leaves_nothing_to_rely_on(
 def test_a_launch_table_covers_each_tensor_with_chunks() -> None:
     numels = [0, 1, CHUNK, CHUNK + 1]
     rows = np.arange(8, dtype=np.int64).reshape(4, 2) * 16
-    table = LaunchTable(rows, numels, (0,), CPU)
+    table = LaunchTable(torch.float32, rows, numels, (0,), CPU)
     assert table.chunks.tolist() == [[1, 0], [2, 0], [3, 0], [3, 1]]
     assert table.n_elements == sum(numels) and table.is_aligned
     table.update(rows + 8)

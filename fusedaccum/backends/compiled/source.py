@@ -163,7 +163,7 @@ void step(const int64_t *table, const int32_t *chunks, void *third, float unused
     const float *scalars = all_scalars + row[StepRow_TENSOR] * %(scalar_columns)d;
     const float coef = scalars[ScalarsRow_COEF];
     const uint32_t key = mix_bits(
-        mix_bits((uint32_t)row[StepRow_MASTER] ^ (uint32_t)scalars[ScalarsRow_STEP])
+        mix_bits((uint32_t)row[StepRow_KEY] ^ (uint32_t)scalars[ScalarsRow_STEP])
         + (uint32_t)chunks[2 * pid + 1]);
     %(scalar_values)s
     for (int64_t i = 0; i < n; ++i) {
