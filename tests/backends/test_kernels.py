@@ -27,7 +27,9 @@ from fusedaccum.backends import (
     rounding,
 )  # fmt: skip
 from fusedaccum.backends.tables import count_chunks
-from fusedaccum.rules.builtin import RULES, Family, Rule
+from fusedaccum.rules.as_torch import as_torch
+from fusedaccum.rules.builtin import RULES
+from fusedaccum.rules.rule import Family, Rule
 from tests import tolerances
 from tests.cases import (
     CASES,
@@ -141,6 +143,7 @@ def hyper_of(family: str) -> tuple[float, ...]:
 
 
 HYPER = {rule.family.name: hyper_of(rule.family.name) for rule in RULES.values()}
+ADAM = as_torch(RULES["adam"].family.kernels).adam_scalars
 # Rules whose results every CPU path rounds alike: no square root, which ATen rounds its own way.
 NO_ROOT = ("sgd", "asgd", "rprop", "lion", "adamax")
 
@@ -189,11 +192,12 @@ def run_reference(
     request: Step, hyper: list[tuple[float, ...]], coef: float, step: int, memory: Tensor
 ) -> None:
     """What a step must do to its tensors, by the reference; in place."""
-    rule = getattr(reference, request.rule.name)
+    text = as_torch(request.rule.family.kernels)
+    rule = getattr(text, request.rule.name)
     for i, each in enumerate(request.tensors):
         param, master = each.param, each.master
         sign, *values = hyper[each.group]
-        scalars_of = getattr(reference, f"{request.rule.family.name}_scalars")
+        scalars_of = getattr(text, f"{request.rule.family.name}_scalars")
         scalars, kept = scalars_of(tuple(values), step, tuple(memory[i].tolist()))
         memory[i] = torch.tensor(kept)
         # What the tables hold: one rounding to fp32.
@@ -315,7 +319,7 @@ def test_finalize(backend: Any, max_norm: float | None, value: float, skip: bool
     assert scalars.steps.tolist() == ([4, 4, 4] if skipped else [5, 4, 5])
     if not skipped:
         coef = 0.25 * reference.clip_coefficient(norm, max_norm)
-        expected = [coef, 5.0, *reference.adam_scalars(HYPER["adam"], 5.0, ())[0]]
+        expected = [coef, 5.0, *ADAM(HYPER["adam"], 5.0, ())[0]]
         got = scalars.scalars[0].tolist()
         assert got == pytest.approx(expected, rel=1e-7, nan_ok=True)
         assert scalars.scalars[2, 0].item() == pytest.approx(-coef, rel=1e-7, nan_ok=True)
