@@ -51,7 +51,8 @@ from fusedaccum.backends.operations import (
 from fusedaccum.backends.scalars import UpdateScalars
 from fusedaccum.kernels import accumulate, norm, step
 from fusedaccum.kernels.layout import CHUNK, VECTOR_BYTES
-from fusedaccum.rules.builtin import RULES, Rule
+from fusedaccum.rules.builtin import RULES
+from fusedaccum.rules.rule import Rule
 from fusedaccum.window.slots import PARAM_DTYPES
 from tests import registers
 from tests.full_chunks import faults, ptx_widths

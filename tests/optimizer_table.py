@@ -18,7 +18,7 @@ import torch
 from torch.testing._internal.common_optimizers import optim_db
 
 from fusedaccum import FusedAccumOptimizer
-from fusedaccum.rules import packages as foreign
+from fusedaccum.rules import packages
 
 README = Path(__file__).resolve().parent.parent / "README.md"
 BEGIN, END = "<!-- optimizers: python -m tests.optimizer_table --write -->", "<!-- end -->"
@@ -47,7 +47,7 @@ class Package:
 
     def add(self, optimizer: torch.optim.Optimizer) -> None:
         """Ask the code where `optimizer` belongs."""
-        if foreign.refusal(optimizer):
+        if packages.refusal(optimizer):
             names = self.refused
         else:
             wrapped = FusedAccumOptimizer(optimizer)
@@ -84,7 +84,7 @@ def table() -> str:
     packages = {"torch.optim": _torch()}
     packages |= {package: _other(*arguments) for package, arguments in OTHERS.items()}
     reasons = []
-    for module, refusals in foreign.REFUSED.items():
+    for module, refusals in packages.REFUSED.items():
         package = next(name for name, (m, *_) in OTHERS.items() if m.split(".")[0] == module)
         by_reason: dict[str, list[str]] = {}
         for name, reason in refusals.items():

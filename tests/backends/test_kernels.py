@@ -28,7 +28,9 @@ from fusedaccum.backends import (
 from fusedaccum.backends.tables import count_chunks
 from fusedaccum.doctor import checks, sums
 from fusedaccum.doctor.checks import Runner
-from fusedaccum.rules.builtin import RULES, Family, Rule
+from fusedaccum.rules.as_torch import as_torch
+from fusedaccum.rules.builtin import RULES
+from fusedaccum.rules.rule import Family, Rule
 from tests import tolerances
 from tests.cases import (
     CASES,
@@ -128,6 +130,7 @@ def hyper_of(family: str) -> tuple[float, ...]:
 
 
 HYPER = {rule.family.name: hyper_of(rule.family.name) for rule in RULES.values()}
+ADAM = as_torch(RULES["adam"].family.kernels).adam_scalars
 # Rules whose results every CPU path rounds alike: no square root, which ATen rounds its own way.
 NO_ROOT = ("sgd", "asgd", "rprop", "lion", "adamax")
 
@@ -176,11 +179,12 @@ def run_reference(
     request: Step, hyper: list[tuple[float, ...]], coef: float, step: int, memory: Tensor
 ) -> None:
     """What a step must do to its tensors, by the reference; in place."""
-    rule = getattr(reference, request.rule.name)
+    text = as_torch(request.rule.family.kernels)
+    rule = getattr(text, request.rule.name)
     for i, each in enumerate(request.tensors):
         param, master = each.param, each.master
         sign, *values = hyper[each.group]
-        scalars_of = getattr(reference, f"{request.rule.family.name}_scalars")
+        scalars_of = getattr(text, f"{request.rule.family.name}_scalars")
         scalars, kept = scalars_of(tuple(values), step, tuple(memory[i].tolist()))
         memory[i] = torch.tensor(kept)
         # What the tables hold: one rounding to fp32.

@@ -9,7 +9,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from ...rules.builtin import Rule
+from ...rules.rule import Rule
 from ..keep import Keep
 from ..operations import Add, Step, SumOfSquares
 from ..tables import LaunchTable, Tables
