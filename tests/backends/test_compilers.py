@@ -54,7 +54,7 @@ def test_a_compiler_that_misbehaves_is_no_compiler(name: str, tmp_path: Path) ->
     ids=["hangs when asked for its version", "cannot be run"],
 )
 def test_a_compiler_that_does_not_start(
-    text: str | None, words: tuple[str, ...], tmp_path: Path, right: str
+    text: str | None, words: tuple[str, ...], tmp_path: Path
 ) -> None:
     path = tmp_path / "cc"
     script(path, text or "")
@@ -85,7 +85,7 @@ def test_a_compiler_that_says_nothing_sound_of_itself_is_used(tmp_path: Path) ->
     ],
 )
 def test_the_command_of_a_compiler(
-    command: str, words: tuple[str, ...] | None, tmp_path: Path, right: str
+    command: str, words: tuple[str, ...] | None, tmp_path: Path
 ) -> None:
     (tmp_path / "a b").mkdir()
     script(tmp_path / "a b" / "cc", f'exec {CC} "$@"')
