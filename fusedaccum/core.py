@@ -15,6 +15,7 @@ from .integrations import checkpoint
 from .options import Options
 from .rules import builtin as rules
 from .rules import packages as foreign
+from .update.masters import Masters
 from .update.updater import Updater
 from .window.advice import Advice
 from .window.collector import Collector
@@ -56,21 +57,28 @@ class Core:
         steps = options.gradient_accumulation_steps
         self.window = Window(steps)
         self.scaling = Scaling(steps, options.grad_scaler, options.fused_unscale, device)
+        masters = Masters(
+            "stochastic"
+            if options.stochastic_rounding
+            else foreign.master_weights(self.optimizer, options.master_weights),
+            splits=rules.serve(self.optimizer),
+        )
         self.collector = Collector(
             backends.get(options.backend, device),
             self.window,
             bucket_bytes=int(cap * 2**20),
             wants_norm=options.wants_norm,
-            master_weights="stochastic"
-            if options.stochastic_rounding
-            else foreign.master_weights(self.optimizer, options.master_weights),
-            splits=rules.serve(self.optimizer),
             scaling=self.scaling,
             device=device,
+            check=masters.check,
         )
-        self.updater = Updater(self.optimizer, self.collector, options.seed)
-        if options.stochastic_rounding:
-            self.updater.refuse_native("stochastic_rounding=True")
+        self.updater = Updater(
+            self.optimizer,
+            self.collector,
+            masters,
+            is_stochastic=options.stochastic_rounding,
+            seed=options.seed,
+        )
         self.collector.attach_groups(groups)
 
     def change(self, name: str, value: Any, wrapper: type[Optimizer]) -> None:
@@ -114,7 +122,7 @@ class Core:
         Raises:
             RuntimeError: saying that it has to be done again.
         """
-        self.updater.swap.undo()
+        self.updater.wrapped.swap.undo()
         if self._moving is not None:
             self._reattach()
         if self._loading is not None:
@@ -125,36 +133,36 @@ class Core:
 
     def check_params(self, reattach: bool = False) -> None:
         """Notice parameters that were added, unfrozen, or changed by `model.to()` and the like."""
-        if self.collector.taken_over:
+        if self.collector.attached.taken_over:
             return
         if self._moving is not None:
             self._reattach()
         self.collector.attach_groups(self.optimizer.param_groups)
-        if self.collector.changed() is None:
+        if self.collector.attached.changed() is None:
             return
         if reattach and not self.window.micro_batches:
             self._reattach()
         else:
-            self.collector.refuse_changed()
+            self.collector.attached.refuse_changed()
 
     def _reattach(self) -> None:
         """Build everything anew for parameters that moved; states move with them."""
         if self._moving is None:
             self._moving = checkpoint.save(self.optimizer.state_dict(), self.updater)
         norm = self.updater.grad_norm
-        self.collector.detach()
+        self.collector.attached.detach()
         self._build()
         checkpoint.load(self._moving, self.updater)
-        self.updater.grad_norm = None if norm is None else norm.to(self.collector.device)
+        self.updater.grad_norm = None if norm is None else norm.to(self.collector.attached.device)
         self._moving = None
 
     def zero_grad(self, set_to_none: bool) -> None:
         """See `FusedAccumOptimizer.zero_grad`."""
-        self.updater.swap.undo()
+        self.updater.wrapped.swap.undo()
         if self._loading is not None:
             self.load(self._loading)
         collector, window = self.collector, self.window
-        if not collector.taken_over:
+        if not collector.attached.taken_over:
             collector.attach_groups(self.optimizer.param_groups)
         if window.steps is not None and window.micro_batches:
             unclosed = collector.unclosed()
@@ -245,13 +253,13 @@ class Core:
         """
         self.check_usable()
         self.collector.check()
-        if self.collector.changed() is None:
+        if self.collector.attached.changed() is None:
             self.collector.attach_groups(self.optimizer.param_groups)
         self.collector.adopt_assigned()
 
     def load(self, state_dict: dict[str, Any]) -> None:
         """See `FusedAccumOptimizer.load_state_dict`."""
-        self.updater.swap.undo()
+        self.updater.wrapped.swap.undo()
         checkpoint.check(state_dict, self.updater)
         self._loading = state_dict
         self.collector.discard()

@@ -45,7 +45,7 @@ class Setting:
 
 
 class HandedOver:
-    """What GradScaler sets on an optimizer for one step(), for `scaling.py` to find in `vars()`.
+    """What GradScaler sets on an optimizer for one step(); `vars()` keeps it, and step() finds it.
 
     It is not to be read here: GradScaler would multiply its scale with what an interrupted step()
     has left.
@@ -195,7 +195,7 @@ class FusedAccumOptimizer(SharingOptimizer):
     @property
     def skipped_steps(self) -> Tensor:
         """Updates skipped because of NaN or Inf, 0-d int64 on the device."""
-        return self._core.updater.prepared_scalars().skipped
+        return self._core.updater.states.scalars.skipped
 
     @contextmanager
     def micro_batch(self, weight: float = 1.0) -> Iterator[None]:
@@ -259,7 +259,7 @@ class FusedAccumOptimizer(SharingOptimizer):
         core = self._core
         if closure is None and only_initialises(core.updater):
             return None
-        with core.scaling.received(self):
+        with core.scaling.received(vars(self)):
             if self._calls_closure:
                 return core.step_with_closure(closure)
             loss = None if closure is None else core.evaluate(closure)
@@ -339,8 +339,8 @@ class FusedAccumOptimizer(SharingOptimizer):
                 f"detach() inside a window would lose {self.micro_batches} micro-batches: "
                 "call flush() (or step()) to use them, or zero_grad() to discard them, first"
             )
-        core.updater.release_states()
-        core.collector.detach()
+        core.updater.states.release()
+        core.collector.attached.detach()
         return self.optimizer
 
     def state_dict(self) -> dict[str, Any]:
@@ -378,13 +378,13 @@ class FusedAccumOptimizer(SharingOptimizer):
     def _step_supports_amp_scaling(self) -> bool:
         """Asked by GradScaler: False lets it unscale `p.grad`, once per window, before step().
 
-        True has it hand over its scale instead (`scaling.py`).
+        True has it hand over its scale instead (`window/grad_scaler.py`).
         """
         core = vars(self).get("_core")
         return core is not None and bool(core.scaling.asked())
 
-    def _found_inf_per_device(self) -> dict[torch.device, Tensor]:
-        """What a linked GradScaler asks instead of unscaling `p.grad`, which is unscaled."""
+    def found_inf_per_device(self) -> dict[torch.device, Tensor]:
+        """What a linked GradScaler asks, instead of unscaling `p.grad`: it is unscaled already."""
         self._core.collect()
         sums = self._core.collector.sums_of_squares()
         return {sums.device: self._core.scaling.found_inf(sums)}

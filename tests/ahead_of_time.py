@@ -42,7 +42,8 @@ from fusedaccum.backends.operations import GRAD_DTYPES, StepBatch, UpdateRequest
 from fusedaccum.backends.tables import CHUNK, VECTOR_BYTES
 from fusedaccum.kernels import accumulate, norm, step
 from fusedaccum.rules.builtin import RULES, Rule
-from fusedaccum.window.slots import PARAM_DTYPES, master_kind
+from fusedaccum.update.masters import master_kind
+from fusedaccum.window.slots import PARAM_DTYPES
 from tests import registers
 from tests.full_chunks import faults, ptx_widths
 

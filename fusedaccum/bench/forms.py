@@ -208,7 +208,7 @@ class Ours(Form):
             grads,
             1 / self.plan.n,
             first,
-            self.collector.sums.cells(slots, self.collector.n_cells) if with_norm else None,
+            self.collector.sums.cells() if with_norm else None,
             [s.cell for s in slots],
         )
 
@@ -237,8 +237,12 @@ class Ours(Form):
         return [state[i].get("master_param", p.detach()) for i, p in enumerate(self.params)]
 
     def held(self) -> int:
-        slots = self.collector.slots.values()
-        own = [t for s in slots for t in (s.acc, s.master, *s.states)]
+        updater = self.optimizer._core.updater
+        own = [
+            t
+            for s in self.collector.slots.values()
+            for t in (s.acc, updater.masters[s].tensor, *updater.states[s].tensors)
+        ]
         return _nbytes([*self.params, *own])
 
 

@@ -34,7 +34,6 @@ from .entries import (
     number,
     open_window,
     read_extra,
-    step_of,
     without_gaps,
     without_ours,
 )
@@ -70,15 +69,15 @@ def save(inner: StateDict, updater: Updater) -> StateDict:
     may_add = slots if all_keys else {*state, *_may_lack_states(updater, False)}
     for index, slot in slots.items():
         entry = state.get(index)
-        precise = slot.precise()
+        precise = updater.masters[slot].precise()
         if precise is not None and index in may_add:
             state.setdefault(index, {})[MASTER] = precise
         elif precise is not None:
             masters[index] = precise
-        for name in slot.numbers:
+        for name in updater.states[slot].numbers:
             if entry is not None and name in entry:
                 entry[name] = entry[name].detach().cpu()  # where torch keeps them by default
-        step = step_of(slot, entry, updater)
+        step = updater.states.step_of(slot, entry)
         if step is not None and "step" not in (entry or {}):
             steps[index] = step
         if index in accumulators and index in may_window:
@@ -103,7 +102,7 @@ def save(inner: StateDict, updater: Updater) -> StateDict:
         "arrived": [i for i in accumulators if slots[i].fill is Fill.CURRENT],
         "steps": steps,
         "masters": masters,
-        "skipped_steps": 0 if updater.scalars is None else int(updater.scalars.skipped),
+        "skipped_steps": updater.states.skipped,
     }
     return {**inner, "state": state, KEY: extra}
 
@@ -215,7 +214,7 @@ def _fp32_stand_ins(updater: Updater) -> dict[Tensor, Tensor]:
     return {
         s.param: torch.zeros((), dtype=torch.float32, device=s.device).expand(s.shape)
         for s in updater.collector.slots.values()
-        if s.dtype != torch.float32 and (is_fused or s.has_master)
+        if s.dtype != torch.float32 and (is_fused or updater.masters[s].is_kept)
     }
 
 
@@ -255,12 +254,12 @@ def load(state_dict: StateDict, updater: Updater) -> None:
     plain = {k: v for k, v in state_dict.items() if k != KEY}
     plain["state"] = without_ours(state_dict)
     stand_ins = _fp32_stand_ins(updater)
-    with updater.swap.of(stand_ins, with_states=False):
+    with updater.wrapped.swap.of(stand_ins, with_states=False):
         optimizer.load_state_dict(plain)
-    updater.has_own_states.update(collector.slots[param] for param in stand_ins)
-    updater.is_provisional = False
+    updater.wrapped.has_own_states.update(collector.slots[param] for param in stand_ins)
+    updater.states.is_provisional = False
     collector.discard()
-    scalars = updater.prepared_scalars() if collector.slots else None
+    scalars = updater.states.scalars if collector.slots else None
     accumulators = extra.get("accumulators", {})
     steps, masters = extra.get("steps", {}), extra.get("masters", {})
     is_weighted = bool(extra) and extra["window"]["micro_batches"] > 0
@@ -274,16 +273,17 @@ def load(state_dict: StateDict, updater: Updater) -> None:
         if slot is None or scalars is None:
             continue
         entry = entries.get(index, {})
-        slot.forget_master()
+        kept, own = updater.masters[slot], updater.states[slot]
+        kept.forget()
         slot.is_zero = False
         master = entry.get(MASTER, masters.get(index))
         if master is not None:
-            slot.loaded_master = master.to(param.device, torch.float32)
+            kept.loaded = master.to(param.device, torch.float32)
         for name, value in entry.items():
             if optimizer.state[param].get(name) is value and type(value) is Tensor:
                 optimizer.state[param][name] = value.clone()  # the caller's; a step would write it
-        slot.states, slot.step, slot.numbers = (), None, {}
-        slot.knows_step = index in steps
+        own.unbind()
+        own.knows_step = index in steps
         scalars.steps[slot.row] = float(steps.get(index, 0.0))
         accumulated = accumulators.get(index)
         if accumulated is not None:

@@ -33,12 +33,12 @@ def only_initialises(updater: Updater) -> bool:
             for param in group["params"]:
                 slot_or_none = collector.slots.get(param)
                 if slot_or_none is not None and rule is not None:
-                    updater.bind(slot_or_none, rule, group)
+                    updater.fused.bind(slot_or_none, rule, group)
     elif not collector.window.micro_batches:
         collector.adopt_assigned()
         updater.prepare(None, False, False)(1.0)
         collector.discard()
-    updater.is_provisional = True
+    updater.states.is_provisional = True
     for slot in slots:
         slot.param.grad = slot.grad if slot.fill else None
         if slot.param in optimizer.state:

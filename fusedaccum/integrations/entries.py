@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..update.updater import Updater
 from ..window.slots import Fill, Slot
 from ..window.weights import Window
 
@@ -61,17 +60,6 @@ def without_gaps(state_dict: StateDict) -> StateDict:
 
 def number(value: float) -> Tensor:
     return torch.tensor(float(value), dtype=torch.float64, device="cpu")
-
-
-def step_of(slot: Slot, entry: StateDict | None, updater: Updater) -> float | None:
-    """A parameter's step count as far as it is known, also before the first update after a load."""
-    if slot.step is not None:
-        return float(slot.step)
-    if entry and "step" in entry:
-        return float(entry["step"])
-    if slot.knows_step and updater.scalars is not None:
-        return float(updater.scalars.steps[slot.row])
-    return None
 
 
 def open_window(slot: Slot, window: Window, overflow: float, step: float | None) -> StateDict:

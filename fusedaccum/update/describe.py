@@ -8,7 +8,6 @@ from typing import Any
 from .. import backends
 from ..options import Options
 from ..rules import builtin as rules
-from ..window.collector import Collector
 from .updater import Updater
 
 
@@ -41,23 +40,25 @@ def describe(updater: Updater, options: Options) -> str:
             path = "native step, because another param group has no fused rule"
         else:
             path = f"native step on fp32 gradients ({rules.reason(inner)})"
-        lines.append(f"  group {index}: {path}; {_params(group['params'], collector, fused)}")
+        lines.append(f"  group {index}: {path}; {_params(group['params'], updater)}")
     return "\n".join(lines)
 
 
-def _params(params: list[Any], collector: Collector, fused: bool) -> str:
+def _params(params: list[Any], updater: Updater) -> str:
     """Counts by dtype and how their precise values are kept."""
     kinds: Counter[str] = Counter()
+    fused = updater.is_fused
     numel = 0
     for param in params:
         numel += param.numel()
         dtype = str(param.dtype).removeprefix("torch.")
-        slot = collector.slots.get(param)
+        slot = updater.collector.slots.get(param)
         if slot is None or not param.requires_grad:
             kinds[f"{dtype} (frozen)"] += 1
             continue
-        kind = slot.kind if fused or not slot.has_master else "fp32"
-        if slot.has_master:
+        master = updater.masters[slot]
+        kind = master.kind if fused or not master.is_kept else "fp32"
+        if master.is_kept:
             dtype += f" with {kind} master"
         elif kind == "stochastic":
             dtype += " rounded stochastically"

@@ -9,7 +9,8 @@ fresh gradients are freed and `param.grad` shows the accumulator again.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,7 +29,7 @@ from .watch import Watch, may_reduce
 from .weights import Window
 
 
-class Collector(Attached):
+class Collector:
     """The accumulators of one optimizer and the hooks that fill them.
 
     Args:
@@ -37,11 +38,13 @@ class Collector(Attached):
         bucket_bytes: fresh gradients take no more than this, with the one that autograd is making
             (or half of it and one gradient, where that is more).
         wants_norm: whether updates need the norm, so that the last accumulation leaves its sums.
-        master_weights: see `FusedAccumOptimizer`, or "stochastic".
-        splits: whether a master may be split; else it is an fp32 copy.
         scaling: what a GradScaler does to the gradients.
+        device: where the parameters are.
+        check: raises for a dtype that cannot be served.
 
     Attributes:
+        attached: the parameters with their hooks.
+        slots: by parameter, those of `attached`.
         trouble: why the open window cannot be used, if it cannot.
         backwards: those that are running, and how many there were in the open micro-batch.
         by_hand: what somebody does to gradients in between.
@@ -56,38 +59,48 @@ class Collector(Attached):
         *,
         bucket_bytes: int,
         wants_norm: bool,
-        master_weights: str | None,
-        splits: bool,
         scaling: Scaling,
         device: torch.device,
+        check: Callable[[torch.dtype], None],
     ) -> None:
-        super().__init__(device, master_weights, splits)
+        self.attached = Attached(self, device, check)
+        self.slots: Mapping[Tensor, Slot] = self.attached.slots
         self.backend = backend
         self.window = window
         self.wants_norm = wants_norm
         self.scaling = scaling
-        self.sums = Sums(backend, device)
+        self.sums = Sums(backend, self.attached)
         self.trouble = Trouble()
         self.backwards = Backwards()
         self.by_hand = ByHand(self.slots, window, self.backwards)
-        self.engines = Watch(self)
+        self.engines = Watch(self.attached, self.trouble)
         self._bucket_bytes = bucket_bytes
         self._queue_bytes = bucket_bytes
         self._queue: list[Slot] = []
         self._queued_bytes = 0
+        self._n_fitted = 0
 
     def attach(self, named_params: Iterable[tuple[str, Tensor]]) -> None:
         """See `Attached.attach`."""
-        before = len(self.slots)
-        super().attach(named_params)
-        if len(self.slots) > before:
+        self.attached.attach(named_params)
+        self._fit()
+
+    def attach_groups(self, groups: Sequence[dict[str, Any]]) -> None:
+        """See `Attached.attach_groups`."""
+        self.attached.attach_groups(groups)
+        self._fit()
+
+    def _fit(self) -> None:
+        """Let the sums and the queue fit the parameters, where there are more than before."""
+        if len(self.slots) > self._n_fitted:
             self.sums.forget()
             largest = max(s.nbytes for s in self.slots.values())
             self._queue_bytes = self._bucket_bytes - min(largest, self._bucket_bytes // 2)
+            self._n_fitted = len(self.slots)
 
     # --- the backward ---
 
-    def _arrive(self, slot: Slot, is_due: bool = True) -> None:  # see `Attached`
+    def arrive(self, slot: Slot, is_due: bool) -> None:  # see `hooks.Owner`
         task = torch._C._current_graph_task_id()
         if task not in self.backwards.threads:
             self._begin(task)
@@ -124,7 +137,7 @@ class Collector(Attached):
                 self._discard_emptied()
             self._refuse_zeroed()
             self.window.check_arrival()
-            self.scaling.begin(self.device)
+            self.scaling.begin(self.attached.device)
         except BaseException:
             self.backwards.end(task)
             raise
@@ -205,7 +218,7 @@ class Collector(Attached):
         window, scaling = self.window, self.scaling
         is_last = window.steps is None or window.is_last or scaling.is_linked
         with_sums = is_last and (self.wants_norm or scaling.needs_norm)
-        cells = self.sums.cells(self.slots.values(), self.n_cells) if with_sums else None
+        cells = self.sums.cells() if with_sums else None
         # One for each Fill: what starts the window, what starts the micro-batch, what goes on.
         parts: tuple[list[tuple[Slot, Tensor]], ...] = ([], [], [])
         for slot, grad in fresh:
@@ -243,7 +256,7 @@ class Collector(Attached):
         return any(s.fill is Fill.CURRENT for s in self.slots.values())
 
     @property
-    def is_open(self) -> bool:  # see `Attached`
+    def is_open(self) -> bool:  # see `hooks.Owner`
         return bool(self.window.micro_batches) or self.unclosed() is not None
 
     def unclosed(self) -> str | None:
@@ -258,12 +271,8 @@ class Collector(Attached):
             self.trouble.note("a micro_batch() block raised after its backward()" + PART)
 
     def check(self) -> None:
-        """Raise if the open window cannot be used.
-
-        Raises:
-            RuntimeError: naming what happened and the way out.
-        """
-        if self.taken_over:
+        """Raise if the open window cannot be used, naming what happened and the way out."""
+        if self.attached.taken_over:
             raise RuntimeError(
                 "another FusedAccumOptimizer was made for the parameters of this one and has "
                 "taken them over; nothing was updated. Use that one, in the scheduler too"
@@ -379,11 +388,7 @@ class Collector(Attached):
         for slot in self.slots.values():
             slot.fill, slot.pending = Fill.EMPTY, False
             if zeroes and slot.param.grad is not None:
-                slot.allocate()
-                slot.param.grad = shown = slot.grad
-                shown.detach().zero_()  # type: ignore[union-attr]
-                slot.fill, slot.is_zero, slot.sums_version = Fill.EARLIER, True, None
-                slot.note_version()
+                slot.show_zeros()
         self.scaling.reset()
         self.window.reset()
         self.backwards.forget()
@@ -391,5 +396,4 @@ class Collector(Attached):
 
     def sums_of_squares(self) -> Tensor:
         """Partial sums of all filled accumulators, zero elsewhere."""
-        unsure = self.scaling.may_have_divided or may_reduce()
-        return self.sums.of_filled(self.slots.values(), self.n_cells, unsure)
+        return self.sums.of_filled(self.scaling.may_have_divided or may_reduce())

@@ -141,8 +141,8 @@ class Scaling:
     # --- the step ---
 
     @contextmanager
-    def received(self, owner: Any) -> Iterator[None]:
-        """Run `owner.step()` with what GradScaler has set on it.
+    def received(self, handed_over: dict[str, Any]) -> Iterator[None]:
+        """Run a step() with what GradScaler has set on the optimizer for it.
 
         GradScaler takes it off again after a step that returned; after one that raised it would
         multiply its next scale with the old one.
@@ -151,24 +151,24 @@ class Scaling:
             RuntimeError: for a GradScaler that cannot come out right, and for a missing one.
         """
         try:
-            self._receive(owner)
+            self._receive(handed_over)
             yield
         except BaseException:
-            owner.__dict__.pop("found_inf", None)
-            owner.__dict__.pop("grad_scale", None)
+            handed_over.pop("found_inf", None)
+            handed_over.pop("grad_scale", None)
             raise
 
-    def _receive(self, owner: Any) -> None:
+    def _receive(self, handed_over: dict[str, Any]) -> None:
         """See who calls, and refuse what is wrong."""
         self._found_inf = self._divisor = None
-        if "found_inf" not in owner.__dict__:
+        if "found_inf" not in handed_over:
             if self.is_linked:
                 raise RuntimeError(
                     "step() was called directly, but the gradients belong to the grad_scaler that "
                     "was given; nothing was updated. Call scaler.step(optimizer)"
                 )
             return
-        found_inf, scale = vars(owner)["found_inf"], vars(owner)["grad_scale"]
+        found_inf, scale = handed_over["found_inf"], handed_over["grad_scale"]
         if self._scaler is None and not self._fused_unscale:
             raise RuntimeError(
                 "GradScaler.step() is called at every micro-batch and does not know of the window "
@@ -247,6 +247,6 @@ def _unscale_grads_(
 ) -> dict[torch.device, Tensor]:
     """`GradScaler._unscale_grads_`, with linked optimizers answered for."""
     if getattr(optimizer, "grad_scaler", None) is scaler:
-        found: dict[torch.device, Tensor] = optimizer._found_inf_per_device()
+        found: dict[torch.device, Tensor] = optimizer.found_inf_per_device()
         return found
     return type(scaler)._unscale_grads_(scaler, optimizer, inv_scale, found_inf, allow_fp16)

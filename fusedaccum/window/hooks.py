@@ -7,8 +7,8 @@ The hook is on the AccumulateGrad node and not on the tensor: a tensor's hook al
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -16,20 +16,34 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from .buffers import Block
 from .engines import refuse_exchange
-from .slots import Slot, check_param, master_kind
+from .slots import Slot, check_param
 
 # Whose live hooks are on a parameter: two owners would take each other's accumulators for
 # gradients.
 _owners: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
+class Owner(Protocol):
+    """Who takes what arrives; held weakly."""
+
+    @property
+    def is_open(self) -> bool:
+        """Whether something was accumulated that no update has used."""
+
+    def arrive(self, slot: Slot, is_due: bool) -> None:
+        """A gradient of `slot` is about to be accumulated by autograd.
+
+        `is_due`: whether there is one, and not the None of a function that has none.
+        """
+
+
 class Attached:
-    """Parameters with slots and hooks; a subclass takes what arrives.
+    """Parameters with slots and hooks.
 
     Args:
+        owner: takes what arrives.
         device: where all of them are.
-        master_weights: see `FusedAccumOptimizer`, or "stochastic".
-        splits: whether a master may be split; else it is an fp32 copy.
+        check: raises for a parameter of a dtype that cannot be served.
 
     Attributes:
         device: as given.
@@ -40,26 +54,15 @@ class Attached:
     """
 
     def __init__(
-        self, device: torch.device, master_weights: str | None, splits: bool = True
+        self, owner: Owner, device: torch.device, check: Callable[[torch.dtype], None]
     ) -> None:
+        self._owner_ref = weakref.ref(owner)
         self.device = device
         self.slots: dict[Tensor, Slot] = {}
         self.groups: Sequence[dict[str, Any]] = ()
         self.n_cells = 0
         self.taken_over = False
-        self._master_weights, self._splits = master_weights, splits
-
-    @property
-    def is_open(self) -> bool:
-        """Whether something was accumulated that no update has used."""
-        raise AssertionError("a subclass knows")
-
-    def _arrive(self, slot: Slot, is_due: bool = True) -> None:
-        """A gradient of `slot` is about to be accumulated by autograd.
-
-        `is_due`: whether there is one, and not the None of a function that has none.
-        """
-        raise AssertionError("a subclass takes it")
+        self._check = check
 
     def attach(self, named_params: Iterable[tuple[str, Tensor]]) -> None:
         """Give each named parameter a slot and a hook. All of them, or none if one is wrong."""
@@ -69,7 +72,7 @@ class Attached:
         owners: dict[int, Attached] = {}
         for name, param in named:
             check_param(name, param)
-            master_kind(self._master_weights, param.dtype)
+            self._check(param.dtype)
             owner = _owners.get(param, lambda: None)()
             if owner is not None and owner is not self:
                 owner.refuse_take_over(name, param, named)
@@ -83,13 +86,10 @@ class Attached:
             owner.detach()
             owner.taken_over = True
         for dtype in dict.fromkeys(param.dtype for _, param in named):
-            kind = master_kind(self._master_weights, dtype)
-            if kind == "split" and not self._splits:
-                kind = "fp32"
             params = [param for _, param in named if param.dtype is dtype]
             block = Block(params)
             for position, param in enumerate(params):
-                slot = Slot(param, block, position, len(self.slots), self.n_cells, kind)
+                slot = Slot(param, block, position, len(self.slots), self.n_cells)
                 self.n_cells += slot.n_cells
                 # Since torch 2.10 None lets `grad` have another dtype than the parameter.
                 param.grad_dtype = None if dtype != torch.float32 else dtype
@@ -122,9 +122,11 @@ class Attached:
             ValueError: naming a parameter, and the way out.
         """
         new = {id(other) for _, other in named}
-        if self.is_open or not all(id(own) in new for own in self.slots):
+        owner = self._owner_ref()
+        is_open = owner is not None and owner.is_open
+        if is_open or not all(id(own) in new for own in self.slots):
             why, first = "serves other parameters too", ""
-            if self.is_open:
+            if is_open:
                 why, first = "has an open window", "its zero_grad(), which discards that, and "
             raise ValueError(
                 f"{name} of shape {tuple(param.shape)} already belongs to another "
@@ -161,15 +163,15 @@ class Attached:
             param.requires_grad_(is_trained)
         # The node holds the hook and the slot the node: a strong reference back would be a
         # cycle that Python's collector cannot see.
-        slot_ref, owner_ref = weakref.ref(slot), weakref.ref(self)
+        slot_ref, owner_ref = weakref.ref(slot), self._owner_ref
 
         def prehook(grads: tuple[Tensor | None, ...]) -> None:
             arriving, owner = slot_ref(), owner_ref()
             if arriving is not None and owner is not None and arriving.node is not None:
-                owner._arrive(arriving, grads[0] is not None)
+                owner.arrive(arriving, grads[0] is not None)
 
         slot.hook = slot.node.register_prehook(prehook)
-        _owners[param] = owner_ref
+        _owners[param] = weakref.ref(self)
 
     def detach(self) -> None:
         """Remove every hook and give `grad` its usual dtype again."""

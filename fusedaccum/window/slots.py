@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends import reference
 from ..backends.tables import count_chunks
 from ..backends.tensors import is_dense, refuse_tensor
 from .buffers import Block
@@ -23,32 +22,6 @@ class Fill(IntEnum):
     EMPTY = 0  # Nothing: the next gradient is stored and not added.
     EARLIER = 1  # A sum that the open micro-batch has not contributed to.
     CURRENT = 2  # A sum that the open micro-batch has contributed to.
-
-
-def master_kind(mode: str | None, dtype: torch.dtype) -> str:
-    """How the precise value of a parameter of `dtype` is kept under `master_weights=mode`.
-
-    "stochastic" is "none" with stochastic rounding, of bf16 parameters.
-
-    Raises:
-        ValueError: for an unknown mode, and for "split" on fp16.
-    """
-    if mode not in (None, "split", "fp32", "none", "stochastic"):
-        raise ValueError(
-            f'master_weights must be None (automatic), "split", "fp32" or "none", got {mode!r}'
-        )
-    if dtype == torch.float32 or mode == "none":
-        return "none"
-    if dtype == torch.bfloat16:
-        return mode or "split"
-    if mode == "stochastic":
-        return "none"
-    if mode == "split":
-        raise ValueError(
-            'master_weights="split" needs bfloat16 parameters (the high half of a float32 number '
-            'is a bfloat16), but the model has float16 ones; use None or "fp32"'
-        )
-    return "fp32"
 
 
 def check_param(name: str, param: Tensor) -> None:
@@ -94,29 +67,17 @@ class Slot:
         cell, n_cells: where its partial sums of squares are.
         sums_version: version of `grad` that the partial sums belong to, None if they do not.
         has_sums: whether its cells may hold something other than zero.
-        kind: "none", "stochastic", "split" or "fp32", see `master_kind`.
-        master: remainder or fp32 master, made at the first update.
-        loaded_master: fp32 master from a checkpoint, not yet compared with the parameter: the
-            weights may be loaded after the optimizer.
-        states: the optimizer's states, fp32, in the rule's order.
-        starts: what states and numbers started as, by name, where that is not zero.
-        step: its step count, 0-d, on the device.
-        knows_step: whether a checkpoint told its step count.
-        numbers: the 0-d states that `state[param]` shows, by torch's names.
         node: the AccumulateGrad node, which autograd itself holds only weakly.
         hook: the handle of the hook on it.
     """
 
     __slots__ = (
         "__weakref__", "_block", "_position", "acc", "cell", "closed_version", "device", "dtype",
-        "fill", "grad", "has_sums", "hook", "is_contiguous", "is_due", "is_zero", "kind",
-        "knows_step", "loaded_master", "master", "n_cells", "nbytes", "node", "numbers", "numel",
-        "param", "pending", "row", "shape", "starts", "states", "step", "stride", "sums_version",
+        "fill", "grad", "has_sums", "hook", "is_contiguous", "is_due", "is_zero", "n_cells",
+        "nbytes", "node", "numel", "param", "pending", "row", "shape", "stride", "sums_version",
     )  # fmt: skip
 
-    def __init__(
-        self, param: Tensor, block: Block, position: int, row: int, cell: int, kind: str
-    ) -> None:
+    def __init__(self, param: Tensor, block: Block, position: int, row: int, cell: int) -> None:
         self.param = param
         self.dtype, self.device = param.dtype, param.device
         self.shape, self.stride = param.shape, param.stride()
@@ -125,19 +86,12 @@ class Slot:
         self.nbytes = self.numel * param.element_size()
         self._block, self._position = block, position
         self.row, self.cell, self.n_cells = row, cell, count_chunks(self.numel)
-        self.kind = kind
         self.acc: Tensor = None  # type: ignore[assignment]  # see `allocate`
         self.grad: Tensor | None = None
         self.fill = Fill.EMPTY
-        self.pending = self.has_sums = self.knows_step = self.is_zero = self.is_due = False
+        self.pending = self.has_sums = self.is_zero = self.is_due = False
         self.closed_version = 0
         self.sums_version: int | None = None
-        self.master: Tensor | None = None
-        self.loaded_master: Tensor | None = None
-        self.states: tuple[Tensor, ...] = ()
-        self.starts: dict[str, float] = {}
-        self.step: Tensor | None = None
-        self.numbers: dict[str, Tensor] = {}
         self.node: Any = None
         self.hook: Any = None
 
@@ -160,6 +114,15 @@ class Slot:
         if self.grad is not None:
             self.closed_version = self.grad._version
 
+    def show_zeros(self) -> None:
+        """Let `param.grad` show zeros, which the next update uses."""
+        self.allocate()
+        assert self.grad is not None
+        self.param.grad = self.grad
+        self.grad.detach().zero_()
+        self.fill, self.is_zero, self.sums_version = Fill.EARLIER, True, None
+        self.note_version()
+
     def show_again(self) -> None:
         """Make `grad` anew, after `model.to()` converted the tensor that showed `acc`."""
         self.grad = self.acc.data
@@ -169,11 +132,6 @@ class Slot:
     def view(self, name: str, dtype: torch.dtype = torch.float32) -> Tensor:
         """This parameter's part of the flat buffer `name`, which starts as zeros."""
         return self._block.view(name, self._position, dtype, zeroed=True)
-
-    @property
-    def has_master(self) -> bool:
-        """Whether something beside the parameter keeps its precise value."""
-        return self.kind in ("split", "fp32")
 
     @property
     def sums_are_current(self) -> bool:
@@ -199,49 +157,3 @@ class Slot:
         if param.stride() != self.stride:
             return f"strides changed from {self.stride} to {param.stride()}"
         return None
-
-    def refresh_master(self) -> None:
-        """Make the master where there is none yet, and take over a checkpoint's.
-
-        A parameter written from outside needs nothing more. A remainder stays: with the written
-        value it is a master within half a bf16 step of it. An fp32 master is compared with the
-        parameter, element by element, wherever it is read (`reference.precise`). So a master of
-        zeros is that of any parameter as it is.
-        """
-        if not self.has_master:
-            return
-        if self.master is None:
-            dtype = torch.int16 if self.kind == "split" else torch.float32
-            self.master = self.view("master", dtype)
-        if self.loaded_master is not None:
-            self.master.copy_(self._adopted(self.loaded_master))
-            self.loaded_master = None
-
-    def _adopted(self, loaded: Tensor) -> Tensor:
-        """The master of what a checkpoint had; a parameter written since keeps the remainder."""
-        return loaded if self.kind == "fp32" else reference.split_master(loaded)[1]
-
-    def forget_master(self) -> None:
-        """Let the parameter count alone, as before the first update."""
-        self.loaded_master = None
-        if self.master is not None:
-            self.master.zero_()
-
-    def use_fp32_master(self) -> Tensor:
-        """The precise value as an fp32 master, now and from now on, for steps of other packages."""
-        value = self.precise()
-        if self.kind == "split":
-            self.kind, self.master, self.loaded_master = "fp32", None, None
-        self.refresh_master()
-        assert self.master is not None
-        return self.master.copy_(self.param if value is None else value)
-
-    def precise(self) -> Tensor | None:
-        """The fp32 value that an update would start from, a new tensor; None without a master.
-
-        Nothing is changed: a parameter that is swapped for the time being keeps its master.
-        """
-        master = self.master if self.loaded_master is None else self._adopted(self.loaded_master)
-        if not self.has_master or master is None:
-            return None
-        return reference.precise(self.param.detach(), master)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
 from torch import Tensor
 
 from ..backends import Backend
-from .slots import Slot
+from .hooks import Attached
 
 
 class Sums:
@@ -18,35 +16,34 @@ class Sums:
 
     Args:
         backend: computes those that are not there.
-        device: where they are.
+        attached: has the parameters.
     """
 
-    def __init__(self, backend: Backend, device: torch.device) -> None:
-        self._backend, self._device = backend, device
+    def __init__(self, backend: Backend, attached: Attached) -> None:
+        self._backend, self._attached = backend, attached
         self._cells: Tensor | None = None
 
     def forget(self) -> None:
         """Parameters were added: all are computed anew, in a larger tensor."""
         self._cells = None
 
-    def cells(self, slots: Iterable[Slot], n_cells: int) -> Tensor:
+    def cells(self) -> Tensor:
         """The tensor, made where it is not there."""
         if self._cells is None:
-            self._cells = torch.zeros(n_cells, dtype=torch.float32, device=self._device)
-            for slot in slots:
+            attached = self._attached
+            self._cells = torch.zeros(attached.n_cells, dtype=torch.float32, device=attached.device)
+            for slot in attached.slots.values():
                 slot.sums_version, slot.has_sums = None, False
         return self._cells
 
     @torch.no_grad()
-    def of_filled(self, slots: Iterable[Slot], n_cells: int, unsure: bool) -> Tensor:
+    def of_filled(self, unsure: bool) -> Tensor:
         """Sums of all filled accumulators, zero elsewhere; reads only what changed.
 
         Args:
-            slots: of all parameters.
-            n_cells: how many cells those have.
             unsure: whether accumulators may have changed unseen.
         """
-        cells = self.cells(slots, n_cells)
+        slots, cells = self._attached.slots.values(), self.cells()
         stale = [s for s in slots if s.fill and (unsure or not s.sums_are_current)]
         if stale:
             self._backend.sum_of_squares([s.acc for s in stale], cells, [s.cell for s in stale])

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import gc
 import sys
-import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any, NoReturn, Protocol
@@ -42,9 +41,8 @@ class Owned(Protocol):
 
 
 class Owner(Protocol):
-    """What is asked of a collector."""
+    """What is asked of the parameters' hooks."""
 
-    trouble: Trouble
     groups: Sequence[dict[str, Any]]
 
     @property
@@ -66,10 +64,15 @@ def may_reduce() -> bool:
 
 
 class Watch:
-    """What one collector knows of engines around it."""
+    """What one collector knows of engines around it.
 
-    def __init__(self, owner: Owner) -> None:
-        self._owner = weakref.proxy(owner)
+    Args:
+        owner: has the parameters.
+        trouble: of the open window.
+    """
+
+    def __init__(self, owner: Owner, trouble: Trouble) -> None:
+        self._owner, self._trouble = owner, trouble
         self._looked = False
         self._kept: list[tuple[Owned, int]] = []
         self._n_ending = 0  # backwards whose gradients are all here and that have not returned
@@ -101,7 +104,7 @@ class Watch:
     def note_ending(self) -> None:
         """Mark the window after a backward that raised at its end."""
         if self._n_ending:
-            self._owner.trouble.note(_RAISED)
+            self._trouble.note(_RAISED)
 
     def _is_empty(self) -> bool:
         return all(param.grad is None for param in self._owner.slots)
@@ -158,7 +161,7 @@ class Watch:
             self._fail(_TAKEN.format(tuple(slot.shape)))
 
     def _fail(self, reason: str) -> NoReturn:
-        self._owner.trouble.note(reason)
+        self._trouble.note(reason)
         raise RuntimeError(f"{reason}. Nothing was updated; zero_grad() discards the window")
 
 

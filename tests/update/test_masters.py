@@ -91,7 +91,8 @@ def test_modes(dtype: torch.dtype, mode: str | None, kind: str) -> None:
     state = opt.state_dict()["state"][0]
     assert ("master_param" in state) is (kind != "none")
     assert (f"with {kind} master" in repr(opt)) is (kind != "none")
-    assert opt._core.collector.slots[model.params[0]].kind == kind
+    updater = opt._core.updater
+    assert updater.masters[updater.collector.slots[model.params[0]]].kind == kind
 
 
 def test_mixed_dtypes_in_one_group() -> None:

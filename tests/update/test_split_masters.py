@@ -19,6 +19,8 @@ from fusedaccum import backends
 from fusedaccum.backends import StepBatch, UpdateRequest, UpdateScalars, reference
 from fusedaccum.kernels import _math
 from fusedaccum.rules.builtin import RULES
+from fusedaccum.update.masters import Master
+from fusedaccum.window.buffers import Block
 from fusedaccum.window.slots import Slot
 from tests.cases import WithoutCompiler, forget_compiled
 from tests.tolerances import equal_bits
@@ -136,16 +138,17 @@ def test_a_checkpoint_s_master_under_parameters_that_were_written_since() -> Non
     as 0."""
     loaded = torch.tensor([1.001, 1.001, 1.001, float("nan"), 1e-41, 3.4e38])
     param = torch.tensor([1.0, 1.5, 0.0, 2.0, 0.0, float("inf")]).bfloat16()
-    slot = Slot.__new__(Slot)
-    slot.param, slot.kind, slot.dtype = param, "split", param.dtype
-    slot.master = torch.full((6,), 99, dtype=torch.int16)
-    slot.loaded_master = loaded
+    master = Master(Slot(param, Block([param]), 0, 0, 0), "split")
+    master.refresh()
+    assert master.tensor is not None
+    master.tensor.fill_(99)
+    master.loaded = loaded
     remainder = reference.split_master(loaded)[1]
     wanted = reference.precise(param, remainder)
     assert wanted[0] == loaded[0] and (wanted[1] - 1.5).abs() < 2**-8 and wanted[1] != 1.5
-    before = slot.precise()
+    before = master.precise()
     assert before is not None and equal_bits(before, wanted)
-    slot.refresh_master()
-    after = slot.precise()
+    master.refresh()
+    after = master.precise()
     assert after is not None and equal_bits(after, wanted)
-    assert equal_bits(slot.master, remainder)
+    assert equal_bits(master.tensor, remainder)

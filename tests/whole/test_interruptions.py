@@ -294,7 +294,7 @@ def _another_parameter(run: Run) -> None:
 
 
 def _no_hooks(run: Run) -> None:
-    run.opt._collector.detach()
+    run.opt._core.collector.attached.detach()
 
 
 @pytest.mark.parametrize("defect", [_half_of_a_gradient, _another_parameter, _no_hooks])

@@ -1,0 +1,188 @@
+"""What an optimizer remembers of each parameter, in flat buffers that `optimizer.state` shows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from ..backends import UpdateScalars
+from ..rules import builtin as rules
+from ..window.collector import Collector
+from ..window.slots import Slot
+
+Group = dict[str, Any]
+
+
+def _zero(_: Group) -> float:
+    return 0.0
+
+
+class RuleState:
+    """One parameter's.
+
+    Attributes:
+        tensors: the states with the parameter's shape, fp32, in the rule's order.
+        starts: what states and numbers started as, by name, where that is not zero.
+        step: its step count, 0-d, on the device; None until the states are there.
+        knows_step: whether a checkpoint told its step count.
+        numbers: the 0-d states that `state[param]` shows, by torch's names.
+    """
+
+    __slots__ = ("knows_step", "numbers", "starts", "step", "tensors")
+
+    def __init__(self) -> None:
+        self.tensors: tuple[Tensor, ...] = ()
+        self.starts: dict[str, float] = {}
+        self.step: Tensor | None = None
+        self.knows_step = False
+        self.numbers: dict[str, Tensor] = {}
+
+    def unbind(self) -> None:
+        """Let the next update take over what `state[param]` shows then."""
+        self.tensors, self.step, self.numbers = (), None, {}
+
+
+class States(dict[Slot, RuleState]):
+    """Each parameter's states, made when they are first asked for.
+
+    Args:
+        optimizer: the wrapped one; its `state` is read and written.
+        collector: has the slots.
+
+    Attributes:
+        is_provisional: whether states are there for their names and shapes only, made with a
+            learning rate of 0, from which some start.
+    """
+
+    def __init__(self, optimizer: Optimizer, collector: Collector) -> None:
+        super().__init__()
+        self._optimizer, self._collector = optimizer, collector
+        self._scalars: UpdateScalars | None = None
+        self.is_provisional = False
+
+    def __missing__(self, slot: Slot) -> RuleState:
+        state = self[slot] = RuleState()
+        return state
+
+    @property
+    def skipped(self) -> int:
+        """Updates that were skipped; waits for the device."""
+        return 0 if self._scalars is None else int(self._scalars.skipped)
+
+    @property
+    def scalars(self) -> UpdateScalars:
+        """The device tables, grown where parameters were added."""
+        n = len(self._collector.slots)
+        old = self._scalars
+        if old is None or len(old.steps) < n:
+            rule = rules.select(self._optimizer, self._optimizer.param_groups[0])
+            n_scalars = rule.family.n_scalars if rule else 0
+            n_memory = len(rule.family.memory) if rule else 0
+            new = UpdateScalars(n, n_scalars, self._collector.attached.device, n_memory)
+            if old is not None:
+                new.memory[: len(old.memory)] = old.memory
+                new.steps[: len(old.steps)] = old.steps
+                new.norm, new.skipped = old.norm, old.skipped
+                for state in self.values():
+                    state.step = None  # what `optimizer.state` shows is in the old tables
+            self._scalars = new
+        assert self._scalars is not None
+        return self._scalars
+
+    def step_of(self, slot: Slot, entry: dict[str, Any] | None) -> float | None:
+        """A parameter's step count as far as it is known, also before the first update after a
+        load; `entry` is what a state dict has of it."""
+        own = self[slot]
+        if own.step is not None:
+            return float(own.step)
+        if entry and "step" in entry:
+            return float(entry["step"])
+        if own.knows_step and self._scalars is not None:
+            return float(self._scalars.steps[slot.row])
+        return None
+
+    def forget_provisional(self) -> None:
+        """Let states that are provisional start as if there had been none."""
+        if not self.is_provisional:
+            return
+        self.is_provisional = False
+        self._optimizer.state.clear()
+        self.scalars.steps.zero_()
+        for state in self.values():
+            state.tensors, state.step = (), None
+
+    @torch.no_grad()
+    def release(self) -> None:
+        """Give the wrapped optimizer states of its own, in the dtypes plain torch would have."""
+        if self.is_provisional:
+            self._optimizer.state.clear()
+        for param, slot in self._collector.slots.items():
+            entry = self._optimizer.state.get(param, {})
+            for name, value in entry.items():
+                if not isinstance(value, Tensor):
+                    continue
+                if value.dim() == 0:
+                    entry[name] = value.detach().clone().cpu()
+                elif value.is_floating_point():
+                    entry[name] = value.to(slot.dtype, copy=True)
+
+    def bind(self, slot: Slot, rule: rules.Rule, group: Group) -> RuleState:
+        """Make `state[param]` show the flat buffers, taking over what somebody put there.
+
+        It shows all of them or none: what raises before leaves `state` as it was.
+        """
+        scalars = self.scalars
+        own, state = self[slot], self._optimizer.state[slot.param]
+        if own.step is not None and len(own.tensors) == len(rule.states):
+            bound = dict(zip(rule.states, own.tensors, strict=True)) | own.numbers
+            if all(state.get(name) is tensor for name, tensor in bound.items()):
+                self._start_later(slot, rule, group)
+                return own
+        is_foreign = False  # whether it comes from a plain run, or from a checkpoint
+        shown: dict[str, Tensor] = {}
+        for name in rule.states:
+            shown[name] = view = slot.view(name)
+            existing = state.get(name)
+            if not isinstance(existing, Tensor):
+                view.fill_(rule.start(name, group))
+            elif existing.data_ptr() != view.data_ptr():
+                is_foreign = True
+                view.copy_(existing)
+        tensors = tuple(shown.values())
+        step = scalars.steps[slot.row]
+        if tensors and not any(isinstance(state.get(name), Tensor) for name in rule.states):
+            step.zero_()  # history begins anew, also where somebody cleared the states
+        memory = rule.family.memory
+        numbers = [(scalars.memory[slot.row, i], *m) for i, m in enumerate(memory)]
+        if rule.family.step_key is not None:
+            numbers.append((step, rule.family.step_key, _zero))
+        elif is_foreign and not own.knows_step:
+            step.clamp_(min=1.0)  # a momentum buffer from before: this is not the first update
+        for number, name, start in numbers:
+            shown[name] = number
+            existing = state.get(name, start(group))
+            if not isinstance(existing, Tensor):
+                number.fill_(existing)
+            elif existing.data_ptr() != number.data_ptr():
+                number.copy_(existing)
+        state.update(shown)
+        own.starts = rule.starts(group)
+        own.tensors = tensors
+        own.numbers = {name: number for number, name, _ in numbers}
+        own.step = step
+        return own
+
+    def _start_later(self, slot: Slot, rule: rules.Rule, group: Group) -> None:
+        """Let what starts as a hyper-parameter start as what that is now (ASGD's and Rprop's rate),
+        where every update so far was skipped. That shows on the device alone."""
+        own, starts = self[slot], rule.starts(group)
+        if starts == own.starts:
+            return
+        assert own.step is not None
+        for name, start in starts.items():
+            value = self._optimizer.state[slot.param][name]
+            value.copy_(torch.where(own.step == 0, start, value))
+        own.starts = starts
