@@ -11,7 +11,7 @@ import torch
 from torch.testing._internal.common_optimizers import optim_db
 
 from fusedaccum import FusedAccumOptimizer
-from fusedaccum.rules import packages as foreign
+from fusedaccum.rules import packages
 
 # Packages and, of each, optimizers that stand for it: (module, classes, options).
 OTHERS: dict[str, tuple[str, tuple[str, ...], dict[str, Any]]] = {
@@ -38,7 +38,7 @@ class Package:
 
     def add(self, optimizer: torch.optim.Optimizer) -> None:
         """Ask the code where `optimizer` belongs."""
-        if foreign.refusal(optimizer):
+        if packages.refusal(optimizer):
             names = self.refused
         else:
             wrapped = FusedAccumOptimizer(optimizer)
@@ -75,7 +75,7 @@ def table() -> str:
     packages = {"torch.optim": _torch()}
     packages |= {package: _other(*arguments) for package, arguments in OTHERS.items()}
     reasons = []
-    for module, refusals in foreign.REFUSED.items():
+    for module, refusals in packages.REFUSED.items():
         package = next(name for name, (m, *_) in OTHERS.items() if m.split(".")[0] == module)
         by_reason: dict[str, list[str]] = {}
         for name, reason in refusals.items():

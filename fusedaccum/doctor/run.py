@@ -13,19 +13,10 @@ from typing import Any
 import torch
 
 from .. import backends
-from . import (
-    machine,
-    output,
-)
-from . import (
-    steps as check_steps,
-)
-from . import (
-    sums as check_sums,
-)
-from . import (
-    windows as check_windows,
-)
+from . import machine, output
+from . import steps as check_steps
+from . import sums as check_sums
+from . import windows as check_windows
 from .checks import Check, Runner, Wrong, threads
 
 MAX_SHOWN = 10
@@ -51,19 +42,10 @@ class Outcome:
 
 
 def devices(wanted: str | None) -> list[torch.device]:
-    """What to check: CPU and GPUs, or the one that was asked for.
-
-    Raises:
-        ValueError: naming what there is.
-    """
-    found = machine.available()
+    """What to check: CPU and GPUs, or the one that was asked for."""
     if wanted is None:
-        return [device for device in found if device.type in ("cpu", "cuda")]
-    names = [str(device) for device in found]
-    matching = [device for device in found if wanted in (str(device), device.type)]
-    if not matching:
-        raise ValueError(f"--device got {wanted!r}; there is here: {', '.join(names)}")
-    return matching
+        return [device for device in machine.available() if device.type in ("cpu", "cuda")]
+    return machine.choose(wanted)
 
 
 def checks_of(device: torch.device, backend: str | None, full: bool) -> list[Check]:

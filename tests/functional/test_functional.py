@@ -18,7 +18,7 @@ import fusedaccum
 from fusedaccum import functional
 from fusedaccum.backends import reference
 from fusedaccum.backends.compiled import engine as native
-from fusedaccum.functional import adam_updates, operations
+from fusedaccum.functional import operations, updates
 from fusedaccum.rules.builtin import RULES
 from tests import tolerances
 from tests.cases import WithoutCompiler, forget_compiled
@@ -28,8 +28,8 @@ F = functional
 
 @pytest.mark.parametrize(
     "module",
-    [operations, adam_updates, fusedaccum.optimizer],
-    ids=["operations", "adam_updates", "optimizer"],
+    [operations, updates, fusedaccum.optimizer],
+    ids=["operations", "updates", "optimizer"],
 )
 def test_examples_in_docstrings(module: Any) -> None:
     context = {"torch": torch, "FusedAccumOptimizer": fusedaccum.FusedAccumOptimizer}
