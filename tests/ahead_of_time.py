@@ -51,7 +51,8 @@ from fusedaccum.backends.operations import (
 from fusedaccum.backends.scalars import UpdateScalars
 from fusedaccum.kernels import accumulate, norm, step
 from fusedaccum.kernels.layout import CHUNK, VECTOR_BYTES
-from fusedaccum.rules.builtin import RULES, Rule
+from fusedaccum.rules.builtin import RULES
+from fusedaccum.rules.rule import Rule
 from fusedaccum.window.slots import PARAM_DTYPES
 from tests import registers
 from tests.full_chunks import faults, ptx_widths
@@ -196,13 +197,10 @@ def _one_rule_a_family() -> list[Rule]:
 
 
 def _keeps(dtype: torch.dtype) -> list[Keep]:
-    found = []
-    for keep in Keep:
-        try:
-            found.append(Keep.of(keep.value, dtype))
-        except ValueError:
-            continue  # not every dtype can be split
-    return list(dict.fromkeys(found))
+    """All that a parameter of a dtype can have."""
+    found = {Keep.of("none", dtype), Keep.of("none", dtype, is_stochastic=True)}
+    found |= {Keep.of(None, dtype), Keep.of("fp32", dtype)}
+    return [keep for keep in Keep if keep in found]
 
 
 def _one_tensor(rule: Rule, dtype: torch.dtype, keep: Keep, is_aligned: bool) -> Step:

@@ -7,7 +7,6 @@ free on a CPU, one wait per update on another device.
 
 from __future__ import annotations
 
-import importlib
 import math
 from functools import lru_cache
 from typing import Any
@@ -16,8 +15,8 @@ import torch
 from torch import Tensor
 
 from ..kernels.layout import CHUNK
-from ..rules import as_torch as rule_text
-from ..rules.builtin import Family
+from ..rules.as_torch import as_torch
+from ..rules.rule import Family
 from . import reference
 from .compiled.loops import Loops
 from .keep import Keep
@@ -31,10 +30,8 @@ ATEN_BLOCK = 1 << 17
 
 
 def _torch_function(family: Family, name: str) -> Any:
-    """A torch function of a rule: its reference, or made from the Triton text where it has none."""
-    if family.reference is None:
-        return getattr(rule_text.as_torch(family.kernels), name)
-    return getattr(importlib.import_module(family.reference), name)
+    """A function of a rule in torch."""
+    return getattr(as_torch(family.kernels), name)
 
 
 class TorchBackend:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from ..rules.builtin import Family, Rule
+from ..rules.rule import Family, Rule
 from .keep import Keep
 from .scalars import UpdateScalars
 

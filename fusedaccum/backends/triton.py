@@ -15,7 +15,7 @@ from ..kernels.accumulate import accumulate_kernel
 from ..kernels.layout import CHUNK
 from ..kernels.norm import finalize_kernel, sum_of_squares_kernel
 from ..kernels.step import step_kernel
-from ..rules.builtin import Family
+from ..rules.rule import Family
 from .operations import Add, Finalize, Step, SumOfSquares
 from .tables import Tables
 

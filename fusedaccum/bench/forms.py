@@ -18,7 +18,8 @@ from torch import Tensor
 from torch.nn.utils import clip_grad_norm_, get_total_norm
 
 from ..doctor.windows import deliver
-from ..rules import builtin as rules
+from ..rules import registry
+from ..rules.rule import Rule
 
 OPTIMIZERS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
     "adamw": (torch.optim.AdamW, {"weight_decay": 0.1}),
@@ -72,11 +73,11 @@ class Plan:
         one = torch.zeros(1, dtype=torch.float32, device="cpu", requires_grad=True)
         return self.plain([one]).param_groups[0]
 
-    def rule(self) -> rules.Rule:
+    def rule(self) -> Rule:
         """Our rule for it."""
         one = torch.zeros(1, dtype=torch.float32, device="cpu", requires_grad=True)
         optimizer = self.plain([one])
-        rule = rules.select(optimizer, optimizer.param_groups[0])
+        rule = registry.select(optimizer, optimizer.param_groups[0])
         assert rule is not None
         return rule
 

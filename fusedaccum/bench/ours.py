@@ -12,7 +12,7 @@ from .. import FusedAccumOptimizer, backends
 from ..backends import Add, Finalize, Keep, Step, StepTensor, UpdateScalars
 from ..backends.tables import count_chunks
 from ..doctor.windows import deliver
-from ..rules.builtin import Rule
+from ..rules.rule import Rule
 from .forms import Form, Moved, Plan, leaves, nbytes
 
 

@@ -26,7 +26,9 @@ from ..backends.compiled import compiler
 from ..backends.compiled import engine as native
 from ..backends.compiled import source as cgen
 from ..kernels.layout import ScalarsRow
-from ..rules.builtin import RULES, Rule, sign
+from ..rules.as_torch import as_torch
+from ..rules.builtin import RULES
+from ..rules.rule import Rule, sign
 from . import checks
 from .checks import Check, Memory, Runner, host, normal
 from .sums import short
@@ -81,9 +83,7 @@ def compile_ahead(full: bool) -> None:
 
     layouts = [*LAYOUTS, *HALF_LAYOUTS] if full else LAYOUTS
     sources = [
-        cgen.step_source(rule, dtype, keep.value)
-        for rule in RULES.values()
-        for dtype, keep in layouts
+        cgen.step_source(rule, dtype, keep) for rule in RULES.values() for dtype, keep in layouts
     ]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(load, sources))
@@ -179,7 +179,9 @@ def _bounds(
     """
 
     def run(param: Tensor, acc: Tensor, *states: Tensor) -> list[Tensor]:
-        new, updated = getattr(reference, rule.name)(param, acc * coef, states, scalars)
+        new, updated = getattr(as_torch(rule.family.kernels, torch.float64), rule.name)(
+            param, acc * coef, states, scalars
+        )
         return [new, *updated]
 
     results = run(*inputs)
@@ -207,7 +209,7 @@ def _require_scalars(
     update: int,
 ) -> tuple[float, ...]:
     """The rule's scalars for a tensor by the reference, once the backend's agree."""
-    function = getattr(reference, f"{rule.family.name}_scalars")
+    function = getattr(as_torch(rule.family.kernels), f"{rule.family.name}_scalars")
     own, kept = function(hyper[1:], float(update), tuple(memory[row].tolist()))
     numbers = scalars.scalars[row].tolist()
     relative = checks.SCALAR_ROUNDINGS * checks.U

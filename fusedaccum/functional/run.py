@@ -17,7 +17,8 @@ from ..backends.operations import GRAD_DTYPES
 from ..backends.tables import addresses
 from ..backends.tensors import is_dense, laid_out_like, refuse_tensor, same_order
 from ..kernels.layout import ScalarsRow
-from ..rules.builtin import RULES, Family
+from ..rules.builtin import RULES
+from ..rules.rule import Family
 
 Tensors = Sequence[Tensor]
 Lists = Mapping[str, Tensors]

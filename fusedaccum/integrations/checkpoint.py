@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ..rules import builtin as rules
+from ..rules import registry
 from ..update.updater import Updater
 from ..window.collector import Collector
 from ..window.saved import go_on, open_accumulators, window_numbers
@@ -106,7 +106,7 @@ def _may_lack_states(updater: Updater, surely: bool) -> set[int]:
     found: set[int] = set()
     start = 0
     for group in updater.optimizer.param_groups:
-        rule = rules.select(updater.optimizer, group)
+        rule = registry.select(updater.optimizer, group)
         end = start + len(group["params"])
         lacks = rule and not (rule.states or rule.family.memory or rule.family.step_key)
         if lacks or (rule is None and not surely):
@@ -178,7 +178,7 @@ def _elementwise(updater: Updater) -> set[str]:
     """Names of the states that have the parameter's shape."""
     names: set[str] = set()
     for group in updater.optimizer.param_groups:
-        rule = rules.select(updater.optimizer, group)
+        rule = registry.select(updater.optimizer, group)
         names.update(rule.states if rule else ())
     return names
 

@@ -8,7 +8,7 @@ from typing import Any
 from .. import backends
 from ..backends import Keep
 from ..options import Options
-from ..rules import builtin as rules
+from ..rules import registry
 from .updater import Updater
 
 
@@ -34,13 +34,13 @@ def describe(updater: Updater, options: Options) -> str:
     ]
     fused = updater.is_fused
     for index, group in enumerate(inner.param_groups):
-        rule = rules.select(inner, group)
+        rule = registry.select(inner, group)
         if fused and rule is not None:
             path = f"fused rule {rule.name!r}"
         elif rule is not None:
             path = "native step, because another param group has no fused rule"
         else:
-            path = f"native step on fp32 gradients ({rules.reason(inner)})"
+            path = f"native step on fp32 gradients ({registry.reason(inner)})"
         lines.append(f"  group {index}: {path}; {_params(group['params'], updater)}")
     return "\n".join(lines)
 

@@ -11,7 +11,8 @@ from torch.optim import Optimizer
 
 from ..backends import Correction, Finalize, Keep, Step, StepTensor
 from ..backends.rounding import tensor_key
-from ..rules import builtin as rules
+from ..rules import registry
+from ..rules.rule import Rule, sign
 from ..window.collector import Collector
 from ..window.slots import Slot
 from .masters import Master, Masters
@@ -43,7 +44,7 @@ class FusedStep:
         self._masters, self._states = masters, states
         self._seed = seed
 
-    def bind(self, slot: Slot, rule: rules.Rule, group: dict[str, Any]) -> Master:
+    def bind(self, slot: Slot, rule: Rule, group: dict[str, Any]) -> Master:
         """Have a parameter's master and states in their buffers, and show them."""
         master = self._masters[slot]
         master.refresh()
@@ -58,7 +59,7 @@ class FusedStep:
         updated: list[Slot] = []
         position = -1  # among all parameters, frozen ones too: a resumed run draws the same bits
         for group_index, group in enumerate(groups):
-            rule = rules.select(self._optimizer, group)
+            rule = registry.select(self._optimizer, group)
             assert rule is not None
             for param in group["params"]:
                 position += 1
@@ -85,7 +86,7 @@ class FusedStep:
             return None
         requests = list(steps.values())
         family = requests[0].rule.family
-        hyper = [(rules.sign(group), *family.hyper(group)) for group in groups]
+        hyper = [(sign(group), *family.hyper(group)) for group in groups]
         backend = self._collector.backend
 
         @torch.no_grad()

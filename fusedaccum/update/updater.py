@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ..backends import Correction
-from ..rules import builtin as rules
+from ..rules import registry
 from ..window.collector import Collector
 from .fused import Apply, FusedStep
 from .masters import Masters
@@ -58,7 +58,7 @@ class Updater:
     @property
     def is_fused(self) -> bool:
         """Whether every param group has a fused rule; one without takes all to the wrapped step."""
-        return rules.serve(self.optimizer)
+        return registry.serve(self.optimizer)
 
     def refuse_stochastic(self) -> None:
         """Raise if parameters are to be rounded stochastically by a step that cannot.
@@ -67,7 +67,7 @@ class Updater:
             ValueError: saying that a fused rule is needed, and why there is none.
         """
         if self._is_stochastic and not self.is_fused:
-            reason = rules.reason(self.optimizer)
+            reason = registry.reason(self.optimizer)
             raise ValueError(f"stochastic_rounding=True needs a fused rule: {reason}")
 
     @torch.no_grad()

@@ -9,7 +9,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from ...rules.builtin import Rule
+from ...rules.rule import Rule
 from ..keep import Keep
 from ..operations import Add, Step, SumOfSquares
 from ..tables import LaunchTable, Tables
@@ -26,7 +26,7 @@ def reduce_library(dtype: torch.dtype) -> ctypes.CDLL | None:
 @cache
 def step_library(rule: Rule, dtype: torch.dtype, keep: Keep) -> ctypes.CDLL | None:
     """The loop of a rule for parameters of a dtype; None where it cannot be had."""
-    return _library(source.step_source(rule, dtype, keep.value))
+    return _library(source.step_source(rule, dtype, keep))
 
 
 @cache

@@ -8,25 +8,13 @@ accumulators, parameters and states come out as in Triton's interpreter, bit for
 
 from __future__ import annotations
 
-import ast
-
 import torch
 
 from ...kernels import layout
 from ...kernels.layout import ScalarsRow, StepRow
-from ...rules import as_torch as rule_text
-from ...rules.builtin import Rule
-
-_CALLS = {"sqrt": "sqrtf", "abs": "fabsf"}
-_OPERATORS = {ast.Add: "+", ast.Sub: "-", ast.Mult: "*", ast.Div: "/"}
-_COMPARISONS = {
-    ast.Lt: "<",
-    ast.LtE: "<=",
-    ast.Gt: ">",
-    ast.GtE: ">=",
-    ast.Eq: "==",
-    ast.NotEq: "!=",
-}
+from ...rules import as_c, text
+from ...rules.rule import Rule
+from ..keep import Keep
 
 
 def _layout() -> str:
@@ -192,20 +180,20 @@ void step(const int64_t *table, const int32_t *chunks, void *third, float unused
 """
 
 _LOAD_PARAM = {
-    "none": "float param = %(load)s(params[i]);",
-    "split": "float param = join_master(params[i], masters[i]);",
-    "stochastic": "float param = %(load)s(params[i]);",
-    "fp32": "float param = masters[i];"
+    Keep.PARAM: "float param = %(load)s(params[i]);",
+    Keep.SPLIT: "float param = join_master(params[i], masters[i]);",
+    Keep.STOCHASTIC: "float param = %(load)s(params[i]);",
+    Keep.FP32: "float param = masters[i];"
     " if (%(load)s(%(store)s(param)) != %(load)s(params[i])) param = %(load)s(params[i]);",
 }
 _STORE_PARAM = {
-    "none": "params[i] = %(store)s(param);",
-    "split": "int32_t bits = (int32_t)float_to_bits(param == param ? param : NAN);"
+    Keep.PARAM: "params[i] = %(store)s(param);",
+    Keep.SPLIT: "int32_t bits = (int32_t)float_to_bits(param == param ? param : NAN);"
     " int32_t high = (int32_t)((uint32_t)bits + ROUND_HALF) >> 16;"
     " params[i] = (uint16_t)high;"
     " masters[i] = (int16_t)(uint32_t)((uint32_t)bits - ((uint32_t)high << 16));",
-    "stochastic": "params[i] = to_bf16_stochastic(param, key, (uint32_t)i);",
-    "fp32": "params[i] = %(store)s(param); masters[i] = param;",
+    Keep.STOCHASTIC: "params[i] = to_bf16_stochastic(param, key, (uint32_t)i);",
+    Keep.FP32: "params[i] = %(store)s(param); masters[i] = param;",
 }
 
 
@@ -242,98 +230,29 @@ def reduce_source(dtype: torch.dtype) -> str:
     return "".join(parts)
 
 
-def step_source(rule: Rule, dtype: torch.dtype, master: str) -> str:
-    """C source of the step loop of a rule for one parameter dtype and master layout."""
+def step_source(rule: Rule, dtype: torch.dtype, keep: Keep) -> str:
+    """C source of the step loop of a rule for one parameter dtype and `Keep`."""
     c_type, load, store = _C_TYPES[dtype]
-    function = rule_text.function(rule.family.kernels, rule.name)
-    states, scalars, body, results = translate(function)
+    loop = as_c.translate(text.function(rule.family.kernels, rule.name))
     indices = range(len(rule.states))
     return _PRELUDE % {"layout": _layout()} + _STEP % {
         "columns": StepRow.STATES + len(rule.states),
         "type": c_type,
-        "master_type": "int16_t" if master == "split" else "float",
+        "master_type": "int16_t" if keep is Keep.SPLIT else "float",
         "state_pointers": "\n    ".join(
             f"float *restrict state{i} = (float *)row[{StepRow.STATES + i}] + start;"
             for i in indices
         ),
         "scalar_columns": ScalarsRow.OWN + rule.family.n_scalars,
         "scalar_values": "\n    ".join(
-            f"const float {name} = scalars[{ScalarsRow.OWN + i}];" for i, name in enumerate(scalars)
+            f"const float {name} = scalars[{ScalarsRow.OWN + i}];"
+            for i, name in enumerate(loop.scalars)
         ),
-        "load_param": _LOAD_PARAM[master] % {"load": load, "store": store},
-        "load_states": " ".join(f"float {s} = state{i}[i];" for i, s in enumerate(states)),
-        "body": "\n      ".join(body),
-        "store_param": _STORE_PARAM[master] % {"load": load, "store": store},
-        "store_states": " ".join(f"state{i}[i] = {result};" for i, result in enumerate(results)),
+        "load_param": _LOAD_PARAM[keep] % {"load": load, "store": store},
+        "load_states": " ".join(f"float {s} = state{i}[i];" for i, s in enumerate(loop.states)),
+        "body": "\n      ".join(loop.body),
+        "store_param": _STORE_PARAM[keep] % {"load": load, "store": store},
+        "store_states": " ".join(
+            f"state{i}[i] = {result};" for i, result in enumerate(loop.results)
+        ),
     }
-
-
-def translate(function: ast.FunctionDef) -> tuple[list[str], list[str], list[str], list[str]]:
-    """Names of the states and of the scalars, C statements, and the new states' expressions.
-
-    Raises:
-        ValueError: naming what is no straight-line arithmetic.
-    """
-    unpacked: dict[str, list[str]] = {"states": [], "scalars": []}
-    declared = {"param", "grad"}
-    body: list[str] = []
-    for statement in function.body:
-        if isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant):
-            continue  # the docstring
-        if isinstance(statement, ast.Return) and isinstance(statement.value, ast.Tuple):
-            param, states = statement.value.elts
-            if not (isinstance(param, ast.Name) and param.id == "param"):
-                raise _unsupported(function, statement)
-            results = states.elts if isinstance(states, ast.Tuple) else []
-            expressions = [_expression(function, result) for result in results]
-            return unpacked["states"], unpacked["scalars"], body, expressions
-        if not isinstance(statement, ast.Assign) or len(statement.targets) != 1:
-            raise _unsupported(function, statement)
-        target, value = statement.targets[0], statement.value
-        if isinstance(target, ast.Tuple) and isinstance(value, ast.Name):
-            names = [element.id for element in target.elts if isinstance(element, ast.Name)]
-            unpacked[value.id] = names
-            declared.update(names)
-        elif isinstance(target, ast.Name):
-            kind = "" if target.id in declared else "float "
-            declared.add(target.id)
-            body.append(f"{kind}{target.id} = {_expression(function, value)};")
-        else:
-            raise _unsupported(function, statement)
-    raise _unsupported(function, function)
-
-
-def _expression(function: ast.FunctionDef, node: ast.expr) -> str:
-    """A Python expression as C, in the same order of operations."""
-
-    def c(child: ast.expr) -> str:
-        return _expression(function, child)
-
-    if isinstance(node, ast.Name):
-        return node.id
-    if isinstance(node, ast.Constant) and isinstance(node.value, (int, float)):
-        return f"{float(node.value)!r}f"
-    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
-        return f"(-{c(node.operand)})"
-    if isinstance(node, ast.BinOp) and type(node.op) in _OPERATORS:
-        return f"({c(node.left)} {_OPERATORS[type(node.op)]} {c(node.right)})"
-    if isinstance(node, ast.Compare) and len(node.ops) == 1 and type(node.ops[0]) in _COMPARISONS:
-        return f"({c(node.left)} {_COMPARISONS[type(node.ops[0])]} {c(node.comparators[0])})"
-    if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
-        name, arguments = node.func.attr, [c(a) for a in node.args]
-        if name in _CALLS:
-            return f"{_CALLS[name]}({arguments[0]})"
-        if name == "where":
-            return f"({arguments[0]} ? {arguments[1]} : {arguments[2]})"
-        if name in ("maximum", "minimum"):
-            sign = ">" if name == "maximum" else "<"
-            a, b = arguments
-            return f"({a} {sign} {b} ? {a} : {b})"
-    raise _unsupported(function, node)
-
-
-def _unsupported(function: ast.FunctionDef, node: ast.AST) -> ValueError:
-    return ValueError(
-        f"rule {function.name}: {ast.unparse(node)!r} cannot be translated to C; a rule is "
-        "assignments of + - * /, comparisons and tl.sqrt, abs, maximum, minimum, where"
-    )
