@@ -72,8 +72,8 @@ def _other(module_name: str, names: tuple[str, ...], options: dict[str, Any]) ->
 
 def table() -> str:
     """The table and the reasons beneath it, in Markdown."""
-    packages = {"torch.optim": _torch()}
-    packages |= {package: _other(*arguments) for package, arguments in OTHERS.items()}
+    tables = {"torch.optim": _torch()}
+    tables |= {package: _other(*arguments) for package, arguments in OTHERS.items()}
     reasons = []
     for module, refusals in packages.REFUSED.items():
         package = next(name for name, (m, *_) in OTHERS.items() if m.split(".")[0] == module)
@@ -82,10 +82,10 @@ def table() -> str:
             by_reason.setdefault(reason, []).append("all" if name == "*" else f"`{name}`")
         for reason, names in by_reason.items():
             if names != ["all"]:
-                packages[package].refused += names
+                tables[package].refused += names
             reasons.append(f"- {package}, {', '.join(names)}: {reason}.")
     lines = ["| package | fused rule | its own `step()` | refused |", "|---|---|---|---|"]
-    for package, found in packages.items():
+    for package, found in tables.items():
         columns = (found.fused, found.native, found.refused)
         cells = [", ".join(dict.fromkeys(names)) for names in columns]
         lines.append(f"| {package} | {' | '.join(cells)} |")

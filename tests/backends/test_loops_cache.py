@@ -237,7 +237,7 @@ def test_forked_processes(tmp_path: Path) -> None:
     def forked():
         child = os.fork()
         if child == 0:
-            signal.alarm(60)
+            signal.alarm(600)
             fusedaccum.functional.accumulate_([acc], [grad], 0.5)
             os._exit(0 if bool((acc.numpy() == 0.5).all()) else 1)
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
