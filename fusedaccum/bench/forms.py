@@ -177,7 +177,7 @@ class Form(ABC):
 
 def leaves(params: Iterable[Tensor]) -> list[Tensor]:
     """Copies that can be trained."""
-    return [p.detach().clone().requires_grad_() for p in params]
+    return [torch.nn.Parameter(p.detach().clone()) for p in params]
 
 
 # Elements of fp32 scratch that stay in a core's cache with their gradient and accumulator.

@@ -21,12 +21,13 @@ from fusedaccum.backends import (
     Keep,
     Step,
     StepTensor,
-    SumOfSquares,
     UpdateScalars,
     reference,
     rounding,
 )  # fmt: skip
 from fusedaccum.backends.tables import count_chunks
+from fusedaccum.doctor import checks, sums
+from fusedaccum.doctor.checks import Runner
 from fusedaccum.rules.as_torch import as_torch
 from fusedaccum.rules.builtin import RULES
 from fusedaccum.rules.rule import Family, Rule
@@ -106,30 +107,16 @@ def test_mixed_dtypes_in_one_call(backend: Any, dtype: torch.dtype) -> None:
         assert torch.equal(acc, grad.float())
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_nonfinite_shows_in_the_sums(backend: Any, value: float) -> None:
-    runner, _ = backend
-    acc, grad = (tensor(10_007, device=runner.device) for _ in range(2))
-    grad[9_999] = value
-    partials = torch.zeros(2, device=runner.device)
-    runner.accumulate(Add([(acc, grad)], 1.0, False, partials, [0]))
-    assert partials[0].isfinite() and not partials[1].isfinite()
+SUMS = [check.name for check in sums.all_checks(Runner(backends.get("torch", CPU), CPU, 1), True)]
 
 
-@pytest.mark.parametrize("offset", [0, 1], ids=["aligned", "unaligned"])
-@pytest.mark.parametrize("dtype", GRAD_DTYPES, ids=case_id)
-def test_sum_of_squares(backend: Any, dtype: torch.dtype, offset: int) -> None:
-    runner, _ = backend
-    tensors = [tensor(n, dtype, offset=offset, device=runner.device) for n in SIZES]
-    cells, end = cells_of(tensors)
-    partials = torch.full((end,), math.nan, device=runner.device)
-    runner.sum_of_squares(SumOfSquares(tensors, partials, cells))
-    torch.testing.assert_close(
-        partials.double().sum().sqrt().cpu(),
-        reference.global_norm(tensors),
-        rtol=tolerances.NORM_RTOL,
-        atol=0,
-    )
+@pytest.mark.parametrize("name", [name for name in SUMS if not name.startswith("accumulate")])
+def test_the_doctors_checks(backend: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Norms, NaN in the sums, finalize and a skipped step: the doctor says what must hold."""
+    monkeypatch.setattr(checks, "SIZES", SIZES)
+    runner = Runner(backend[0], backend[0].device, torch.get_num_threads())
+    (check,) = [c for c in sums.all_checks(runner, True) if c.name == name]
+    check.run()
 
 
 def hyper_of(family: str) -> tuple[float, ...]:
@@ -296,45 +283,6 @@ def test_an_fp32_master_gives_way_to_a_written_parameter(backend: Any) -> None:
     for each_step in (step, other):
         finalize_and_step(runner, each_step, [(1.0, *HYPER["sgd"])] * 2, coef=1.0)
     for a, b in zip(contents(step), contents(other), strict=True):
-        assert tolerances.equal_bits(a, b)
-
-
-@pytest.mark.parametrize("max_norm", [None, 0.5])
-@pytest.mark.parametrize("value", [1.0, math.nan, math.inf])
-@pytest.mark.parametrize("skip", [True, False])
-def test_finalize(backend: Any, max_norm: float | None, value: float, skip: bool) -> None:
-    runner, _ = backend
-    scalars = UpdateScalars(3, 8, runner.device)
-    nothing = torch.zeros(0, device=runner.device)
-    tensors = [StepTensor(nothing, nothing, (), row, group) for row, group in ((0, 0), (2, 1))]
-    scalars.steps += 4
-    partials = torch.tensor([4.0, 12.0 * value], device=runner.device)
-    hyper = [(1.0, *HYPER["adam"]), (-1.0, *HYPER["adam"])]
-    steps = [Step(RULES["adam"], Keep.PARAM, tensors, scalars)]
-    runner.finalize(Finalize(steps, hyper, Correction(0.25), partials, max_norm, skip))
-    skipped = skip and not math.isfinite(value)
-    assert bool(scalars.skip) is skipped and int(scalars.skipped) == skipped
-    norm = 0.25 * math.sqrt(4.0 + 12.0 * value) if value == value else math.nan
-    assert float(scalars.norm) == pytest.approx(norm, nan_ok=True)
-    assert scalars.steps.tolist() == ([4, 4, 4] if skipped else [5, 4, 5])
-    if not skipped:
-        coef = 0.25 * reference.clip_coefficient(norm, max_norm)
-        expected = [coef, 5.0, *ADAM(HYPER["adam"], 5.0, ())[0]]
-        got = scalars.scalars[0].tolist()
-        assert got == pytest.approx(expected, rel=1e-7, nan_ok=True)
-        assert scalars.scalars[2, 0].item() == pytest.approx(-coef, rel=1e-7, nan_ok=True)
-        assert scalars.scalars[1].tolist() == [0.0] * len(expected)
-
-
-def test_a_skipped_step_writes_nothing(backend: Any) -> None:
-    runner, _ = backend
-    step = make_step("adam", torch.bfloat16, Keep.SPLIT, 0, runner.device)
-    before = [t.clone() for t in contents(step)]
-    hyper = [(1.0, *HYPER["adam"])] * 2
-    sums = torch.tensor([math.inf], device=runner.device)
-    runner.finalize(Finalize([step], hyper, Correction(), sums, None, True))
-    runner.step(step)
-    for a, b in zip(contents(step), before, strict=True):
         assert tolerances.equal_bits(a, b)
 
 
