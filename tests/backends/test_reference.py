@@ -1,4 +1,4 @@
-"""What everything else is held against is held against torch: the reference, and the rules' text."""
+"""What all else is held against is held against torch: the reference, and the rules' text."""
 
 from __future__ import annotations
 
