@@ -57,10 +57,9 @@ class Core:
         self.window = Window(steps)
         self.scaling = Scaling(steps, options.grad_scaler, options.fused_unscale, device)
         masters = Masters(
-            "stochastic"
-            if options.stochastic_rounding
-            else packages.master_weights(self.optimizer, options.master_weights),
+            packages.master_weights(self.optimizer, options.master_weights),
             splits=registry.serve(self.optimizer),
+            is_stochastic=options.stochastic_rounding,
         )
         self.collector = Collector(
             backends.get(options.backend, device),

@@ -197,13 +197,10 @@ def _one_rule_a_family() -> list[Rule]:
 
 
 def _keeps(dtype: torch.dtype) -> list[Keep]:
-    found = []
-    for keep in Keep:
-        try:
-            found.append(Keep.of(keep.value, dtype))
-        except ValueError:
-            continue  # not every dtype can be split
-    return list(dict.fromkeys(found))
+    """All that a parameter of a dtype can have."""
+    found = {Keep.of("none", dtype), Keep.of("none", dtype, is_stochastic=True)}
+    found |= {Keep.of(None, dtype), Keep.of("fp32", dtype)}
+    return [keep for keep in Keep if keep in found]
 
 
 def _one_tensor(rule: Rule, dtype: torch.dtype, keep: Keep, is_aligned: bool) -> Step:

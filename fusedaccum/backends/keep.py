@@ -16,28 +16,30 @@ class Keep(Enum):
     FP32 = "fp32"  # An fp32 master beside the parameter.
 
     @classmethod
-    def of(cls, master_weights: str | None, dtype: torch.dtype) -> Keep:
+    def of(
+        cls, master_weights: str | None, dtype: torch.dtype, is_stochastic: bool = False
+    ) -> Keep:
         """What `master_weights` means for a parameter of `dtype`.
 
         Args:
-            master_weights: see `FusedAccumOptimizer`; or "stochastic", which is "none" with
-                stochastic rounding of bf16 parameters.
+            master_weights: see `FusedAccumOptimizer`.
             dtype: of the parameter.
+            is_stochastic: whether bf16 parameters without a master are rounded at random.
 
         Raises:
             ValueError: for an unknown word, and for "split" on fp16.
         """
-        if master_weights not in (None, "split", "fp32", "none", "stochastic"):
+        if master_weights not in (None, "split", "fp32", "none"):
             raise ValueError(
                 'master_weights must be None (automatic), "split", "fp32" or "none", got '
                 f"{master_weights!r}"
             )
+        if master_weights == "none" and is_stochastic and dtype == torch.bfloat16:
+            return cls.STOCHASTIC
         if dtype == torch.float32 or master_weights == "none":
             return cls.PARAM
         if dtype == torch.bfloat16:
             return cls(master_weights or "split")
-        if master_weights == "stochastic":
-            return cls.PARAM
         if master_weights == "split":
             raise ValueError(
                 'master_weights="split" needs bfloat16 parameters (the high half of a float32 '

@@ -83,9 +83,7 @@ def compile_ahead(full: bool) -> None:
 
     layouts = [*LAYOUTS, *HALF_LAYOUTS] if full else LAYOUTS
     sources = [
-        cgen.step_source(rule, dtype, keep.value)
-        for rule in RULES.values()
-        for dtype, keep in layouts
+        cgen.step_source(rule, dtype, keep) for rule in RULES.values() for dtype, keep in layouts
     ]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(load, sources))

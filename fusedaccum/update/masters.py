@@ -85,13 +85,14 @@ class Masters(dict[Slot, Master]):
     """Each parameter's master, made when it is first asked for.
 
     Args:
-        mode: `master_weights` of `FusedAccumOptimizer`, or "stochastic".
+        mode: `master_weights` of `FusedAccumOptimizer`.
         splits: whether a master may be split; else it is an fp32 copy.
+        is_stochastic: whether bf16 parameters without a master are rounded at random.
     """
 
-    def __init__(self, mode: str | None, splits: bool) -> None:
+    def __init__(self, mode: str | None, splits: bool, is_stochastic: bool) -> None:
         super().__init__()
-        self._mode, self._splits = mode, splits
+        self._mode, self._splits, self._is_stochastic = mode, splits, is_stochastic
 
     def check(self, dtype: torch.dtype) -> None:
         """Refuse a parameter's dtype.
@@ -102,7 +103,7 @@ class Masters(dict[Slot, Master]):
         Keep.of(self._mode, dtype)
 
     def __missing__(self, slot: Slot) -> Master:
-        keep = Keep.of(self._mode, slot.dtype)
+        keep = Keep.of(self._mode, slot.dtype, self._is_stochastic)
         if keep is Keep.SPLIT and not self._splits:
             keep = Keep.FP32
         master = self[slot] = Master(slot, keep)

@@ -211,7 +211,6 @@ def test_the_example_checks_itself() -> None:
         env={"PYTHONPATH": ".", "PATH": "/usr/bin:/bin", "HOME": str(Path.home())},
         capture_output=True,
         text=True,
-        timeout=300,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "fused rule 'ademamix'" in done.stdout

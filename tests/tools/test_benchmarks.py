@@ -57,36 +57,36 @@ def check_rows(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def test_run_quick(tmp_path: Path) -> None:
-    done = run("benchmarks.run", "--device", "cpu", "--quick", out=tmp_path)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "REFUSED" not in done.stdout
-    (path,) = tmp_path.iterdir()
-    rows = check_rows(path)
-    assert {row["operation"] for row in rows} == {
-        *("accumulate_first", "accumulate", "accumulate_last_norm", "norm", "step", "window")
-    }
-    windows = {row["variant"]: row for row in rows if row["operation"] == "window"}
-    assert windows.keys() >= {"copy", "copy_again", "native_fp32", "fused_hooks", "plain_bf16"}
-    assert "SKIPPED flashoptim_24: " in done.stdout
-    assert windows["fused_hooks"]["grad_error"] < 1e-6 < windows["plain_bf16"]["grad_error"]
-    shown = run("benchmarks.run", "--show", str(path), out=tmp_path)
-    assert shown.returncode == 0 and "fused_hooks takes" in shown.stdout
-
-
-def test_gpu_dry_run(tmp_path: Path) -> None:
+def test_gpu_dry_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     done = run("benchmarks.gpu", "--dry-run", out=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
-    names = {path.name for path in tmp_path.iterdir()}
+    check_dry_run(tmp_path, capsys)
+
+
+def check_dry_run(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every part left its files, and no row is missing."""
+    names = {path.name for path in folder.iterdir()}
     assert len(names) <= 8 and "gpu.log" in names
-    for path in tmp_path.glob("*-quick.json"):
-        check_rows(path)
-    assert sum(name.endswith("-quick.json") for name in names) == 5
-    assert any(name.endswith("train_gpt.json") for name in names)
-    text = (tmp_path / "gpu.log").read_text("utf-8")
+    files = {path: check_rows(path) for path in folder.glob("*-quick.json")}
+    assert len(files) == 5 and any(name.endswith("train_gpt.json") for name in names)
+    assert {row["operation"] for rows in files.values() for row in rows} == {
+        *("accumulate_first", "accumulate", "accumulate_last_norm", "norm", "step", "window"),
+        *("linear_wgrad", "train_window"),
+    }
+    (cycle,) = (path for path in files if "cycle" in path.name)
+    assert {(row["group"], row["n"]) for row in files[cycle]} == {(1, 1), (2, 2)}
+    windows = {row["variant"]: row for row in files[cycle]}
+    assert windows.keys() >= {"copy", "copy_again", "native_fp32", "fused_hooks", "plain_bf16"}
+    assert windows["fused_hooks"]["grad_error"] < 1e-6 < windows["plain_bf16"]["grad_error"]
+    assert windows["copy"]["precision"] is None
+    assert "split masters" in windows["fused_hooks"]["precision"]
+    assert benchmarks_run.main(["--show", str(cycle)]) == 0
+    assert "fused_hooks takes" in capsys.readouterr().out
+    text = (folder / "gpu.log").read_text("utf-8")
     assert "accumulate, norm, finalize, step: each ran, and is right" in text
+    assert "REFUSED" not in text and "SKIPPED flashoptim_24: " in text
     if importlib.util.find_spec("matplotlib"):
-        (archive,) = tmp_path.glob("*-plots.tar.gz")
+        (archive,) = folder.glob("*-plots.tar.gz")
         with tarfile.open(archive) as packed:
             figures = {Path(name).name for name in packed.getnames()}
         assert figures >= {"share.svg", "cycle.svg", "tax.svg", "memory.svg"}
@@ -191,18 +191,6 @@ def test_misaligned_tensors_are() -> None:
     for tensor in cases.random(cases.odd(), torch.bfloat16, CPU, seed=0, offset=1):
         assert tensor.data_ptr() % 16 and tensor.is_contiguous()
     assert all(g.data_ptr() % 16 for g in cases.gradients("unaligned", torch.bfloat16, CPU))
-
-
-def test_windows_of_several_n(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("OUT", str(tmp_path))
-    arguments = ["--device", "cpu", "--quick", "--only", "cycle", "--n", "1,4"]
-    with one_thread():
-        assert benchmarks_run.main(arguments) == 0
-    (path,) = tmp_path.iterdir()
-    rows = check_rows(path)
-    assert {(row["group"], row["n"]) for row in rows} == {(1, 1), (2, 4)}
-    known = {row["variant"]: row["precision"] for row in rows}
-    assert known["copy"] is None and "split masters" in known["fused_hooks"]
 
 
 def test_gemms_that_accumulate(

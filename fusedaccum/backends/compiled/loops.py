@@ -26,7 +26,7 @@ def reduce_library(dtype: torch.dtype) -> ctypes.CDLL | None:
 @cache
 def step_library(rule: Rule, dtype: torch.dtype, keep: Keep) -> ctypes.CDLL | None:
     """The loop of a rule for parameters of a dtype; None where it cannot be had."""
-    return _library(source.step_source(rule, dtype, keep.value))
+    return _library(source.step_source(rule, dtype, keep))
 
 
 @cache

@@ -14,6 +14,7 @@ from ...kernels import layout
 from ...kernels.layout import ScalarsRow, StepRow
 from ...rules import as_c, text
 from ...rules.rule import Rule
+from ..keep import Keep
 
 
 def _layout() -> str:
@@ -179,20 +180,20 @@ void step(const int64_t *table, const int32_t *chunks, void *third, float unused
 """
 
 _LOAD_PARAM = {
-    "none": "float param = %(load)s(params[i]);",
-    "split": "float param = join_master(params[i], masters[i]);",
-    "stochastic": "float param = %(load)s(params[i]);",
-    "fp32": "float param = masters[i];"
+    Keep.PARAM: "float param = %(load)s(params[i]);",
+    Keep.SPLIT: "float param = join_master(params[i], masters[i]);",
+    Keep.STOCHASTIC: "float param = %(load)s(params[i]);",
+    Keep.FP32: "float param = masters[i];"
     " if (%(load)s(%(store)s(param)) != %(load)s(params[i])) param = %(load)s(params[i]);",
 }
 _STORE_PARAM = {
-    "none": "params[i] = %(store)s(param);",
-    "split": "int32_t bits = (int32_t)float_to_bits(param == param ? param : NAN);"
+    Keep.PARAM: "params[i] = %(store)s(param);",
+    Keep.SPLIT: "int32_t bits = (int32_t)float_to_bits(param == param ? param : NAN);"
     " int32_t high = (int32_t)((uint32_t)bits + ROUND_HALF) >> 16;"
     " params[i] = (uint16_t)high;"
     " masters[i] = (int16_t)(uint32_t)((uint32_t)bits - ((uint32_t)high << 16));",
-    "stochastic": "params[i] = to_bf16_stochastic(param, key, (uint32_t)i);",
-    "fp32": "params[i] = %(store)s(param); masters[i] = param;",
+    Keep.STOCHASTIC: "params[i] = to_bf16_stochastic(param, key, (uint32_t)i);",
+    Keep.FP32: "params[i] = %(store)s(param); masters[i] = param;",
 }
 
 
@@ -229,15 +230,15 @@ def reduce_source(dtype: torch.dtype) -> str:
     return "".join(parts)
 
 
-def step_source(rule: Rule, dtype: torch.dtype, master: str) -> str:
-    """C source of the step loop of a rule for one parameter dtype and master layout."""
+def step_source(rule: Rule, dtype: torch.dtype, keep: Keep) -> str:
+    """C source of the step loop of a rule for one parameter dtype and `Keep`."""
     c_type, load, store = _C_TYPES[dtype]
     loop = as_c.translate(text.function(rule.family.kernels, rule.name))
     indices = range(len(rule.states))
     return _PRELUDE % {"layout": _layout()} + _STEP % {
         "columns": StepRow.STATES + len(rule.states),
         "type": c_type,
-        "master_type": "int16_t" if master == "split" else "float",
+        "master_type": "int16_t" if keep is Keep.SPLIT else "float",
         "state_pointers": "\n    ".join(
             f"float *restrict state{i} = (float *)row[{StepRow.STATES + i}] + start;"
             for i in indices
@@ -247,10 +248,10 @@ def step_source(rule: Rule, dtype: torch.dtype, master: str) -> str:
             f"const float {name} = scalars[{ScalarsRow.OWN + i}];"
             for i, name in enumerate(loop.scalars)
         ),
-        "load_param": _LOAD_PARAM[master] % {"load": load, "store": store},
+        "load_param": _LOAD_PARAM[keep] % {"load": load, "store": store},
         "load_states": " ".join(f"float {s} = state{i}[i];" for i, s in enumerate(loop.states)),
         "body": "\n      ".join(loop.body),
-        "store_param": _STORE_PARAM[master] % {"load": load, "store": store},
+        "store_param": _STORE_PARAM[keep] % {"load": load, "store": store},
         "store_states": " ".join(
             f"state{i}[i] = {result};" for i, result in enumerate(loop.results)
         ),

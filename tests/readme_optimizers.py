@@ -1,17 +1,10 @@
-"""README's table of which optimizer takes which path, made from the code.
-
-python -m tests.optimizer_table          print it
-python -m tests.optimizer_table --write  put it into README.md
-"""
+"""README's table of which optimizer takes which path, made from the code (`readme_tables.py`)."""
 
 from __future__ import annotations
 
-import argparse
 import importlib
-import sys
 import warnings
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,8 +13,6 @@ from torch.testing._internal.common_optimizers import optim_db
 from fusedaccum import FusedAccumOptimizer
 from fusedaccum.rules import packages
 
-README = Path(__file__).resolve().parent.parent / "README.md"
-BEGIN, END = "<!-- optimizers: python -m tests.optimizer_table --write -->", "<!-- end -->"
 # Packages and, of each, optimizers that stand for it: (module, classes, options).
 OTHERS: dict[str, tuple[str, tuple[str, ...], dict[str, Any]]] = {
     "lion-pytorch": ("lion_pytorch", ("Lion",), {}),
@@ -99,26 +90,3 @@ def table() -> str:
         cells = [", ".join(dict.fromkeys(names)) for names in columns]
         lines.append(f"| {package} | {' | '.join(cells)} |")
     return "\n".join([*lines, "", "Why some are refused:", "", *reasons]) + "\n"
-
-
-def in_readme(text: str) -> tuple[str, str, str]:
-    """README before, in and after the table."""
-    before, rest = text.split(BEGIN + "\n")
-    inside, after = rest.split(END)
-    return before, inside, after
-
-
-def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--write", action="store_true", help="put it into README.md")
-    made = table()
-    if not parser.parse_args(argv).write:
-        print(made, end="")
-        return 0
-    before, _, after = in_readme(README.read_text(encoding="utf-8"))
-    README.write_text(f"{before}{BEGIN}\n{made}{END}{after}", encoding="utf-8")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
