@@ -14,6 +14,7 @@ import torch
 
 from .. import backends
 from . import machine, output
+from . import rules as check_rules
 from . import steps as check_steps
 from . import sums as check_sums
 from . import windows as check_windows
@@ -53,6 +54,7 @@ def checks_of(device: torch.device, backend: str | None, full: bool) -> list[Che
     runner = Runner(backends.get(backend, device), device, torch.get_num_threads())
     return [
         *check_sums.all_checks(runner, full),
+        *check_rules.all_checks(),
         *check_steps.all_checks(runner, full),
         *check_windows.all_checks(device, backend, full),
     ]

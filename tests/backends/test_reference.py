@@ -1,4 +1,4 @@
-"""The reference is what everything else is held against, so it is held against torch itself."""
+"""What all else is held against is held against torch: the reference, and the rules' text."""
 
 from __future__ import annotations
 

@@ -7,6 +7,7 @@ import math
 import os
 import re
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from fusedaccum.backends.aten import TorchBackend
 from fusedaccum.backends.compiled import compiler
 from fusedaccum.backends.compiled import source as cgen
 from fusedaccum.doctor import checks
+from fusedaccum.doctor import rules as check_rules
 from fusedaccum.doctor import run as doctor
 from fusedaccum.doctor import steps as check_steps
 from fusedaccum.rules.builtin import RULES
@@ -81,6 +83,8 @@ def test_what_is_checked_covers_every_rule_and_layout() -> None:
     more = {check.name for check in ALL_CHECKS(CPU, None, True)}
     assert names < more
     for rule in RULES:
+        judged = any(name.startswith(f"rule {rule}, torch.optim.") for name in names)
+        assert judged is (rule != "lion")  # torch has none
         for layout in ("fp32", "bf16", *(f"bf16{kind}" for kind in check_steps.KINDS.values())):
             assert f"step {rule}, {layout}" in names
         assert any(re.fullmatch(rf"step {rule}, .*, unaligned", name) for name in names)
@@ -316,3 +320,22 @@ def test_wrong_usage(
 def test_no_command_prints_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main([]) == 0
     assert "doctor" in capsys.readouterr().out
+
+
+def test_a_rule_whose_text_is_wrong_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rules that the steps are checked by are themselves held against torch.optim."""
+    original = check_rules.as_torch
+
+    def wrong(*args: Any) -> Any:
+        text = dict(vars(original(*args)))
+        sgd = text["sgd"]
+        text["sgd"] = lambda param, grad, *rest: sgd(param, grad * (1 + 1e-9), *rest)
+        return SimpleNamespace(**text)
+
+    monkeypatch.setattr(check_rules, "as_torch", wrong)
+    for check in check_rules.all_checks():
+        if check.name == "rule sgd, torch.optim.SGD":
+            with pytest.raises(checks.Wrong, match="parameter after update 1"):
+                check.run()
+        else:
+            check.run()
