@@ -79,13 +79,13 @@ def main() -> None:
     import torch
 
     import fusedaccum  # noqa: F401
-    from fusedaccum.backends.compiled import engine as native
+    from fusedaccum.backends.compiled import openmp
     from fusedaccum.doctor import machine  # noqa: F401
 
     torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))])  # which imports more
     torch.set_num_threads(1)
-    native._is_forked = False  # also in what is forked: no team of threads was there before
-    os.register_at_fork(after_in_child=lambda: setattr(native, "_is_forked", False))
+    openmp._is_forked = False  # also in what is forked: no team of threads was there before
+    os.register_at_fork(after_in_child=lambda: setattr(openmp, "_is_forked", False))
     for line in sys.stdin:
         program, environment, copies = json.loads(line)
         outputs = [tempfile.TemporaryFile() for _ in range(copies)]  # noqa: SIM115

@@ -21,7 +21,7 @@ CC = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
 PROGRAM = """
 import hashlib, json, os, sys, time, warnings
 import torch, fusedaccum
-from fusedaccum.backends.compiled import compiler, engine, store
+from fusedaccum.backends.compiled import compiler, libraries, openmp, store
 from fusedaccum.doctor.machine import cpu_path
 
 def train():

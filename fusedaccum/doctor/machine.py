@@ -17,9 +17,7 @@ from typing import Any
 import torch
 
 from .. import __version__, backends
-from ..backends.compiled import compiler, store
-from ..backends.compiled import engine as native
-from ..backends.compiled import source as cgen
+from ..backends.compiled import compiler, libraries, openmp, source, store
 from ..backends.operations import GRAD_DTYPES
 
 MIN_TORCH, MIN_TRITON = (2, 11), (3, 6)
@@ -90,7 +88,7 @@ def _compiler() -> str | None:
     if command is None:
         return None
     try:
-        version = native.compiler_version(command).strip().partition("\n")[0]
+        version = libraries.compiler_version(command).strip().partition("\n")[0]
     except (compiler.CompilerMissing, OSError) as error:
         version = str(error)
     return f"{shlex.join(command)} ({version})"
@@ -98,7 +96,7 @@ def _compiler() -> str | None:
 
 def _openmp() -> str | None:
     """The OpenMP runtime that the compiled loops run on, None where they take one thread."""
-    if native._openmp() is None:
+    if openmp.runtime() is None:
         return None
     try:
         maps = Path("/proc/self/maps").read_text(encoding="utf-8", errors="surrogateescape")
@@ -111,7 +109,7 @@ def _openmp() -> str | None:
 def cpu_path(dtype: torch.dtype) -> tuple[str, str]:
     """How the torch backend serves a CPU tensor, and why."""
     try:
-        native.load(cgen.reduce_source(dtype))
+        libraries.load(source.reduce_source(dtype))
     except compiler.CompilerMissing as error:
         return "ATen blocks", str(error)
     return "compiled C loops", f"made by {shlex.join(compiler.find() or ())}"
@@ -285,7 +283,7 @@ def _cpu_warnings() -> list[str]:
             f"CPU: torch uses {threads} threads of {cores:g} cores{setting}; if this process has "
             "them alone, set OMP_NUM_THREADS higher. torchrun sets it to 1"
         )
-    if path == "compiled C loops" and native._openmp() is None and threads > 1:
+    if path == "compiled C loops" and openmp.runtime() is None and threads > 1:
         found.append(
             "CPU: torch's OpenMP runtime (libgomp) was not found; the compiled loops run on one "
             f"thread of {threads}"

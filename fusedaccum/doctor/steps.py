@@ -22,9 +22,7 @@ from ..backends import (
     reference,
     rounding,
 )  # fmt: skip
-from ..backends.compiled import compiler
-from ..backends.compiled import engine as native
-from ..backends.compiled import source as cgen
+from ..backends.compiled import compiler, libraries, source
 from ..kernels.layout import ScalarsRow
 from ..rules.as_torch import as_torch
 from ..rules.builtin import RULES
@@ -77,13 +75,13 @@ def all_checks(backend: Runner, full: bool) -> Iterator[Check]:
 def compile_ahead(full: bool) -> None:
     """Have the CPU's loops compiled, on all cores; what fails is found by the checks."""
 
-    def load(source: str) -> None:
+    def load(text: str) -> None:
         with suppress(compiler.CompilerMissing):
-            native.load(source)
+            libraries.load(text)
 
     layouts = [*LAYOUTS, *HALF_LAYOUTS] if full else LAYOUTS
     sources = [
-        cgen.step_source(rule, dtype, keep) for rule in RULES.values() for dtype, keep in layouts
+        source.step_source(rule, dtype, keep) for rule in RULES.values() for dtype, keep in layouts
     ]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(load, sources))

@@ -232,7 +232,7 @@ def test_forked_processes(tmp_path: Path) -> None:
     """After loops ran on several threads, and while another thread waits for the compiler."""
     forks = """
     import signal, threading
-    os.register_at_fork(after_in_child=lambda: setattr(engine, "_is_forked", True))
+    os.register_at_fork(after_in_child=lambda: setattr(openmp, "_is_forked", True))
     acc, grad = torch.zeros(1 << 18), torch.ones(1 << 18).bfloat16()
     def forked():
         child = os.fork()
@@ -247,7 +247,7 @@ def test_forked_processes(tmp_path: Path) -> None:
     torch.set_num_threads(4)
     big, ones = torch.zeros(1 << 18), torch.ones(1 << 18)
     fusedaccum.functional.accumulate_([big], [ones])
-    assert engine._openmp() is not None
+    assert openmp.runtime() is not None
     """
     compiler = script(tmp_path / "cc", COUNT.replace("exec", "sleep 2; exec"))
     before = textwrap.dedent(forks) + torch_alone

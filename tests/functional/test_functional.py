@@ -17,7 +17,7 @@ from torch import Tensor
 import fusedaccum
 from fusedaccum import functional
 from fusedaccum.backends import reference
-from fusedaccum.backends.compiled import engine as native
+from fusedaccum.backends.compiled import openmp
 from fusedaccum.functional import operations, updates
 from fusedaccum.rules.builtin import RULES
 from tests import tolerances
@@ -358,7 +358,7 @@ def test_a_compiler_that_fails_is_no_compiler(
 def test_large_tensors_run_on_several_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     """More elements than one thread is worth, whatever the test runner gave this process."""
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
-    n = native.MIN_PARALLEL_ELEMENTS + 12_345
+    n = openmp.MIN_PARALLEL_ELEMENTS + 12_345
     acc, grad = torch.randn(n), torch.randn(n).bfloat16()
     expected = reference.accumulate(acc, grad, 0.3, False)
     F.accumulate_([acc], [grad], 0.3)

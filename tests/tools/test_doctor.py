@@ -16,8 +16,7 @@ import torch
 from fusedaccum import cli
 from fusedaccum.backends import Add, Finalize, Keep, Step, SumOfSquares
 from fusedaccum.backends.aten import TorchBackend
-from fusedaccum.backends.compiled import compiler
-from fusedaccum.backends.compiled import source as cgen
+from fusedaccum.backends.compiled import compiler, source
 from fusedaccum.doctor import checks
 from fusedaccum.doctor import rules as check_rules
 from fusedaccum.doctor import run as doctor
@@ -187,13 +186,12 @@ def text_of_rules(old: str, new: str) -> Callable[[pytest.MonkeyPatch], None]:
     """A fault in what the C compiler is given for a rule."""
 
     def install(monkeypatch: pytest.MonkeyPatch) -> None:
-        original = cgen.step_source
+        original = source.step_source
 
         def broken(*args: Any) -> str:
-            source = original(*args)
-            return source.replace(old, new)
+            return original(*args).replace(old, new)
 
-        monkeypatch.setattr(cgen, "step_source", broken)
+        monkeypatch.setattr(source, "step_source", broken)
 
     return install
 

@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fusedaccum.backends.compiled import compiler, store
-from fusedaccum.backends.compiled import engine as native
+from fusedaccum.backends.compiled import compiler, openmp, store
 from fusedaccum.doctor import machine, output
 from fusedaccum.doctor import run as doctor
 from tests.cases import forget_compiled
@@ -34,7 +33,7 @@ def test_warnings_of_a_sound_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     monkeypatch.setattr(machine, "usable_cores", lambda: float(torch.get_num_threads()))
     monkeypatch.setattr(machine, "driver", lambda: None)
-    if compiler.find() and native._openmp() and not torch.cuda.is_available():
+    if compiler.find() and openmp.runtime() and not torch.cuda.is_available():
         assert machine.warnings() == []
 
 
@@ -55,7 +54,7 @@ def test_cpu_warnings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     blocked.touch()
     monkeypatch.setattr(store, "folder", lambda: blocked / "cache")
     assert warned(str(blocked), "cannot be written", "XDG_CACHE_HOME")
-    monkeypatch.setattr(native, "_openmp", lambda: None)
+    monkeypatch.setattr(openmp, "runtime", lambda: None)
     assert warned("OpenMP", "one thread of 4")
     monkeypatch.setattr(store, "folder", lambda: None)
     assert warned("no home directory", "XDG_CACHE_HOME")

@@ -13,7 +13,7 @@ from ...rules.rule import Rule
 from ..keep import Keep
 from ..operations import Add, Step, SumOfSquares
 from ..tables import LaunchTable, Tables
-from . import engine, source
+from . import libraries, openmp, source
 from .compiler import CompilerMissing
 
 
@@ -33,15 +33,15 @@ def step_library(rule: Rule, dtype: torch.dtype, keep: Keep) -> ctypes.CDLL | No
 def _library(text: str) -> ctypes.CDLL | None:
     """The compiled library, or None (and a warning, once) where it cannot be had."""
     try:
-        return engine.load(text)
+        return libraries.load(text)
     except CompilerMissing as error:
-        engine.warn_missing(str(error))
+        libraries.warn_missing(str(error))
         return None
 
 
 def forget() -> None:
     """Look for a compiler and for libraries again."""
-    engine.forget()
+    libraries.forget()
     for function in (reduce_library, step_library, _library):
         function.cache_clear()
 
@@ -91,4 +91,4 @@ def _run(
     assert library is not None, "callers ask first whether there are loops"
     third_address = None if third is None else third.data_ptr()
     addresses = (table.rows.data_ptr(), table.chunks.data_ptr(), third_address)
-    engine.run(library, name, addresses, scale, table.n_chunks, table.n_elements)
+    openmp.run(library, name, addresses, scale, table.n_chunks, table.n_elements)

@@ -3,7 +3,7 @@
 Whoever writes machine code that this process loads is this process. So the folder must belong to
 this user and is closed to others, and an entry is read only if it belongs to this user and others
 cannot write it. An entry starts with a digest of its code: one that a full disk, a crash or a
-stray write left incomplete is no entry. Entries are never loaded from where they lie: `native.py`
+stray write left incomplete is no entry. No entry is loaded from where it lies: `libraries.py`
 loads a private copy of the bytes that were checked here.
 """
 
