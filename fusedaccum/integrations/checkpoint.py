@@ -100,6 +100,7 @@ def save(inner: StateDict, updater: Updater) -> StateDict:
         },
         "accumulators": accumulators,
         "arrived": [i for i in accumulators if slots[i].fill is Fill.CURRENT],
+        "zeros": [] if is_open else _zeros(slots),
         "steps": steps,
         "masters": masters,
         "skipped_steps": updater.states.skipped,
@@ -109,16 +110,17 @@ def save(inner: StateDict, updater: Updater) -> StateDict:
 
 def _may_lack_states(updater: Updater, surely: bool) -> set[int]:
     """Indices of the parameters for which the wrapped optimizer keeps no states: its rule has none,
-    or, where that need not be sure, it has no rule."""
+    or, where that need not be sure, it has no rule and none after its own step()."""
     found: set[int] = set()
     start = 0
+    slots, stepped = updater.collector.slots, updater.wrapped.has_own_states
     for group in updater.optimizer.param_groups:
         rule = rules.select(updater.optimizer, group)
-        end = start + len(group["params"])
         lacks = rule and not (rule.states or rule.family.memory or rule.family.step_key)
-        if lacks or (rule is None and not surely):
-            found.update(range(start, end))
-        start = end
+        for index, param in enumerate(group["params"], start):
+            if lacks or (rule is None and not surely and slots.get(param) in stepped):
+                found.add(index)
+        start += len(group["params"])
     return found
 
 
@@ -129,12 +131,22 @@ def _open_accumulators(slots: dict[int, Slot], collector: Collector) -> dict[int
     """
     window = collector.window
     if not window.micro_batches and not collector.has_arrivals:
-        return {}  # nor zeros of zero_grad(set_to_none=False), which torch does not save either
+        return {}
     return {
         i: s.grad
         for i, s in slots.items()
         if s.fill and s.grad is not None and (window.steps or s.param.grad is not None)
     }
+
+
+def _zeros(slots: dict[int, Slot]) -> list[int]:
+    """Indices of the parameters that show zeros of zero_grad(set_to_none=False): an update uses
+    them, though no gradient arrives."""
+    return [
+        i
+        for i, s in slots.items()
+        if s.fill and s.param.grad is s.grad and (s.is_zero or s.is_written) and not s.acc.any()
+    ]
 
 
 def check(state_dict: StateDict, updater: Updater) -> None:
@@ -161,19 +173,29 @@ def check(state_dict: StateDict, updater: Updater) -> None:
     ids = [index for group in saved for index in group["params"]]
     params = [p for group in here for p in group["params"]]
     extra = read_extra(state_dict)
+    if extra.get("version", VERSION) != VERSION:
+        raise ValueError(
+            f"the checkpoint was written by version {extra['version']!r} of the format, this "
+            f"fusedaccum reads version {VERSION}"
+        )
+    is_lost = "lost" in extra and "accumulators" not in extra
+    if extra and not is_lost:
+        refuse_malformed(extra, set(ids))
     accumulators, masters = extra.get("accumulators", {}), extra.get("masters", {})
+    elementwise = _elementwise(updater)
     for index, param in zip(ids, params, strict=True):
         entries = {**state_dict["state"].get(index, {}), "accumulator": accumulators.get(index)}
         entries.setdefault(MASTER, masters.get(index))
         for name, value in entries.items():
-            is_scalar = not isinstance(value, Tensor) or value.dim() == 0
-            elementwise = name in ("accumulator", MASTER) or name in _elementwise(updater)
-            if elementwise and not is_scalar and value.shape != param.shape:
+            is_ours = name in ("accumulator", MASTER)
+            if not isinstance(value, Tensor) or not (is_ours or name in elementwise):
+                continue
+            if value.shape != param.shape and (is_ours or value.dim()):
                 raise ValueError(
                     f"{name} of parameter {index} has shape {tuple(value.shape)} in the "
                     f"checkpoint, the parameter has {tuple(param.shape)}"
                 )
-    if "lost" in extra and not accumulators:
+    if is_lost:
         raise ValueError(
             f"the checkpoint was saved inside a window of {extra['lost']} micro-batches, but their "
             "gradients were not loaded: torch.distributed.checkpoint loads what the state dict it "
@@ -181,12 +203,6 @@ def check(state_dict: StateDict, updater: Updater) -> None:
         )
     if not extra:
         return
-    if extra.get("version") != VERSION:
-        raise ValueError(
-            f"the checkpoint was written by version {extra.get('version')!r} of the format, this "
-            f"fusedaccum reads version {VERSION}"
-        )
-    refuse_malformed(extra, set(ids))
     is_open = extra["window"]["micro_batches"] > 0 or accumulators
     if is_open and extra["gradient_accumulation_steps"] != window.steps:
         raise ValueError(
@@ -247,7 +263,7 @@ def load(state_dict: StateDict, updater: Updater) -> None:
     params = [p for group in optimizer.param_groups for p in group["params"]]
     known = {index for index, entry in entries_of(state_dict) if entry}
     _attach_frozen(
-        known | {*extra.get("accumulators", {}), *extra.get("masters", {})},
+        known.union(*(extra.get(name, ()) for name in ("accumulators", "masters", "zeros"))),
         dict(zip(ids, params, strict=True)),
         collector,
     )
@@ -256,7 +272,9 @@ def load(state_dict: StateDict, updater: Updater) -> None:
     stand_ins = _fp32_stand_ins(updater)
     with updater.wrapped.swap.of(stand_ins, with_states=False):
         optimizer.load_state_dict(plain)
-    updater.wrapped.has_own_states.update(collector.slots[param] for param in stand_ins)
+    updater.wrapped.has_own_states.update(
+        collector.slots[param] for param in stand_ins if param in optimizer.state
+    )
     updater.states.is_provisional = False
     collector.discard()
     scalars = updater.states.scalars if collector.slots else None
@@ -293,6 +311,8 @@ def load(state_dict: StateDict, updater: Updater) -> None:
             slot.fill = Fill.CURRENT if index in arrived else Fill.EARLIER
             slot.sums_version, slot.closed_version = None, slot.grad._version
             param.grad = slot.grad
+        elif index in extra.get("zeros", ()):
+            slot.show_zeros()
     window = collector.window
     if extra:
         saved = extra["window"]
