@@ -15,7 +15,7 @@ PIP := $(PY) -m pip install --quiet --constraint constraints.txt $(PIP_ARGS)
 INSTALLED := .venv/.installed
 TYPED := fusedaccum benchmarks examples
 
-.PHONY: help demo test fuzz check bench gpu wheel-test clean
+.PHONY: help demo test fuzz deepspeed check bench gpu wheel-test clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -36,6 +36,19 @@ test: $(INSTALLED)  ## all tests; those that need a GPU skip themselves where th
 # Each kind of failure is printed once, as a script that does the same again.
 fuzz: $(INSTALLED)  ## random walks over the public API for SECONDS=600, beginning at SEED=0
 	$(PY) -m tests.walk --seconds $(SECONDS) --seed $(SEED)
+
+# Its packages lie beside those of .venv, which a .pth file adds; and without dependencies: pip would
+# look for torch. DS_BUILD_OPS=0: nothing is compiled.
+.venv-deepspeed/.installed: $(INSTALLED) tests/deepspeed.txt
+	$(PYTHON) -m venv --clear --without-pip .venv-deepspeed
+	$(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > \
+	  "$$(.venv-deepspeed/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/main.pth"
+	DS_BUILD_OPS=0 $(PY) -m pip --python .venv-deepspeed/bin/python install --quiet $(PIP_ARGS) \
+	  --no-deps --no-build-isolation --requirement tests/deepspeed.txt
+	@touch $@
+
+deepspeed: .venv-deepspeed/.installed  ## tests beside the real DeepSpeed, in an environment of its own
+	.venv-deepspeed/bin/python -m pytest -q tests/with_deepspeed.py
 
 check: $(INSTALLED)  ## lint, format and types
 	$(PY) -m ruff check .
@@ -60,5 +73,5 @@ wheel-test: $(INSTALLED)  ## build the wheel, install it elsewhere, use it there
 	cd "$$tmp"; venv/bin/python "$(CURDIR)/tests/wheel_check.py" "$$site"
 
 clean:  ## remove what these commands made, .venv included; benchmark results stay
-	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis out
+	rm -rf .venv .venv-deepspeed build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis out
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -11,43 +11,33 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-Shapes = list[tuple[int, ...]]
+from fusedaccum.bench.shapes import Shapes, gpt
+from fusedaccum.bench.shapes import count as count
+
+
+def _llama(dim: int, key_value: int, hidden: int) -> Shapes:
+    """A layer: q, k, v, o; gate, up, down; the two norms."""
+    return [
+        *((dim, dim), (key_value, dim), (key_value, dim), (dim, dim)),
+        *((hidden, dim), (hidden, dim), (dim, hidden)),
+        *((dim,), (dim,)),
+    ]
 
 
 def gpt2_small() -> Shapes:
     """GPT-2, 124,439,808 parameters in 148 tensors; the head is the token embedding."""
-    dim, vocabulary, positions, layers = 768, 50257, 1024, 12
-    block: Shapes = [
-        *((dim,), (dim,)),  # ln_1
-        *((dim, 3 * dim), (3 * dim,)),  # attn.c_attn
-        *((dim, dim), (dim,)),  # attn.c_proj
-        *((dim,), (dim,)),  # ln_2
-        *((dim, 4 * dim), (4 * dim,)),  # mlp.c_fc
-        *((4 * dim, dim), (dim,)),  # mlp.c_proj
-    ]
-    return [(vocabulary, dim), (positions, dim), *block * layers, (dim,), (dim,)]
+    return gpt(768, 50257, 1024, 12)
 
 
 def llama_1b() -> Shapes:
     """TinyLlama, 1,100,048,384 parameters in 201 tensors; grouped key/value heads, head untied."""
-    dim, key_value, hidden, vocabulary, layers = 2048, 256, 5632, 32000, 22
-    block: Shapes = [
-        *((dim, dim), (key_value, dim), (key_value, dim), (dim, dim)),  # q, k, v, o
-        *((hidden, dim), (hidden, dim), (dim, hidden)),  # gate, up, down
-        *((dim,), (dim,)),  # the two norms
-    ]
-    return [(vocabulary, dim), *block * layers, (dim,), (vocabulary, dim)]
+    dim, vocabulary = 2048, 32000
+    return [(vocabulary, dim), *_llama(dim, 256, 5632) * 22, (dim,), (vocabulary, dim)]
 
 
 def llama_8b_slice() -> Shapes:
     """Two of the 32 layers of an 8 B Llama, 436,224,000 parameters: few tensors, all large."""
-    dim, key_value, hidden = 4096, 1024, 14336
-    block: Shapes = [
-        *((dim, dim), (key_value, dim), (key_value, dim), (dim, dim)),  # q, k, v, o
-        *((hidden, dim), (hidden, dim), (dim, hidden)),  # gate, up, down
-        *((dim,), (dim,)),  # the two norms
-    ]
-    return block * 2
+    return _llama(4096, 1024, 14336) * 2
 
 
 def many_700() -> Shapes:
@@ -93,11 +83,6 @@ SHAPES: dict[str, Callable[[], Shapes]] = {
 }
 # Where a gradient of these shapes starts in its memory, in elements.
 OFFSETS = {"unaligned": 1}
-
-
-def count(shapes: Shapes) -> int:
-    """Elements in all."""
-    return sum(math.prod(shape) for shape in shapes)
 
 
 def random(

@@ -10,26 +10,29 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import os
 import sys
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import groupby
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import clip_grad_norm_
 
-from . import decoder, measure
-from .baselines import Plan
+from fusedaccum.bench import timing
+from fusedaccum.bench.forms import Plan
+from fusedaccum.bench.timing import Samples
+from fusedaccum.doctor import output
+from fusedaccum.doctor.checks import Wrong
+
+from . import decoder
 from .loops import LOOPS, Loop
-from .measure import MAX_GRAD_ERROR, MAX_ROUNDING, MAX_UPDATE_ERROR, Row, Samples
+from .measure import Row, Rows
 from .memory import footprint
-from .run import close, numbers, warn_if_busy
+from .run import numbers, warn_if_busy
 
 FLOOR = "floor"
 # Longest sequence; larger micro-batches hold several.
@@ -39,11 +42,16 @@ DEFAULTS: dict[str, tuple[str, list[int], list[int]]] = {
     "cpu": ("llama_11m", [512, 1024, 2048], [1, 4, 8]),
     "cuda": ("llama_1b", [512, 2048, 8192], [1, 4, 8, 16]),
 }
+# Of the mean gradient, an fp32 sum; and of the worst element's step, in learning rates: where the
+# mean gradient nearly cancels, AdamW magnifies its rounding. A missed element is off by 1.
+MAX_GRAD_ERROR, MAX_UPDATE_ERROR = 1e-6, 0.05
+# Half a unit in the last of bf16's 8 bits.
+MAX_ROUNDING = 2.0**-8
 # Two losses of the same weights and tokens.
 MAX_LOSS_ERROR = 1e-5
 
 
-class WaitingClock(measure.Clock):
+class WaitingClock(timing.Clock):
     """Seconds of the wall, as a training run sees them: until the device has finished.
 
     The host's own time is part of it, unlike in the rows of single operations.
@@ -83,7 +91,7 @@ def gate(make: type[Loop], model: nn.Module, vocabulary: int, plan: Plan) -> dic
         learning rates; and `noise`, how far two backwards of the same micro-batch are apart.
 
     Raises:
-        measure.Refused: if a loop that claims to be exact is not, or a loss differs.
+        Wrong: if a loop that claims to be exact is not, or a loss differs.
     """
     device = next(model.parameters()).device
     loop, twin = make(model, plan), Loop(model, plan).model
@@ -93,7 +101,7 @@ def gate(make: type[Loop], model: nn.Module, vocabulary: int, plan: Plan) -> dic
         # the exact loops see them.
         param.grad_dtype = None
     exact = [p.detach().double().requires_grad_() for p in params]
-    optimizer = torch.optim.AdamW(exact, **plan.adamw())
+    optimizer = plan.plain(exact)
     noise = grad_error = loss_error = 0.0
 
     def grads(ids: Tensor) -> tuple[Tensor, list[Tensor]]:
@@ -116,7 +124,7 @@ def gate(make: type[Loop], model: nn.Module, vocabulary: int, plan: Plan) -> dic
                 own_loss = loop.micro_batch(tokens, index)
                 loss_error = max(loss_error, float((own_loss - loss).abs() / loss.abs()))
             if make is not LOOPS[FLOOR]:
-                grad_error = max(grad_error, _distance(loop.mean_grads(), means))
+                grad_error = max(grad_error, _distance(loop.grads(), means))
                 loop.update()
             for param, mean in zip(exact, means, strict=True):
                 param.grad = mean
@@ -125,7 +133,7 @@ def gate(make: type[Loop], model: nn.Module, vocabulary: int, plan: Plan) -> dic
             optimizer.step()
     errors = {"grad_error": grad_error, "noise": noise, "loss_error": loss_error}
     if not loss_error <= max(MAX_LOSS_ERROR, noise):
-        raise measure.Refused(f"loss off by {loss_error:.1e}")
+        raise Wrong(f"loss off by {loss_error:.1e}")
     if make is LOOPS[FLOOR]:
         return errors
     values = [value.double() for value in loop.values()]
@@ -143,7 +151,7 @@ def gate(make: type[Loop], model: nn.Module, vocabulary: int, plan: Plan) -> dic
     if make.is_exact and not (
         is_right and (noise > 0 or errors["update_error"] <= MAX_UPDATE_ERROR)
     ):
-        raise measure.Refused(
+        raise Wrong(
             f"mean gradient off by {grad_error:.1e}, parameters by {errors['update_error']:.1e} "
             f"learning rates, their rounding by {rounding:.1e}"
         )
@@ -164,21 +172,15 @@ def paired(times: Sequence[float], floor: Sequence[float]) -> Samples:
     return Samples(0.0, 0.0, [100 * (t / f - 1) for t, f in zip(times, floor, strict=True)])
 
 
-class Run:
+class Run(Rows):
     """Measures and keeps the rows. Arguments as of the command line."""
 
     def __init__(self, args: argparse.Namespace) -> None:
-        self.device = torch.device(args.device)
+        name = "end-to-end-quick" if args.quick else "end-to-end"
+        super().__init__(torch.device(args.device), name)
         self.args = args
         self.sizes = decoder.SIZES[args.size]
-        self.environment = measure.environment(self.device)
-        name = "end-to-end-quick.json" if args.quick else "end-to-end.json"
-        self.path = measure.new_path(measure.results_folder(self.device), name)
-        self.clock = WaitingClock() if self.device.type == "cuda" else measure.Clock()
-        self.rows: list[Row] = []
-        self.refused: dict[str, str] = {}
-        self.skipped: dict[str, str] = {}
-        self.groups = 0
+        self.clock = WaitingClock() if self.device.type == "cuda" else timing.Clock()
         self.model, self.model_name = decoder.build(self.sizes, self.device, args.model)
         self.errors = self._gates()
 
@@ -193,11 +195,6 @@ class Run:
             except Exception as error:  # one that cannot run here must not cost the others
                 self.refused[name] = f"{type(error).__name__}: {error}"
         return found
-
-    def refuse(self, name: str, error: Exception) -> None:
-        """No number for this loop; a lack of memory is no fault of its own."""
-        kept = self.skipped if isinstance(error, torch.OutOfMemoryError) else self.refused
-        kept[name] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
 
     def measure(self, tokens: int, n: int) -> None:
         """All loops at one micro-batch size and one N."""
@@ -225,7 +222,7 @@ class Run:
             return
         again = f"{FLOOR}_again"
         loops[again], memory[again] = loops[FLOOR], memory[FLOOR]
-        samples = measure.interleave(
+        samples = timing.interleave(
             {name: partial(use, name, loop) for name, loop in loops.items()},
             self.clock,
             rounds=self.args.rounds,
@@ -236,73 +233,70 @@ class Run:
         n_elements = sum(p.numel() for p in self.model.parameters())
         for name, timed in samples.items():
             if not all(bool(p.isfinite().all()) for p in loops[name].params):
-                self.refuse(name, measure.Refused("it holds NaN or Inf after it was timed"))
+                self.refuse(name, Wrong("it holds NaN or Inf after it was timed"))
                 continue
             errors = self.errors[FLOOR if name == again else name]
             p50, tax = timed.quantile(0.5), paired(timed.times, samples[FLOOR].times)
             rest, peak = memory[name]
-            self.rows.append(
-                self.environment
-                | {
-                    "group": self.groups,
-                    "operation": "train_window",
-                    "variant": name,
-                    "shape": self.args.size,
-                    "model": self.model_name,
-                    "dtype": "bfloat16",
-                    "n": n,
-                    "tokens": tokens,
-                    "length": ids[0].shape[1],
-                    "n_elements": n_elements,
-                    "bytes": None,
-                    "samples": len(timed.times),
-                    "p20_ms": round(timed.quantile(0.2), 3),
-                    "p50_ms": round(p50, 3),
-                    "p80_ms": round(timed.quantile(0.8), 3),
-                    "host_ms": round(timed.host, 3) if self.device.type == "cuda" else None,
-                    "ratio": round(p50 / samples[FLOOR].quantile(0.5), 4),
-                    "copy_share": None,
-                    "tax_p20": round(tax.quantile(0.2), 2),
-                    "tax_p50": round(tax.quantile(0.5), 2),
-                    "tax_p80": round(tax.quantile(0.8), 2),
-                    "tokens_per_s": round(1e3 * n * tokens / p50, 1),
-                    "rest_bytes": rest,
-                    "peak_bytes": peak,
-                    "rest_per_parameter": round(rest / n_elements, 2),
-                    "peak_per_parameter": round(peak / n_elements, 2),
-                    "loss": round(float(last[name]), 4),
-                    "precision": loops[name].precision,
-                    "grad_error": errors["grad_error"] if name in LOOPS and name != FLOOR else None,
-                    "update_error": errors.get("update_error"),
-                    "noise": errors["noise"],
-                    "first_ms": round(timed.first, 2),
-                    "load": round(os.getloadavg()[0], 2),
-                }
+            self.add(
+                timed,
+                3,
+                operation="train_window",
+                variant=name,
+                shape=self.args.size,
+                model=self.model_name,
+                dtype="bfloat16",
+                n=n,
+                tokens=tokens,
+                length=ids[0].shape[1],
+                n_elements=n_elements,
+                bytes=None,
+                ratio=round(p50 / samples[FLOOR].quantile(0.5), 4),
+                copy_share=None,
+                **{f"tax_p{p}": round(tax.quantile(p / 100), 2) for p in (20, 50, 80)},
+                tokens_per_s=round(1e3 * n * tokens / p50, 1),
+                rest_bytes=rest,
+                peak_bytes=peak,
+                rest_per_parameter=round(rest / n_elements, 2),
+                peak_per_parameter=round(peak / n_elements, 2),
+                loss=round(float(last[name]), 4),
+                precision=loops[name].precision,
+                grad_error=errors["grad_error"] if name in LOOPS and name != FLOOR else None,
+                update_error=errors.get("update_error"),
+                noise=errors["noise"],
             )
-        measure.save(self.rows, self.path)
+        self.save()
 
 
 # --- command ---
 
 
-def table(rows: Sequence[Row]) -> str:
+HEADERS = [
+    "", "p20", "p50", "p80 ms", "tokens/s", "tax p20", "tax p50", "tax p80 %", "at rest",
+    "peak B/param", "error",
+]  # fmt: skip
+
+
+def show(rows: Sequence[Row]) -> None:
     """One group: loops measured in turns."""
     head = rows[0]
-    lines = [
+    title = (
         f"{head['model']}, {head['n_elements']:,} parameters, {head['tokens']} tokens in sequences "
-        f"of {head['length']}, N={head['n']}, {head['samples']} samples, load {head['load']}",
-        f"  {'':<14}{'p20':>10}{'p50':>10}{'p80':>10} ms{'tokens/s':>11}"
-        f"{'tax p20':>9}{'p50':>8}{'p80':>8} %{'at rest':>10}{'peak':>9} B/param{'error':>9}",
+        f"of {head['length']}, N={head['n']}, {head['samples']} samples, load {head['load']}"
+    )
+    cells = [
+        [
+            row["variant"],
+            *(f"{row[name]:.1f}" for name in ("p20_ms", "p50_ms", "p80_ms")),
+            f"{row['tokens_per_s']:,.0f}",
+            *(f"{row[name]:.2f}" for name in ("tax_p20", "tax_p50", "tax_p80")),
+            f"{row['rest_per_parameter']:.2f}",
+            f"{row['peak_per_parameter']:.1f}",
+            "" if row["grad_error"] is None else f"{row['grad_error']:.0e}",
+        ]
+        for row in rows
     ]
-    for row in rows:
-        error = "" if row["grad_error"] is None else f"{row['grad_error']:.0e}"
-        lines.append(
-            f"  {row['variant']:<14}{row['p20_ms']:>10.1f}{row['p50_ms']:>10.1f}"
-            f"{row['p80_ms']:>10.1f}   {row['tokens_per_s']:>11,.0f}"
-            f"{row['tax_p20']:>9.2f}{row['tax_p50']:>8.2f}{row['tax_p80']:>8.2f}  "
-            f"{row['rest_per_parameter']:>10.2f}{row['peak_per_parameter']:>9.1f}{error:>17}"
-        )
-    return "\n".join(lines)
+    output.print_table(title, HEADERS, cells)
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -337,18 +331,17 @@ def grid(tokens: Sequence[int], counts: Sequence[int]) -> list[tuple[int, int]]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns 1 if a loop was refused."""
     args = parse(argv)
-    if args.show:
-        rows: list[dict[str, Any]] = json.loads(args.show.read_text("utf-8"))
-    else:
+    run = None
+    if not args.show:
         warn_if_busy(torch.device(args.device))
         run = Run(args)
         for tokens, n in grid(args.tokens, args.n):
             run.measure(tokens, n)
             gc.collect()
-        rows = run.rows
+    rows: list[Row] = run.rows if run else json.loads(args.show.read_text("utf-8"))
     for _, members in groupby(rows, key=lambda row: row["group"]):
-        print("\n" + table(list(members)))
-    return 0 if args.show else close(run)
+        show(list(members))
+    return run.close() if run else 0
 
 
 if __name__ == "__main__":

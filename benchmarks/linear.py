@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from fusedaccum import functional
+from fusedaccum.bench.gate import Gate
+from fusedaccum.doctor.checks import Wrong
 
 from . import cases
-from .measure import Gate, Refused
-from .rivals import Missing
+from .forms import Missing
 from .suites import Suite, Variant
 
 BF16 = torch.bfloat16
@@ -90,12 +91,12 @@ def linear(suite: Suite, layer: str, tokens: int) -> None:
             continue
         error = _error(call, acc, exact, replaces=name.endswith("_first"))
         if not error <= MAX_ERROR.get(name, ROUNDED):
-            suite.refuse(name, Refused(f"weight gradient off by {error:.1e}"))
+            suite.refuse(name, Wrong(f"weight gradient off by {error:.1e}"))
             continue
         # The gradient written and read, the accumulator read and written; with a GEMM's epilogue
         # the accumulator alone.
         moved = {"addmm_out_dtype": 8, "addmm_out_dtype_first": 4}.get(name, 12)
-        variants[name] = Variant(call, moved, Gate(error, 0.0, 0.0))
+        variants[name] = Variant(call, moved, Gate(error, 0.0))
     del exact
     gc.collect()
     suite.time("linear_wgrad", layer, BF16, variants, n_elements=acc.numel(), tokens=tokens)

@@ -1,4 +1,4 @@
-"""Training loops around the forms of `baselines.py` and `fused.py`: a real forward and backward.
+"""Training loops around the forms of `fusedaccum.bench`: a real forward and backward.
 
 A loop makes a window of N micro-batches in the two calls that a `Form` has too: `micro_batch` for
 each, then `update`. `Floor` is the forward and backward alone, which every loop pays for.
@@ -14,9 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
+from fusedaccum.bench import forms
+from fusedaccum.bench.forms import Form, Plan
+from fusedaccum.bench.ours import Wrapper
+
 from . import decoder
-from .baselines import Form, NativeFP32, PlainBF16, Plan
-from .fused import FusedWrapper
 
 
 class Loop:
@@ -41,7 +43,7 @@ class Loop:
     def update(self) -> None:
         """Clip and step."""
 
-    def mean_grads(self) -> list[Tensor]:
+    def grads(self) -> list[Tensor]:
         """The mean gradient, after the last micro-batch and before `update()`."""
         raise NotImplementedError
 
@@ -78,12 +80,12 @@ class Plain(Loop):
     """What most people run: everything in bf16."""
 
     is_exact = False
-    precision = PlainBF16.precision
+    precision = forms.Plain.precision
 
     def __init__(self, model: nn.Module, plan: Plan) -> None:
         super().__init__(model, plan)
         self.params = list(self.model.parameters())
-        self.optimizer = torch.optim.AdamW(self.params, fused=True, **plan.adamw())
+        self.optimizer = plan.best(self.params)
 
     def micro_batch(self, ids: Tensor, index: int) -> Tensor:
         loss = decoder.loss(self.model, ids)
@@ -96,7 +98,7 @@ class Plain(Loop):
         self.optimizer.step()
         self.optimizer.zero_grad()
 
-    def mean_grads(self) -> list[Tensor]:
+    def grads(self) -> list[Tensor]:
         return [p.grad for p in self.params if p.grad is not None]
 
     def values(self) -> list[Tensor]:
@@ -117,8 +119,8 @@ class FormLoop(Loop):
     def update(self) -> None:
         self.form.update()
 
-    def mean_grads(self) -> list[Tensor]:
-        return self.form.mean_grads()
+    def grads(self) -> list[Tensor]:
+        return self.form.grads()
 
     def values(self) -> list[Tensor]:
         return self.form.values()
@@ -127,9 +129,9 @@ class FormLoop(Loop):
 class Native(FormLoop):
     """Stock torch in fp32: autograd adds bf16 into an fp32 `.grad`, AdamW steps fp32 masters."""
 
-    make = NativeFP32
-    precision = NativeFP32.precision
-    form: NativeFP32
+    make = forms.Native
+    precision = forms.Native.precision
+    form: forms.Native
 
     def micro_batch(self, ids: Tensor, index: int) -> Tensor:
         if index == 0:
@@ -142,9 +144,9 @@ class Native(FormLoop):
 class Fused(FormLoop):
     """The wrapper, as its README says."""
 
-    make = FusedWrapper
-    precision = FusedWrapper.precision
-    form: FusedWrapper
+    make = Wrapper
+    precision = Wrapper.precision
+    form: Wrapper
 
     def micro_batch(self, ids: Tensor, index: int) -> Tensor:
         # First, and not last, so that `p.grad` shows the mean when the window is over.

@@ -22,8 +22,8 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from .forms import is_exact
 from .measure import ROOT, Row
-from .run import is_exact
 
 # Colours of Okabe and Ito, told apart by the colour-blind too; markers differ as well.
 STYLES = {

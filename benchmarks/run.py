@@ -13,13 +13,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
-from typing import Any
 
 import torch
 
+from fusedaccum.bench.forms import Plan
+from fusedaccum.bench.run import BUSY
+from fusedaccum.doctor import machine, output
+
 from . import cases, linear, suites
-from .baselines import Plan
-from .fused import FORMS
+from .forms import is_exact
 from .measure import Row
 from .suites import COPY, Suite
 
@@ -78,23 +80,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def progress(total: int) -> Any:
-    """A bar where tqdm is there and somebody watches."""
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        return None
-    return tqdm(total=total, unit="round", disable=None)
-
-
 def warn_if_busy(device: torch.device) -> None:
     """Say so where other processes would decide what is measured."""
-    load, n_cores = os.getloadavg()[0], os.cpu_count() or 1
-    if device.type == "cpu" and load > 0.5 * n_cores and "OMP_WAIT_POLICY" not in os.environ:
-        print(
-            f"load {load:.1f} on {n_cores} cores: native forms may be measured much too slow. Wait "
-            "for a quiet moment, or set OMP_WAIT_POLICY=PASSIVE (benchmarks/README.md)"
-        )
+    if device.type == "cpu" and machine.is_busy() and "OMP_WAIT_POLICY" not in os.environ:
+        print(BUSY)
 
 
 def measure_all(args: argparse.Namespace) -> Suite:
@@ -121,7 +110,8 @@ def measure_all(args: argparse.Namespace) -> Suite:
         if shape in shapes(kind)
         for n in counts(kind)
     ]
-    bar = progress(rounds * sum(N_GROUPS[kind, forms_of] for forms_of, _, kind, _ in work))
+    total = rounds * sum(N_GROUPS[kind, forms_of] for forms_of, _, kind, _ in work)
+    bar = output.Progress(total, "round")
     suite = Suite(
         device,
         Plan(backend=args.backend),
@@ -129,7 +119,7 @@ def measure_all(args: argparse.Namespace) -> Suite:
         budget_s=0.0,
         gate_shapes=cases.tiny() if args.quick else cases.odd(),
         name="-".join(filter(None, (args.only or "all", args.forms, args.quick and "quick"))),
-        tick=bar.update if bar is not None else lambda n: None,
+        tick=bar.advance,
     )
     by_default = args.only is None and args.forms is None and device.type == "cuda"
     if args.only == "linear" or by_default:
@@ -137,46 +127,43 @@ def measure_all(args: argparse.Namespace) -> Suite:
         suite.budget_s = args.budget or BUDGETS["linear"]
         for layer, tokens in itertools.product(layers, [64] if args.quick else linear.TOKENS):
             linear.linear(suite, layer, tokens)
-    for forms_of, shape, kind, n in work:
-        if bar is not None:
-            bar.set_description(f"{kind} {shape} {forms_of} N={n}")
-        suite.plan = replace(suite.plan, n=n)
-        suite.budget_s = args.budget or BUDGETS[kind]
-        KINDS[kind](suite, shape, forms_of)
-        gc.collect()
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-    if bar is not None:
-        bar.close()
+    with bar:
+        for forms_of, shape, kind, n in work:
+            bar.describe(f"{kind} {shape} {forms_of} N={n}")
+            suite.plan = replace(suite.plan, n=n)
+            suite.budget_s = args.budget or BUDGETS[kind]
+            KINDS[kind](suite, shape, forms_of)
+            gc.collect()
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
     return suite
 
 
-def table(rows: Sequence[Row]) -> str:
+HEADERS = ["", "B/elem", "p20", "p50", "p80 ms", "x copy", "GB/s", "% of copy", "host ms", "error"]
+
+
+def show(rows: Sequence[Row]) -> None:
     """One group: variants measured in turns, fastest first, ceilings on top."""
     head = rows[0]
     tokens = f", {head['tokens']} tokens" if head.get("tokens") else ""
-    lines = [
+    title = (
         f"{head['operation']}, {head['shape']} ({head['n_elements']:,} {head['dtype']} elements), "
-        f"N={head['n']}{tokens}, {head['samples']} samples, load {head['load']}",
-        f"  {'':<22}{'B/elem':>7}{'p20':>10}{'p50':>10}{'p80':>10} ms{'x copy':>8}"
-        f"{'GB/s':>8}{'% of copy':>11}{'host ms':>10}{'error':>10}",
+        f"N={head['n']}{tokens}, {head['samples']} samples, load {head['load']}"
+    )
+    cells = [
+        [
+            row["variant"],
+            f"{row['bytes'] / row['n_elements']:.0f}",
+            *(f"{row[name]:.3f}" for name in ("p20_ms", "p50_ms", "p80_ms")),
+            f"{row['ratio']:.2f}",
+            f"{row['bytes'] / row['p50_ms'] / 1e6:.1f}",
+            f"{100 * row['copy_share']:.0f}",
+            "" if row["host_ms"] is None else f"{row['host_ms']:.3f}",
+            "" if row["grad_error"] is None else f"{row['grad_error']:.0e}",
+        ]
+        for row in sorted(rows, key=lambda r: (r["grad_error"] is not None, r["p50_ms"]))
     ]
-    for row in sorted(rows, key=lambda r: (r["grad_error"] is not None, r["p50_ms"])):
-        host = "" if row["host_ms"] is None else f"{row['host_ms']:.3f}"
-        error = "" if row["grad_error"] is None else f"{row['grad_error']:.0e}"
-        lines.append(
-            f"  {row['variant']:<22}{row['bytes'] / row['n_elements']:>7.0f}"
-            f"{row['p20_ms']:>10.3f}{row['p50_ms']:>10.3f}{row['p80_ms']:>10.3f}   "
-            f"{row['ratio']:>8.2f}{row['bytes'] / row['p50_ms'] / 1e6:>8.1f}"
-            f"{100 * row['copy_share']:>11.0f}{host:>10}{error:>10}"
-        )
-    return "\n".join(lines)
-
-
-def is_exact(variant: str) -> bool:
-    """Whether a rival of that name does what ours do."""
-    form = FORMS.get(variant.removesuffix("_graph"))
-    return form is None or form.is_exact
+    output.print_table(title, HEADERS, cells)
 
 
 def judge(rows: Sequence[Row], device: str) -> list[str]:
@@ -216,19 +203,9 @@ def judge(rows: Sequence[Row], device: str) -> list[str]:
 def report(rows: Sequence[Row], device: str, *, targets: bool) -> None:
     """Print tables and verdicts."""
     for _, members in groupby(rows, key=lambda row: row["group"]):
-        print("\n" + table(list(members)))
+        show(list(members))
     if targets:
         print("\n" + "\n".join(judge(rows, device)))
-
-
-def close(run: Any) -> int:
-    """Say what was refused, skipped and kept; the exit status."""
-    for name, why in run.refused.items():
-        print(f"REFUSED {name}: {why}")
-    for name, why in run.skipped.items():
-        print(f"SKIPPED {name}: {why}")
-    print(f"{len(run.rows)} rows: {run.path.name}")
-    return 1 if run.refused else 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -243,7 +220,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.environ |= {"TORCHINDUCTOR_CACHE_DIR": cache, "XDG_CACHE_HOME": cache}
         suite = measure_all(args)
     report(suite.rows, torch.device(args.device).type, targets=not args.quick)
-    return close(suite)
+    return suite.close()
 
 
 if __name__ == "__main__":

@@ -19,16 +19,17 @@ from pathlib import Path
 import torch
 
 from fusedaccum import functional
+from fusedaccum.bench.forms import Plan
+from fusedaccum.bench.ours import Operations
+from fusedaccum.rules.builtin import RULES
 
 from . import cases
-from .baselines import Plan
-from .fused import FusedBackend
 from .measure import ROOT
 
 TOOLS = ("memcheck", "racecheck")
 FOUND_SOMETHING = 9
 # (rule, its param group): one with states, one without.
-RULES = {
+GROUPS = {
     "adam": None,
     "sgd": {"lr": 0.1, "momentum": 0.0, "dampening": 0.0, "weight_decay": 0.1},
 }
@@ -41,11 +42,10 @@ def once(device: torch.device, backend: str | None) -> None:
         AssertionError: if a mean gradient or a norm is wrong.
     """
     for dtype in (torch.bfloat16, torch.float32):
-        for rule, group in RULES.items():
+        for rule, group in GROUPS.items():
             for offset in (0, 1):
                 params = cases.random(cases.tiny(), dtype, device, seed=1)
-                plan = Plan(n=2, backend=backend)
-                form = FusedBackend(params, plan, rule, group)
+                form = Operations(params, Plan(n=2, backend=backend), RULES[rule], group)
                 exact = [torch.zeros_like(p, dtype=torch.float64) for p in params]
                 for index in range(2):
                     grads = cases.random(cases.tiny(), dtype, device, seed=index, offset=offset)
@@ -53,9 +53,9 @@ def once(device: torch.device, backend: str | None) -> None:
                     for mean, grad in zip(exact, grads, strict=True):
                         mean += grad.double() / 2
                 form.update()
-                for acc, mean in zip(form.mean_grads(), exact, strict=True):
+                for acc, mean in zip(form.grads(), exact, strict=True):
                     torch.testing.assert_close(acc, mean.float(), rtol=1e-6, atol=1e-6)
-                norm = functional.global_norm(form.mean_grads(), backend=backend)
+                norm = functional.global_norm(form.grads(), backend=backend)
                 own = torch.stack([mean.square().sum() for mean in exact]).sum().sqrt().float()
                 torch.testing.assert_close(norm, own, rtol=1e-5, atol=0.0)
                 torch.testing.assert_close(form.scalars.norm, own, rtol=1e-5, atol=0.0)

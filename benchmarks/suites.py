@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
@@ -12,17 +11,23 @@ from torch import Tensor
 from torch.nn.utils import get_total_norm
 
 from fusedaccum import functional
+from fusedaccum.bench import gate, timing
+from fusedaccum.bench.forms import Form, Native, Plan, build
+from fusedaccum.bench.shapes import Shapes
+from fusedaccum.doctor import machine
+from fusedaccum.doctor.checks import Wrong
 
-from . import cases, measure
-from .baselines import NATIVE, Form, Masters, NativeForm, Plan
-from .fused import FORMS
-from .measure import Gate, Refused, Row
-from .rivals import RIVALS
+from . import cases
+from .forms import FORMS, RIVALS, held
+from .measure import Rows
 
+Call = tuple[Callable[[], object], int | None]
 BF16, FP32 = torch.bfloat16, torch.float32
 COPY = "copy"
 
-EAGER = [name for name in NATIVE if name not in ("compiled", "plain_bf16")]
+EAGER = ["native_fp32", "per_tensor_add", "foreach_add", "cast_add", "blocked_add"]
+# Of our norm as a pass of its own.
+MAX_NORM_ERROR = 1e-6
 # Forms that are measured in turns. What has to compile comes apart and last: where that fails or
 # takes too long, the other rows are there already.
 MICRO = {
@@ -50,11 +55,11 @@ class Variant:
 
     run: Callable[[], object]
     moved: float
-    gate: Gate | None = None
+    gate: gate.Gate | None = None
     form: Form | None = None
 
 
-class Suite:
+class Suite(Rows):
     """Measures and keeps the rows.
 
     Args:
@@ -73,37 +78,26 @@ class Suite:
         *,
         rounds: int,
         budget_s: float,
-        gate_shapes: cases.Shapes,
+        gate_shapes: Shapes,
         name: str,
         tick: Callable[[int], object] = lambda n: None,
     ) -> None:
-        self.device, self.plan = device, plan
+        super().__init__(device, name)
+        self.plan = plan
         self.rounds, self.budget_s, self.tick = rounds, budget_s, tick
         self.gate_shapes = gate_shapes
-        self.clock = measure.CudaClock(device) if device.type == "cuda" else measure.Clock()
-        self.environment = measure.environment(device)
-        self.path = measure.new_path(measure.results_folder(device), f"{name}.json")
-        self.rows: list[Row] = []
-        self.refused: dict[str, str] = {}
-        self.skipped: dict[str, str] = {}
-        self.groups = 0
-        self._gates: dict[tuple[str, torch.dtype, Plan], Gate] = {}
-
-    def refuse(self, name: str, error: Exception) -> None:
-        """No number for this variant, and why."""
-        self.refused[name] = f"{type(error).__name__}: {error}"
+        self.clock = timing.clock(device)
+        self._gates: dict[tuple[str, torch.dtype, Plan], gate.Gate] = {}
 
     # --- forms ---
 
-    def gate(self, name: str, dtype: torch.dtype, plan: Plan) -> Gate | None:
+    def gate(self, name: str, dtype: torch.dtype, plan: Plan) -> gate.Gate | None:
         """The form's correctness check, once per run; None and a remark where it is refused."""
         key = (name, dtype, plan)
-        known = {*self.refused, *self.skipped}
-        if key not in self._gates and name not in known:
+        if key not in self._gates and name not in {*self.refused, *self.skipped}:
+            like = torch.empty(0, dtype=dtype, device=self.device)
             try:
-                self._gates[key] = measure.gate(
-                    FORMS[name], self.gate_shapes, dtype, plan, self.device
-                )
+                self._gates[key] = gate.gate(FORMS[name], plan, like, self.gate_shapes)
             except Exception as error:  # a baseline that cannot run here must not cost the others
                 if name in RIVALS:  # what another package cannot do is no failure of this run
                     self.skipped[name] = f"{type(error).__name__}: {error}"
@@ -112,42 +106,36 @@ class Suite:
         return self._gates.get(key)
 
     def build(self, names: Iterable[str], params: Sequence[Tensor], plan: Plan) -> dict[str, Form]:
-        """The forms that passed and fit. Native fp32 ones share masters, accumulators, states."""
-        forms: dict[str, Form] = {}
-        shared: Masters | None = None
+        """The forms that passed and fit."""
         n_elements = sum(p.numel() for p in params)
         # Two for the ceilings, each 4 bytes per element, and a tenth for temporary tensors.
-        room = 0.9 * measure.free_bytes(self.device) - 8 * n_elements
+        room = 0.9 * machine.memory_bytes(self.device) - 8 * n_elements
+        wanted: list[str] = []
         for name in names:
             if name == "blocked_add" and self.device.type != "cpu":
                 continue
             if self.gate(name, params[0].dtype, plan) is None:
                 continue
-            make = FORMS[name]
-            is_native = issubclass(make, NativeForm)
-            need = 0 if is_native and shared else make.held * n_elements
+            has_masters = any(issubclass(FORMS[other], Native) for other in wanted)
+            shares = issubclass(FORMS[name], Native) and has_masters
+            need = 0 if shares else held(FORMS[name]) * n_elements
             if need > room:
                 self.skipped[f"{name}, {n_elements:,} elements"] = (
                     f"needs {need / 2**30:.0f} GiB beside the others"
                 )
                 continue
             room -= need
-            if issubclass(make, NativeForm):
-                shared = shared or Masters(params, plan)
-                forms[name] = make(params, plan, shared)
-            else:
-                forms[name] = make(params, plan)  # type: ignore[call-arg]
-        return forms
+            wanted.append(name)
+        return dict(zip(wanted, build([FORMS[name] for name in wanted], params, plan), strict=True))
 
-    def variants(
-        self, forms: dict[str, Form], call: Callable[[Form], tuple[Callable[[], object], int]]
-    ) -> dict[str, Variant]:
+    def variants(self, forms: dict[str, Form], call: Callable[[Form], Call]) -> dict[str, Variant]:
         """A variant of each form; `call` gives the callable and the bytes per element."""
         found = {}
         for name, form in forms.items():
             run, moved = call(form)
-            gate = self.gate(name, form.params[0].dtype, form.plan)
-            found[name] = Variant(run, moved, gate, form)
+            assert moved is not None  # torch has a fused AdamW wherever this is run
+            own = self.gate(name, form.params[0].dtype, form.plan)
+            found[name] = Variant(run, moved, own, form)
         return found
 
     # --- time ---
@@ -178,7 +166,7 @@ class Suite:
             "read_modify_write": Variant(lambda: target.add_(1.0), 8),
         }
         everything = ceilings | variants
-        samples = measure.interleave(
+        samples = timing.interleave(
             {name: variant.run for name, variant in everything.items()},
             self.clock,
             rounds=self.rounds,
@@ -188,43 +176,34 @@ class Suite:
         )
         for name in list(samples):
             form = everything[name].form
-            if form is not None and not measure.is_finite(form):
+            if form is not None and not gate.is_finite(form):
                 # It may have skipped its steps, and been fast by that.
-                self.refuse(name, Refused("it holds NaN or Inf after it was timed"))
+                self.refuse(name, Wrong("it holds NaN or Inf after it was timed"))
                 del samples[name]
         self.groups += 1
         copy_ms = samples[COPY].quantile(0.5)
         for name, timed in samples.items():
             variant, p50 = everything[name], timed.quantile(0.5)
-            gate = variant.gate
-            self.rows.append(
-                self.environment
-                | {
-                    "group": self.groups,
-                    "operation": operation,
-                    "variant": name,
-                    "shape": shape,
-                    "dtype": str(dtype).removeprefix("torch."),
-                    "n": self.plan.n,
-                    "tokens": tokens,
-                    "n_elements": n_elements,
-                    "bytes": round(variant.moved * n_elements),
-                    "samples": len(timed.times),
-                    "p20_ms": round(timed.quantile(0.2), 5),
-                    "p50_ms": round(p50, 5),
-                    "p80_ms": round(timed.quantile(0.8), 5),
-                    "host_ms": round(timed.host, 5) if self.device.type == "cuda" else None,
-                    "ratio": round(p50 / copy_ms, 4),
-                    "copy_share": round(variant.moved / 8 * copy_ms / p50, 4),
-                    "precision": variant.form.precision if variant.form else None,
-                    "grad_error": gate.grad_error if gate else None,
-                    "update_error": gate.update_error if gate else None,
-                    "gate_s": round(gate.seconds, 2) if gate else None,
-                    "first_ms": round(timed.first, 2),
-                    "load": round(os.getloadavg()[0], 2),
-                }
+            own = variant.gate
+            self.add(
+                timed,
+                5,
+                operation=operation,
+                variant=name,
+                shape=shape,
+                dtype=str(dtype).removeprefix("torch."),
+                n=self.plan.n,
+                tokens=tokens,
+                n_elements=n_elements,
+                bytes=round(variant.moved * n_elements),
+                ratio=round(p50 / copy_ms, 4),
+                copy_share=round(variant.moved / 8 * copy_ms / p50, 4),
+                precision=variant.form.precision if variant.form else None,
+                grad_error=own.grad_error if own else None,
+                update_error=own.update_error if own else None,
+                gate_s=round(own.seconds, 2) if own else None,
             )
-        measure.save(self.rows, self.path)
+        self.save()
 
 
 # --- operations ---
@@ -236,20 +215,15 @@ def micro(suite: Suite, shape: str, forms_of: str) -> None:
     params = cases.random(shapes, BF16, suite.device, seed=1)
     grads = cases.gradients(shape, BF16, suite.device)
     forms = suite.build(MICRO[forms_of], params, plan)
-    last = plan.n - 1
 
-    def first(form: Form) -> tuple[Callable[[], object], int]:
-        return lambda: form.micro_batch(grads, 0), form.moved.first
+    def first(form: Form) -> Call:
+        return lambda: form.add(grads, 0), form.moved.first
 
-    def later(form: Form) -> tuple[Callable[[], object], int]:
-        return lambda: form.micro_batch(grads, 1), form.moved.later
+    def later(form: Form) -> Call:
+        return lambda: form.add(grads, 1), form.moved.later
 
-    def last_with_norm(form: Form) -> tuple[Callable[[], object], int]:
-        def run() -> None:
-            form.micro_batch(grads, last)
-            form.norm()
-
-        return run, form.moved.later + form.moved.norm
+    def last_with_norm(form: Form) -> Call:
+        return lambda: form.add_last(grads), form.moved.later + form.moved.norm
 
     suite.time("accumulate_first", shape, BF16, suite.variants(forms, first))
     variants = suite.variants(forms, later)
@@ -267,13 +241,27 @@ def micro(suite: Suite, shape: str, forms_of: str) -> None:
         step(suite, shape, BF16, MICRO[forms_of])
 
 
+def captured(run: Callable[[], object]) -> Callable[[], object]:
+    """`run` as a CUDA graph, to be replayed."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph.replay
+
+
 def graphed(suite: Suite, variants: dict[str, Variant], names: Sequence[str]) -> dict[str, Variant]:
     """Some of these variants once more, replayed from a CUDA graph."""
     found = {}
     for name in names:
         if name in variants:
             try:
-                run = measure.captured(variants[name].run)
+                run = captured(variants[name].run)
             except Exception as error:
                 suite.refuse(f"{name}_graph", error)
             else:
@@ -293,25 +281,23 @@ def norm(suite: Suite, shape: str) -> None:
     for name, call in calls.items():
         error = abs(float(call()) - exact) / exact
         # torch's own loses digits on a large tensor; that stands beside its time.
-        if name.startswith("fused_") and not error <= measure.MAX_GRAD_ERROR:
-            suite.refuse(name, Refused(f"norm off by {error:.1e}"))
+        if name.startswith("fused_") and not error <= MAX_NORM_ERROR:
+            suite.refuse(name, Wrong(f"norm off by {error:.1e}"))
         else:
-            variants[name] = Variant(call, 4, Gate(error, 0.0, 0.0))
+            variants[name] = Variant(call, 4, gate.Gate(error, 0.0))
     suite.time("norm", shape, FP32, variants)
 
 
 def step(suite: Suite, shape: str, dtype: torch.dtype, names: Sequence[str]) -> None:
     """AdamW without clipping, on what one window accumulated."""
-    plan, shapes = replace(suite.plan, max_norm=None), cases.SHAPES[shape]()
-    params = cases.random(shapes, dtype, suite.device, seed=1)
+    params = cases.random(cases.SHAPES[shape](), dtype, suite.device, seed=1)
     grads = cases.gradients(shape, dtype, suite.device)
-    forms = suite.build(names, params, plan)
+    forms = suite.build(names, params, suite.plan)
     for form in forms.values():
-        form.micro_batch(grads, 0)
+        form.add(grads, 0)
 
-    def update(form: Form) -> tuple[Callable[[], object], int]:
-        # fp32 parameters have no second copy: 16 bytes read, 12 written, by every form.
-        return form.update, form.moved.step if dtype == BF16 else 28
+    def update(form: Form) -> Call:
+        return form.step, form.moved.step
 
     suite.time("step", shape, dtype, suite.variants(forms, update))
 
@@ -326,7 +312,7 @@ def cycle(suite: Suite, shape: str, forms_of: str) -> None:
         grad /= plan.n
     forms = suite.build(CYCLE[forms_of], params, plan)
 
-    def window(form: Form) -> tuple[Callable[[], object], int]:
+    def window(form: Form) -> Call:
         arriving = divided if form.loss_is_divided else grads
         return lambda: form.window(arriving), form.moved.window(plan.n)
 

@@ -16,12 +16,14 @@ import torch
 from torch import Tensor
 
 from fusedaccum import functional
+from fusedaccum.bench import gate as gates
+from fusedaccum.bench.forms import Form, Plan
+from fusedaccum.bench.ours import Operations
+from fusedaccum.doctor import machine
 from fusedaccum.rules.builtin import RULES
 
-from . import cases, measure
-from .baselines import Form, Plan
-from .fused import FORMS, FusedBackend
-from .rivals import RIVALS, Missing
+from . import cases
+from .forms import FORMS, RIVALS, Missing, held
 
 pytest.importorskip("pytest_benchmark")
 
@@ -34,8 +36,7 @@ SHAPES = [
     if DEVICE.type == "cuda" or cases.count(shapes()) <= 130e6
 ]
 EAGER = [name for name in FORMS if name != "compiled"]
-# The wrapper's last micro-batch is its step.
-STEPPING = [name for name in EAGER if name not in ("fused_hooks", "fused_assigned")]
+STEPPING = [name for name in EAGER if FORMS[name].has_operations]
 # Rivals sum gradients as plain bf16 does.
 OPERATIONS = [name for name in STEPPING if name not in RIVALS]
 
@@ -61,17 +62,17 @@ def timed(benchmark: Any) -> Run:
 
 
 @functools.cache
-def gate(name: str, plan: Plan) -> measure.Gate:
+def gate(name: str, plan: Plan) -> gates.Gate:
     """Once per form; raises where it disagrees with float64."""
-    return measure.gate(FORMS[name], cases.tiny(), BF16, plan, DEVICE)
+    return gates.gate(FORMS[name], plan, torch.empty(0, dtype=BF16, device=DEVICE), cases.tiny())
 
 
 def make(name: str, shape: str, plan: Plan, *, std: float = 1.0) -> Form:
     """A form that passed, on parameters of these shapes; skips one that cannot be here."""
     if name == "blocked_add" and DEVICE.type != "cpu":
         pytest.skip("blocked_add is for CPUs")
-    need = (FORMS[name].held + 6) * cases.count(cases.SHAPES[shape]())
-    if need > 0.9 * measure.free_bytes(DEVICE):
+    need = (held(FORMS[name]) + 6) * cases.count(cases.SHAPES[shape]())
+    if need > 0.9 * machine.memory_bytes(DEVICE):
         pytest.skip(f"needs {need / 2**30:.0f} GiB")
     try:
         gate(name, plan)
@@ -87,23 +88,18 @@ def make(name: str, shape: str, plan: Plan, *, std: float = 1.0) -> Form:
 @pytest.mark.parametrize("shape", SHAPES)
 def test_accumulate(timed: Run, shape: str, index: int, name: str) -> None:
     form, grads = make(name, shape, Plan()), cases.gradients(shape, BF16, DEVICE)
-    form.micro_batch(grads, 0)
-    timed(lambda: form.micro_batch(grads, index))
-    assert measure.is_finite(form)
+    form.add(grads, 0)
+    timed(lambda: form.add(grads, index))
+    assert gates.is_finite(form)
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_accumulate_last_norm(timed: Run, shape: str, name: str) -> None:
     form, grads = make(name, shape, Plan()), cases.gradients(shape, BF16, DEVICE)
-    form.micro_batch(grads, 0)
-
-    def last() -> Tensor:
-        form.micro_batch(grads, form.plan.n - 1)
-        return form.norm()
-
-    timed(last)
-    assert last().isfinite()
+    form.add(grads, 0)
+    timed(lambda: form.add_last(grads))
+    assert gates.is_finite(form)
 
 
 @pytest.mark.parametrize("name", ["fused_functional", "get_total_norm"])
@@ -124,9 +120,9 @@ def test_norm(timed: Run, shape: str, name: str) -> None:
 def test_finalize(timed: Run, shape: str) -> None:
     """Norm of the partial sums, clip coefficient, skip flag, step counts, the rule's scalars."""
     form = make("fused_backend", shape, Plan())
-    assert isinstance(form, FusedBackend)
-    form.micro_batch(cases.gradients(shape, BF16, DEVICE), 0)
-    timed(form.finalize)
+    assert isinstance(form, Operations)
+    form.add_last(cases.gradients(shape, BF16, DEVICE))
+    timed(lambda: form.finalize(1.0))
     assert form.scalars.steps.max() >= 1
 
 
@@ -165,27 +161,26 @@ RULE_GROUPS: dict[str, Callable[[], dict[str, Any]]] = {
 def test_rule(timed: Run, shape: str, rule: str, dtype: torch.dtype) -> None:
     """`finalize` and the step of every rule."""
     held = 2 + 2 + 4 + 4 * len(RULES[rule].states) + 6
-    if held * cases.count(cases.SHAPES[shape]()) > 0.9 * measure.free_bytes(DEVICE):
+    if held * cases.count(cases.SHAPES[shape]()) > 0.9 * machine.memory_bytes(DEVICE):
         pytest.skip("does not fit")
     params = cases.random(cases.SHAPES[shape](), dtype, DEVICE, seed=1)
-    form = FusedBackend(params, Plan(), rule, RULE_GROUPS[rule]())
+    form = Operations(params, Plan(), RULES[rule], RULE_GROUPS[rule]())
     grads = cases.gradients(shape, dtype, DEVICE)
     form.micro_batch(grads, 0)
     form.micro_batch(grads, form.plan.n - 1)
     before = form.values()[-1].clone()
     timed(form.update)
-    assert measure.is_finite(form) and not torch.equal(before, form.values()[-1])
+    assert gates.is_finite(form) and not torch.equal(before, form.values()[-1])
 
 
 @pytest.mark.parametrize("name", STEPPING)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_step(timed: Run, shape: str, name: str) -> None:
     """AdamW without clipping, each form's own."""
-    form, grads = make(name, shape, Plan(max_norm=None)), cases.gradients(shape, BF16, DEVICE)
-    for index in range(form.plan.n):
-        form.micro_batch(grads, index)
-    timed(form.update)
-    assert measure.is_finite(form)
+    form, grads = make(name, shape, Plan()), cases.gradients(shape, BF16, DEVICE)
+    form.add(grads, 0)
+    timed(form.step)
+    assert gates.is_finite(form)
 
 
 @pytest.mark.parametrize("name", EAGER)
@@ -199,4 +194,4 @@ def test_window(timed: Run, shape: str, n: int, max_norm: float | None, name: st
         for grad in grads:
             grad /= n
     timed(lambda: form.window(grads))
-    assert measure.is_finite(form)
+    assert gates.is_finite(form)

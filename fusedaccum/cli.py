@@ -135,9 +135,9 @@ def _bench(args: argparse.Namespace) -> int:
         name, sizes = f"a transformer of {args.params}", shapes.synthetic(args.params)
     elif args.model is not None:
         name, sizes = args.model, shapes.of_model(args.model)
-    plan = forms.Plan(args.optimizer, args.accumulation_steps)
+    plan = forms.Plan(args.optimizer, args.accumulation_steps, backend=args.backend)
     dtype = getattr(torch, DTYPES[args.dtype])
-    return bench.bench(args.device, dtype, plan, name, sizes, args.seconds, args.backend, args.json)
+    return bench.bench(args.device, dtype, plan, name, sizes, args.seconds, args.json)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

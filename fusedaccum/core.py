@@ -13,8 +13,7 @@ from torch.optim import Optimizer
 from . import backends
 from .integrations import checkpoint
 from .options import Options
-from .rules import builtin as rules
-from .rules import packages as foreign
+from .rules import packages, registry
 from .update.masters import Masters
 from .update.updater import Updater
 from .window.advice import Advice
@@ -58,10 +57,9 @@ class Core:
         self.window = Window(steps)
         self.scaling = Scaling(steps, options.grad_scaler, options.fused_unscale, device)
         masters = Masters(
-            "stochastic"
-            if options.stochastic_rounding
-            else foreign.master_weights(self.optimizer, options.master_weights),
-            splits=rules.serve(self.optimizer),
+            packages.master_weights(self.optimizer, options.master_weights),
+            splits=registry.serve(self.optimizer),
+            is_stochastic=options.stochastic_rounding,
         )
         self.collector = Collector(
             backends.get(options.backend, device),

@@ -17,13 +17,14 @@ legitimate: the two are a finite master of more than 3.39e38, which rounds to in
 import triton
 import triton.language as tl
 
-# Every address that takes the aligned path is a multiple of this many bytes: one 128-bit access.
-VECTOR_BYTES = tl.constexpr(16)
-# Half of the last place of the high half: adding it rounds to nearest.
-ROUND_HALF = tl.constexpr(0x8000)
-# The NaN that both formats share. A NaN whose low half is set (0x7FFFFFFF is what NVIDIA GPUs
-# produce) would otherwise round up into the sign bit and show as -0.0 in the parameter.
-QUIET_NAN_HIGH = tl.constexpr(0x7FC0)
+from . import layout
+
+VECTOR_BYTES = tl.constexpr(layout.VECTOR_BYTES)
+ROUND_HALF = tl.constexpr(layout.ROUND_HALF)
+QUIET_NAN_HIGH = tl.constexpr(layout.QUIET_NAN_HIGH)
+MIX_FIRST = tl.constexpr(layout.MIX_FIRST)
+MIX_SECOND = tl.constexpr(layout.MIX_SECOND)
+GOLDEN = tl.constexpr(layout.GOLDEN)
 
 
 @triton.jit
@@ -46,17 +47,13 @@ def split_master(master):
     return high.to(tl.int16).to(tl.bfloat16, bitcast=True), remainder.to(tl.int16)
 
 
-# 2**32 / phi, SplitMix's increment.
-GOLDEN = tl.constexpr(0x9E3779B9)
-
-
 @triton.jit
 def mix_bits(x):
     """Hash of 32 bits; `fusedaccum/backends/rounding.py` says where it comes from."""
     x = x ^ (x >> 16)
-    x = x * 0x7FEB352D
+    x = x * MIX_FIRST
     x = x ^ (x >> 15)
-    x = x * 0x846CA68B
+    x = x * MIX_SECOND
     return x ^ (x >> 16)
 
 

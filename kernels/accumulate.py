@@ -18,13 +18,13 @@ import triton
 import triton.language as tl
 
 from ._math import typed_pointer
+from .layout import AccumulateRow
 
-# Columns of a row of the address table, one row a tensor.
-GRAD = tl.constexpr(0)
-ACC = tl.constexpr(1)
-NUMEL = tl.constexpr(2)
-PARTIAL = tl.constexpr(3)
-COLUMNS = tl.constexpr(4)
+GRAD = tl.constexpr(AccumulateRow.GRAD)
+ACC = tl.constexpr(AccumulateRow.ACC)
+NUMEL = tl.constexpr(AccumulateRow.NUMEL)
+PARTIAL = tl.constexpr(AccumulateRow.PARTIAL)
+COLUMNS = tl.constexpr(AccumulateRow.COLUMNS)
 
 
 @triton.jit

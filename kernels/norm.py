@@ -19,19 +19,18 @@ The rule's scalars (bias corrections and the like) are computed in float64 and r
 import triton
 import triton.language as tl
 
+from . import layout
 from ._math import typed_pointer
+from .layout import ScalarsRow, SquaresRow
 
-# Columns of a row of sum_of_squares_kernel's table.
-DATA = tl.constexpr(0)
-NUMEL = tl.constexpr(1)
-PARTIAL = tl.constexpr(2)
-COLUMNS = tl.constexpr(3)
-# Columns of a row of scalars, which step.py reads; the rule's own follow.
-COEF = tl.constexpr(0)
-STEP = tl.constexpr(1)
-OWN = tl.constexpr(2)
-# What torch.nn.utils.clip_grad_norm_ adds to the norm before it divides.
-CLIP_EPS = tl.constexpr(1e-6)
+DATA = tl.constexpr(SquaresRow.DATA)
+NUMEL = tl.constexpr(SquaresRow.NUMEL)
+PARTIAL = tl.constexpr(SquaresRow.PARTIAL)
+COLUMNS = tl.constexpr(SquaresRow.COLUMNS)
+COEF = tl.constexpr(ScalarsRow.COEF)
+STEP = tl.constexpr(ScalarsRow.STEP)
+OWN = tl.constexpr(ScalarsRow.OWN)
+CLIP_EPS = tl.constexpr(layout.CLIP_EPS)
 
 
 @triton.jit

@@ -13,7 +13,8 @@ and the tuple of new states. `grad` is already the normalised, clipped mean (neg
 `maximize`).
 
 Rules are straight-line arithmetic on purpose: `+ - * /`, `tl.sqrt`, `tl.abs`, `tl.maximum`,
-`tl.minimum`, `tl.where` and comparisons. The CPU backend compiles the same text to a C loop.
+`tl.minimum`, `tl.where` and comparisons. The CPU's C loops and the torch functions are made from
+the same text.
 How to add one: README.md beside this file.
 
 Weight decay: `l2` joins the gradient, `decay` multiplies the parameter (decoupled); where one acts

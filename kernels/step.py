@@ -21,15 +21,18 @@ import triton
 import triton.language as tl
 
 from ._math import join_master, mix_bits, round_stochastic, split_master, typed_pointer
-from .norm import COEF, OWN, STEP
+from .layout import ScalarsRow, StepRow
 
-# Columns of a row of the address table; the states' addresses follow.
-PARAM = tl.constexpr(0)
-MASTER_COLUMN = tl.constexpr(1)  # its address; for "stochastic" the tensor's random key
-ACC = tl.constexpr(2)
-NUMEL = tl.constexpr(3)
-TENSOR = tl.constexpr(4)
-STATES = tl.constexpr(5)
+PARAM = tl.constexpr(StepRow.PARAM)
+MASTER_COLUMN = tl.constexpr(StepRow.MASTER)
+ACC = tl.constexpr(StepRow.ACC)
+NUMEL = tl.constexpr(StepRow.NUMEL)
+TENSOR = tl.constexpr(StepRow.TENSOR)
+KEY = tl.constexpr(StepRow.KEY)
+STATES = tl.constexpr(StepRow.STATES)
+COEF = tl.constexpr(ScalarsRow.COEF)
+STEP = tl.constexpr(ScalarsRow.STEP)
+OWN = tl.constexpr(ScalarsRow.OWN)
 
 
 @triton.jit
@@ -114,8 +117,7 @@ def step_kernel(
     start = tl.multiple_of(chunk * CHUNK, CHUNK)
     # Pointers to the chunk, so that offsets in it are int32, which cost half the registers.
     param_ptr = typed_pointer(tl.load(table_ptr + PARAM), PARAM_DTYPE, IS_ALIGNED) + start
-    master_address = tl.load(table_ptr + MASTER_COLUMN)
-    master_ptr = typed_pointer(master_address, MASTER_DTYPE, IS_ALIGNED) + start
+    master_ptr = typed_pointer(tl.load(table_ptr + MASTER_COLUMN), MASTER_DTYPE, IS_ALIGNED) + start
     acc_ptr = typed_pointer(tl.load(table_ptr + ACC), tl.float32, IS_ALIGNED) + start
     state_ptrs = ()
     for i in tl.static_range(N_STATES):
@@ -130,7 +132,8 @@ def step_kernel(
     key = 0
     if MASTER == "stochastic":
         step = tl.load(scalars_ptr + STEP).to(tl.uint32)
-        key = mix_bits(mix_bits(master_address.to(tl.uint32) ^ step) + chunk.to(tl.uint32))
+        own_key = tl.load(table_ptr + KEY).to(tl.uint32)
+        key = mix_bits(mix_bits(own_key ^ step) + chunk.to(tl.uint32))
 
     if start + CHUNK <= n_elements:
         # A full chunk is its own branch: a mask, even an all-true one, costs the vector access.

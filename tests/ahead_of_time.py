@@ -38,11 +38,21 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
 from fusedaccum.backends import triton as backend_module
-from fusedaccum.backends.operations import GRAD_DTYPES, StepBatch, UpdateRequest, UpdateScalars
-from fusedaccum.backends.tables import CHUNK, VECTOR_BYTES
+from fusedaccum.backends.keep import Keep
+from fusedaccum.backends.operations import (
+    GRAD_DTYPES,
+    Add,
+    Correction,
+    Finalize,
+    Step,
+    StepTensor,
+    SumOfSquares,
+)
+from fusedaccum.backends.scalars import UpdateScalars
 from fusedaccum.kernels import accumulate, norm, step
-from fusedaccum.rules.builtin import RULES, Rule
-from fusedaccum.update.masters import master_kind
+from fusedaccum.kernels.layout import CHUNK, VECTOR_BYTES
+from fusedaccum.rules.builtin import RULES
+from fusedaccum.rules.rule import Rule
 from fusedaccum.window.slots import PARAM_DTYPES
 from tests import registers
 from tests.full_chunks import faults, ptx_widths
@@ -147,7 +157,7 @@ def _accumulate(backend: Any) -> Launched:
         acc, grad = _tensor(torch.float32, is_aligned), _tensor(dtype, is_aligned)
         partials = torch.zeros(2) if has_norm else None
         control = torch.ones(2) if has_control else None
-        backend.accumulate([acc], [grad], 1.0, first, partials, None, control)
+        backend.accumulate(Add([(acc, grad)], 1.0, first, partials, None, control))
         name = f"accumulate-{_DTYPE_NAMES[dtype]}-{'first' if first else 'later'}"
         name += ("-norm" if has_norm else "") + ("-control" if has_control else "")
         loads = (dtype.itemsize,) if first else (dtype.itemsize, _FP32_BYTES)
@@ -156,31 +166,29 @@ def _accumulate(backend: Any) -> Launched:
 
 def _sum_of_squares(backend: Any) -> Launched:
     for dtype, is_aligned in itertools.product(GRAD_DTYPES, (True, False)):
-        backend.sum_of_squares([_tensor(dtype, is_aligned)], torch.zeros(2), [0])
+        backend.sum_of_squares(SumOfSquares([_tensor(dtype, is_aligned)], torch.zeros(2), [0]))
         yield f"sum_of_squares-{_DTYPE_NAMES[dtype]}", is_aligned, (dtype.itemsize,), ()
 
 
 def _finalize(backend: Any) -> Launched:
     # A norm is there where clipping or skipping needs it; the functional API asks for neither.
     for rule, clip, skip in itertools.product(_one_rule_a_family(), (False, True), (False, True)):
-        batch, scalars = _batch(rule, torch.float32, "none", True)
+        step = _one_tensor(rule, torch.float32, Keep.PARAM, True)
         hyper = [(1.0, *[0.5] * rule.family.n_hyper)]
         partials = torch.zeros(1) if clip or skip else None
         max_norm = 1.0 if clip else None
-        request = UpdateRequest(rule.family, hyper, partials, 1.0, max_norm, skip)
-        backend.finalize(request, [batch], scalars)
+        backend.finalize(Finalize([step], hyper, Correction(), partials, max_norm, skip))
         flags = ("-clip" if clip else "") + ("-skip" if skip else "")
         yield f"finalize-{rule.family.name}{flags}", True, (), ()
 
 
 def _step(backend: Any) -> Launched:
     for rule, dtype in itertools.product(RULES.values(), PARAM_DTYPES):
-        for master, is_aligned in itertools.product(_master_kinds(dtype), (True, False)):
-            batch, scalars = _batch(rule, dtype, master, is_aligned)
-            backend.step(batch, scalars)
-            kept = tuple(t.element_size() for t in (*batch.params, *batch.masters))
+        for keep, is_aligned in itertools.product(_keeps(dtype), (True, False)):
+            backend.step(_one_tensor(rule, dtype, keep, is_aligned))
+            kept = (dtype.itemsize, *([keep.master_dtype.itemsize] if keep.master_dtype else ()))
             states = (_FP32_BYTES,) * len(rule.states)
-            name = f"step-{rule.name}-{_DTYPE_NAMES[dtype]}-{master}"
+            name = f"step-{rule.name}-{_DTYPE_NAMES[dtype]}-{keep.value}"
             yield name, is_aligned, (*kept, _FP32_BYTES, *states), (*kept, *states)
 
 
@@ -188,31 +196,22 @@ def _one_rule_a_family() -> list[Rule]:
     return list({rule.family: rule for rule in RULES.values()}.values())
 
 
-def _master_kinds(dtype: torch.dtype) -> list[str]:
-    kinds = []
-    for mode in ("none", "stochastic", "split", "fp32"):
-        try:
-            kinds.append(master_kind(mode, dtype))
-        except ValueError:
-            continue  # not every dtype can be split
-    return list(dict.fromkeys(kinds))
+def _keeps(dtype: torch.dtype) -> list[Keep]:
+    """All that a parameter of a dtype can have."""
+    found = {Keep.of("none", dtype), Keep.of("none", dtype, is_stochastic=True)}
+    found |= {Keep.of(None, dtype), Keep.of("fp32", dtype)}
+    return [keep for keep in Keep if keep in found]
 
 
-def _batch(
-    rule: Rule, dtype: torch.dtype, master: str, is_aligned: bool
-) -> tuple[StepBatch, UpdateScalars]:
-    """One tensor to update."""
-    batch = StepBatch(rule, master, rows=[0], groups=[0])
-    batch.params.append(_tensor(dtype, is_aligned))
-    if master == "stochastic":
-        batch.keys.append(1)
-    elif master != "none":
-        master_dtype = torch.int16 if master == "split" else torch.float32
-        batch.masters.append(_tensor(master_dtype, is_aligned))
-    batch.accs.append(_tensor(torch.float32, is_aligned))
-    batch.states.append(tuple(_tensor(torch.float32, is_aligned) for _ in rule.states))
+def _one_tensor(rule: Rule, dtype: torch.dtype, keep: Keep, is_aligned: bool) -> Step:
+    """A step of one tensor."""
+    param, acc = _tensor(dtype, is_aligned), _tensor(torch.float32, is_aligned)
+    states = tuple(_tensor(torch.float32, is_aligned) for _ in rule.states)
+    master = _tensor(keep.master_dtype, is_aligned) if keep.master_dtype else None
+    tensor = StepTensor(param, acc, states, row=0, group=0, master=master, key=1)
     family = rule.family
-    return batch, UpdateScalars(1, family.n_scalars, torch.device("cpu"), len(family.memory))
+    scalars = UpdateScalars(1, family.n_scalars, torch.device("cpu"), len(family.memory))
+    return Step(rule, keep, [tensor], scalars)
 
 
 # --- compiling ---

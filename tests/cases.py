@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import importlib
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fusedaccum.backends.compiled import engine as native
-from fusedaccum.backends.tables import CHUNK
+from fusedaccum.backends.compiled import loops
+from fusedaccum.kernels.layout import CHUNK
 
 GRAD_DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # 0, 1, around a block of the step and of the accumulation, and a prime beyond one chunk.
@@ -122,10 +121,7 @@ class WithoutCompiler:
 
 def forget_compiled() -> None:
     """Let the torch backend look for a compiler again."""
-    torch_backend = importlib.import_module("fusedaccum.backends.aten")
-    native.forget()
-    for function in ("_library", "_reduce_library", "_step_library"):
-        getattr(torch_backend, function).cache_clear()
+    loops.forget()
 
 
 def small_model(dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.nn.Sequential:

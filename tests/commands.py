@@ -16,6 +16,5 @@ def run_command(*arguments: str) -> subprocess.CompletedProcess[str]:
         env={**os.environ, "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "0"},
         capture_output=True,
         text=True,
-        timeout=300,
         check=False,
     )

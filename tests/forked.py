@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import IO, Any
 
 ROOT = Path(__file__).resolve().parent.parent
-SECONDS = 120
+SECONDS = 3600  # of a program that hangs; a busy machine is no fault
 
 
 @dataclass(frozen=True)

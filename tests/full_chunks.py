@@ -15,7 +15,7 @@ from typing import Any
 
 from triton.backends.compiler import GPUTarget
 
-from fusedaccum.backends.tables import VECTOR_BYTES
+from fusedaccum.kernels.layout import VECTOR_BYTES
 
 _PREDICATE = r"(@!?%p\d+\s+)?"
 _ACCESS = re.compile(_PREDICATE + r"(ld|st)\.global([.\w:]*)\s+(.*)$")

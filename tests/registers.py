@@ -70,7 +70,10 @@ def tree(text: str) -> str:
     """What Python text means, without comments and docstrings, the same in all Python versions."""
     module = ast.parse(text)
     for node in ast.walk(module):
-        if isinstance(node, ast.Module | ast.FunctionDef) and ast.get_docstring(node) is not None:
+        if (
+            isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)
+            and ast.get_docstring(node) is not None
+        ):
             del node.body[0]
     return str(_plain(module))
 

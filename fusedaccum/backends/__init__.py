@@ -1,6 +1,6 @@
-"""Backends: the same operations with the same signatures, on Triton or on torch.
+"""Backends: the same operations on the same requests, on Triton or on torch.
 
-`get` picks one. Only `backends/triton.py` launches the Triton kernels; `backends/torch.py` runs the
+`get` picks one. Only `backends/triton.py` launches the Triton kernels; `backends/aten.py` runs the
 reference in blocks, or, on a CPU with a C compiler, loops compiled from the kernels' own rules.
 """
 
@@ -9,9 +9,14 @@ from __future__ import annotations
 # Not `import torch`: the name is that of a module of this package.
 from torch import device as Device
 
-from .operations import Backend, StepBatch, UpdateRequest, UpdateScalars
+from .keep import Keep
+from .operations import Add, Backend, Correction, Finalize, Step, StepTensor, SumOfSquares
+from .scalars import UpdateScalars
 
-__all__ = ["Backend", "StepBatch", "UpdateRequest", "UpdateScalars", "get", "why"]
+__all__ = [
+    "Add", "Backend", "Correction", "Finalize", "Keep", "Step", "StepTensor", "SumOfSquares",
+    "UpdateScalars", "get", "why",
+]  # fmt: skip
 
 
 def _triton_missing(device: Device) -> str | None:

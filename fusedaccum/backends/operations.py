@@ -1,100 +1,154 @@
-"""What a backend does, and what the table-driven ones (Triton, compiled C) share.
+"""What a backend does: its operations, and the request that each one takes.
 
-An update is `finalize` (norm, skip flag, step counts, scalars) and then one `step` for each
-`StepBatch`: the tensors that share rule, parameter dtype and master layout.
+An update is one `Finalize` (norm, skip flag, step counts, scalars) and then its `Step`s: one for
+all tensors that share rule, parameter dtype and `Keep`.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from ..rules.builtin import Family, Rule
-from .tables import OWN, LaunchTable, Mirror, TableCache, addresses
+from ..rules.rule import Family, Rule
+from .keep import Keep
+from .scalars import UpdateScalars
 
 GRAD_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-@dataclass
-class StepBatch:
-    """Tensors of one update that take one launch.
+@dataclass(frozen=True, slots=True)
+class Add:
+    """`acc = (0 if stores else acc) + scale * grad` for each pair, in place.
+
+    Attributes:
+        pairs: accumulators, each with its gradient.
+        scale: a factor on the gradients.
+        stores: whether nothing of what the accumulators hold is kept.
+        sums: receives the sums of squares of the accumulators, fp32, one per chunk; or None.
+        cells: where in `sums` those of each pair begin. A window gives them at every micro-batch,
+            so that its launches share a table; None where there are never any sums.
+        control: fp32 [2] on the device: `scale` is multiplied by `control[0]`, and a `control[1]`
+            of 0 means `stores`; or None.
+    """
+
+    pairs: Sequence[tuple[Tensor, Tensor]]
+    scale: float
+    stores: bool
+    sums: Tensor | None = None
+    cells: Sequence[int] | None = None
+    control: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class SumOfSquares:
+    """The sums of squares of tensors.
+
+    Attributes:
+        tensors: only read.
+        sums: receives the sums, fp32, one per chunk.
+        cells: where in `sums` those of each tensor begin.
+    """
+
+    tensors: Sequence[Tensor]
+    sums: Tensor
+    cells: Sequence[int]
+
+
+class StepTensor(NamedTuple):
+    """One parameter of an update, with all that its step reads and writes.
+
+    Attributes:
+        param: the parameter.
+        acc: its accumulator, fp32, only read.
+        states: the rule's states, fp32, in its order.
+        row: its row in `UpdateScalars.steps`, `.scalars` and `.memory`.
+        group: its row in `Finalize.hyper`.
+        master: a remainder or an fp32 master, where `Keep` says that there is one.
+        key: its random key, for `Keep.STOCHASTIC` (`rounding.tensor_key`).
+    """
+
+    param: Tensor
+    acc: Tensor
+    states: tuple[Tensor, ...]
+    row: int
+    group: int
+    master: Tensor | None = None
+    key: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One rule for all tensors of an update that share it, a dtype and a `Keep`.
 
     Attributes:
         rule: what is done to each element.
-        master: "none", "split" (masters are int16 remainders), "fp32", or "stochastic" (none, and
-            the parameter is rounded at random).
-        params, masters, accs: one tensor each; masters is empty where there are none.
-        keys: each tensor's random key, for "stochastic" (`rounding.tensor_key`).
-        states: for each tensor its states, fp32, in the rule's order.
-        rows: each tensor's row in `UpdateScalars.steps` and `.scalars`.
-        groups: each tensor's row in `UpdateScalars.hyper`.
+        keep: how the parameters keep their precise values.
+        tensors: at least one.
+        scalars: the numbers that the `Finalize` of the update has written.
     """
 
     rule: Rule
-    master: str
-    params: list[Tensor] = field(default_factory=list)
-    masters: list[Tensor] = field(default_factory=list)
-    accs: list[Tensor] = field(default_factory=list)
-    states: list[tuple[Tensor, ...]] = field(default_factory=list)
-    rows: list[int] = field(default_factory=list)
-    groups: list[int] = field(default_factory=list)
-    keys: list[int] = field(default_factory=list)
+    keep: Keep
+    tensors: list[StepTensor]
+    scalars: UpdateScalars
 
 
-class UpdateScalars:
-    """The numbers of an update, on the device.
+@dataclass(frozen=True, slots=True)
+class Correction:
+    """What the accumulated sum is multiplied with to make it the gradient of the update.
 
     Attributes:
-        steps: fp32 [n_tensors], updates so far.
-        scalars: fp32 [n_tensors, OWN + n_scalars]: gradient coefficient, step count, then the
-            rule's scalars.
-        memory: fp32 [n_tensors, n_memory], what the rules keep per tensor.
-        norm: fp32 [], the last update's norm before clipping.
-        skip: int32 [1], whether the last update was skipped.
-        skipped: int64 [], how many were.
-        hyper, tensors: the tables that `finalize` reads: hyper-parameters per group, and (row,
-            group) per tensor of the update.
+        factor: a number, or a 0-d tensor on the device.
+        overflow: 0-d on the device, above 0 where a micro-batch overflowed, which makes the norm
+            NaN and so has the update skipped; None where no GradScaler takes part.
     """
 
-    def __init__(
-        self, n_tensors: int, n_scalars: int, device: torch.device, n_memory: int = 0
-    ) -> None:
-        self.steps = torch.zeros(n_tensors, dtype=torch.float32, device=device)
-        self.scalars = torch.zeros(n_tensors, OWN + n_scalars, dtype=torch.float32, device=device)
-        self.memory = torch.zeros(n_tensors, n_memory, dtype=torch.float32, device=device)
-        self.norm = torch.zeros((), dtype=torch.float32, device=device)
-        self.skip = torch.zeros(1, dtype=torch.int32, device=device)
-        self.skipped = torch.zeros((), dtype=torch.int64, device=device)
-        self.hyper = Mirror(device)
-        self.tensors = Mirror(device)
+    factor: float | Tensor = 1.0
+    overflow: Tensor | None = None
+
+    def product(self) -> float | Tensor:
+        """The factor, or NaN after an overflow. Nothing waits for the device."""
+        if self.overflow is None:
+            return self.factor
+        nan = torch.full((), torch.nan, dtype=torch.float64, device=self.overflow.device)
+        return torch.where(self.overflow > 0, nan, self.factor)
 
 
-@dataclass
-class UpdateRequest:
-    """What `finalize` is asked for.
+@dataclass(frozen=True, slots=True)
+class Finalize:
+    """The norm, the skip flag, the step counts and the rules' scalars of an update.
 
     Attributes:
-        family: whose scalars function runs.
+        steps: those of the update, at least one; their rules are of one family, and they share
+            the `UpdateScalars` that are written.
         hyper: a row per param group: sign of the gradient, then the family's hyper-parameters,
             each a number or a tensor.
-        partials: fp32 sums of squares of all accumulators of the update, or None for no norm.
-        correction: factor on the accumulated sum (normalisation), maybe a 0-d tensor.
+        correction: what makes the accumulated sum the gradient.
+        sums: fp32 sums of squares of all accumulators of the update, or None for no norm.
         max_norm: clip to it, or None.
         skip_nonfinite: whether a non-finite norm leaves everything as it was.
     """
 
-    family: Family
-    hyper: list[tuple[Any, ...]]
-    partials: Tensor | None
-    correction: float | Tensor
-    max_norm: float | None
-    skip_nonfinite: bool
+    steps: Sequence[Step]
+    hyper: Sequence[tuple[Any, ...]]
+    correction: Correction = Correction()
+    sums: Tensor | None = None
+    max_norm: float | None = None
+    skip_nonfinite: bool = False
+
+    @property
+    def family(self) -> Family:
+        """Whose scalars function runs."""
+        return self.steps[0].rule.family
+
+    @property
+    def scalars(self) -> UpdateScalars:
+        """What is written."""
+        return self.steps[0].scalars
 
 
 class Backend(Protocol):
@@ -102,126 +156,14 @@ class Backend(Protocol):
 
     name: str
 
-    def accumulate(
-        self,
-        accs: Sequence[Tensor],
-        grads: Sequence[Tensor],
-        scale: float,
-        first: bool,
-        partials: Tensor | None = None,
-        cells: Sequence[int] | None = None,
-        control: Tensor | None = None,
-    ) -> None:
-        """`acc = (0 if first else acc) + scale * grad` for each pair, in place.
+    def accumulate(self, request: Add) -> None:
+        """Add gradients into accumulators, in place."""
 
-        With `partials`, tensor i's sums of squares go to `partials[cells[i]:]`, one per chunk.
-        With `control`, fp32 [2] on the device, `scale` is multiplied by `control[0]`, and a
-        `control[1]` of 0 means `first`.
-        """
+    def sum_of_squares(self, request: SumOfSquares) -> None:
+        """Leave the sums of squares of tensors."""
 
-    def sum_of_squares(
-        self, tensors: Sequence[Tensor], partials: Tensor, cells: Sequence[int]
-    ) -> None:
-        """Sums of squares of `tensors`, one per chunk, to the cells of `partials`."""
+    def finalize(self, request: Finalize) -> None:
+        """Norm, skip flag, step counts and the rules' scalars, into `request.scalars`."""
 
-    def finalize(
-        self, request: UpdateRequest, batches: Sequence[StepBatch], scalars: UpdateScalars
-    ) -> None:
-        """Norm, skip flag, step counts and the rules' scalars, into `scalars`."""
-
-    def step(self, batch: StepBatch, scalars: UpdateScalars) -> None:
-        """Apply the rule to each tensor of `batch`, in place, unless the skip flag is set."""
-
-
-class TableBackend:
-    """`accumulate`, `sum_of_squares` and `step` by launch tables; subclasses launch.
-
-    The columns follow `kernels/accumulate.py`, `kernels/norm.py` and `kernels/step.py`.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self._tables = TableCache()
-
-    def accumulate(
-        self,
-        accs: Sequence[Tensor],
-        grads: Sequence[Tensor],
-        scale: float,
-        first: bool,
-        partials: Tensor | None = None,
-        cells: Sequence[int] | None = None,
-        control: Tensor | None = None,
-    ) -> None:
-        cells = cells or [0] * len(accs)
-        for dtype, members in _by_dtype(grads).items():
-            numels = [accs[i].numel() for i in members]
-            own_cells = [cells[i] for i in members]
-            acc_addresses = addresses([accs[i] for i in members])
-            grad_addresses = addresses([grads[i] for i in members])
-            rows = np.stack([grad_addresses, acc_addresses, numels, own_cells], axis=1)
-            # The accumulators are part of the key, so that two buckets of equal shapes, such as two
-            # layers of a model, keep a table each and neither is uploaded again.
-            key = ("accumulate", dtype, acc_addresses.tobytes(), tuple(numels), tuple(own_cells))
-            table = self._tables.get(key, rows, numels, (0, 1), self.device)
-            if table.n_chunks:
-                self._launch_accumulate(table, dtype, scale, first, partials, control)
-
-    def sum_of_squares(
-        self, tensors: Sequence[Tensor], partials: Tensor, cells: Sequence[int]
-    ) -> None:
-        for dtype, members in _by_dtype(tensors).items():
-            numels = [tensors[i].numel() for i in members]
-            own_cells = [cells[i] for i in members]
-            rows = np.stack([addresses([tensors[i] for i in members]), numels, own_cells], axis=1)
-            key = ("sum_of_squares", dtype, tuple(numels), tuple(own_cells))
-            table = self._tables.get(key, rows, numels, (0,), self.device)
-            if table.n_chunks:
-                self._launch_sum_of_squares(table, dtype, partials)
-
-    def step(self, batch: StepBatch, scalars: UpdateScalars) -> None:
-        numels = [acc.numel() for acc in batch.accs]
-        dtype = batch.params[0].dtype
-        keys: Any = batch.keys or [0] * len(numels)
-        masters = addresses(batch.masters) if batch.masters else keys
-        accs = addresses(batch.accs)
-        columns: list[Any] = [addresses(batch.params), masters, accs, numels, batch.rows]
-        columns += [addresses(states) for states in zip(*batch.states, strict=True)]
-        address_columns = [0, 1, 2, *range(5, len(columns))]
-        if batch.keys:
-            address_columns.remove(1)
-        key = ("step", batch.rule.name, dtype, batch.master, accs.tobytes(), tuple(numels))
-        table = self._tables.get(
-            key, np.stack(columns, axis=1), numels, address_columns, self.device
-        )
-        if table.n_chunks:
-            self._launch_step(table, batch, dtype, scalars)
-
-    def _launch_accumulate(
-        self,
-        table: LaunchTable,
-        dtype: torch.dtype,
-        scale: float,
-        first: bool,
-        partials: Tensor | None,
-        control: Tensor | None,
-    ) -> None:
-        raise AssertionError("a subclass launches")
-
-    def _launch_sum_of_squares(
-        self, table: LaunchTable, dtype: torch.dtype, partials: Tensor
-    ) -> None:
-        raise AssertionError("a subclass launches")
-
-    def _launch_step(
-        self, table: LaunchTable, batch: StepBatch, dtype: torch.dtype, scalars: UpdateScalars
-    ) -> None:
-        raise AssertionError("a subclass launches")
-
-
-def _by_dtype(tensors: Sequence[Tensor]) -> dict[torch.dtype, list[int]]:
-    """Indices of `tensors` by dtype; nearly always one dtype."""
-    members: dict[torch.dtype, list[int]] = defaultdict(list)
-    for index, tensor in enumerate(tensors):
-        members[tensor.dtype].append(index)
-    return members
+    def step(self, request: Step) -> None:
+        """Apply the rule to each tensor, in place, unless the skip flag is set."""

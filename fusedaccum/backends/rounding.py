@@ -16,18 +16,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .tables import CHUNK
+from ..kernels.layout import CHUNK, GOLDEN, MIX_FIRST, MIX_SECOND
 
-GOLDEN = 0x9E3779B9
 MASK = 0xFFFFFFFF
 
 
 def mix_bits(x: int) -> int:
     """A bijection of 32-bit numbers in which every input bit moves every output bit."""
     x ^= x >> 16
-    x = (x * 0x7FEB352D) & MASK
+    x = (x * MIX_FIRST) & MASK
     x ^= x >> 15
-    x = (x * 0x846CA68B) & MASK
+    x = (x * MIX_SECOND) & MASK
     return x ^ (x >> 16)
 
 
@@ -50,9 +49,9 @@ def random_bits(key: int, step: int, start: int, n: int) -> Tensor:
     keys = torch.tensor(chunks, dtype=torch.int64, device="cpu")
     x = (keys[index // CHUNK - first] + (index % CHUNK) * GOLDEN) & MASK
     x ^= x >> 16
-    x = (x * 0x7FEB352D) & MASK
+    x = (x * MIX_FIRST) & MASK
     x ^= x >> 15
-    x = (x * 0x846CA68B) & MASK
+    x = (x * MIX_SECOND) & MASK
     return (x ^ (x >> 16)) >> 16
 
 

@@ -8,9 +8,8 @@ allocator hands out the same blocks.
 
 from __future__ import annotations
 
-import threading
-from collections import OrderedDict
-from collections.abc import Hashable, Sequence
+from collections import OrderedDict, defaultdict
+from collections.abc import Hashable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,15 +17,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-# Elements per program. Large enough that the table costs nothing (20 bytes for at least 48 KiB of
-# traffic), small enough that a LoRA matrix of 16 x 4096 still makes 8 programs.
-CHUNK = 8192
-# Every address of a launch must be a multiple of this for 128-bit accesses.
-VECTOR_BYTES = 16
-# Columns of a row of an update's scalars before the rule's own, as in kernels/norm.py.
-OWN = 2
-# Pinned memory for the tables of captured CUDA graphs: 32 bytes a tensor and micro-batch.
-ARENA_BYTES = 4 << 20
+from ..kernels.layout import CHUNK, VECTOR_BYTES, AccumulateRow, SquaresRow, StepRow
+from .mirror import Mirror
+from .operations import Add, Step, SumOfSquares
+
 # Tables kept per backend. A model needs one per bucket and one per step launch.
 MAX_TABLES = 512
 
@@ -38,78 +32,11 @@ def count_chunks(numel: int) -> int:
     return -(-numel // CHUNK)
 
 
-class _Staging:
-    """Pinned memory that uploads are made from.
-
-    Outside of a capture it comes from torch's caching host allocator, which reuses a block only
-    after its copy has run. A copy captured in a CUDA graph reads its source at every replay, so
-    that is a slice of `arena`, never used again; and it was allocated before, because pinned memory
-    may not be allocated during a capture.
-    """
-
-    def __init__(self) -> None:
-        self._arena: Tensor | None = None
-        self._used = 0
-        self._lock = threading.Lock()  # of what is used: every optimizer's tables come here
-
-    def stage(self, source: Tensor, capturing: bool) -> Tensor:
-        """A pinned copy of `source`."""
-        if self._arena is None and not capturing:
-            self._arena = torch.empty(ARENA_BYTES, dtype=torch.uint8, device="cpu", pin_memory=True)
-        if not capturing:
-            return torch.empty_like(source, pin_memory=True).copy_(source)
-        with self._lock:
-            start, self._used = self._used, self._used + -(-source.nbytes // 64) * 64
-        if self._arena is None or self._used > ARENA_BYTES:
-            raise RuntimeError(
-                f"no pinned memory left for the tables of captured CUDA graphs ({ARENA_BYTES} "
-                "bytes for all graphs of the process), or a capture without a window before it: "
-                "run at least one window before the capture, and capture fewer graphs"
-            )
-        piece = self._arena[start : start + source.nbytes].view(source.dtype)
-        return piece.view(source.shape).copy_(source)
-
-
-_staging = _Staging()
-
-
-class Mirror:
-    """A small host array and its copy on the device, uploaded only when the numbers change."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._host: npt.NDArray[Any] | None = None
-        self.tensor = torch.empty(0, dtype=torch.float32, device=device)
-
-    def set(self, host: npt.NDArray[Any]) -> Tensor:
-        """The device copy of `host`. Nothing waits for the device.
-
-        In a CUDA graph's capture it is always uploaded, and afterwards once more: the captured copy
-        runs at replays only, and a replay may follow an upload of other numbers.
-        """
-        capturing = self._is_capturing()
-        if capturing or self._host is None or not np.array_equal(self._host, host):
-            source = torch.from_numpy(host)
-            if self.tensor.shape != source.shape or self.tensor.dtype != source.dtype:
-                self.tensor = torch.empty_like(source, device=self._device)
-            if self._device.type == "cuda":
-                source = _staging.stage(source, capturing)
-            self.tensor.copy_(source, non_blocking=True)
-            self._host = None if capturing else host.copy()
-        return self.tensor
-
-    def keep(self, host: npt.NDArray[Any]) -> Tensor:
-        """The same for numbers that never change, without comparing them."""
-        return self.set(host) if self._host is None or self._is_capturing() else self.tensor
-
-    def _is_capturing(self) -> bool:
-        return self._device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-
-
 class LaunchTable:
     """Rows and chunks of one launch, kept on the device.
 
     Args:
+        dtype: of the gradients, the tensors that are summed, or the parameters.
         rows: int64 [n_tensors, n_columns], the first contents.
         numels: element count of each tensor.
         address_columns: the columns that hold addresses (0 where there is none).
@@ -118,11 +45,13 @@ class LaunchTable:
 
     def __init__(
         self,
+        dtype: torch.dtype,
         rows: Rows,
         numels: Sequence[int],
         address_columns: Sequence[int],
         device: torch.device,
     ) -> None:
+        self.dtype = dtype
         counts = [count_chunks(n) for n in numels]
         self.n_chunks = sum(counts)
         self.n_elements = sum(numels)
@@ -143,32 +72,95 @@ class LaunchTable:
         self.is_aligned = not bool((addresses & (VECTOR_BYTES - 1)).any())
 
 
-class TableCache:
-    """The tables a backend has made, least recently used first out."""
+class Tables:
+    """The launch tables of one backend, least recently used first out.
 
-    def __init__(self) -> None:
+    Each method makes or updates those of a request, and leaves out what has no elements. The
+    columns are those of the rows of `kernels/layout.py`, in its order.
+
+    Args:
+        device: where the kernels run.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
         self._tables: OrderedDict[Hashable, LaunchTable] = OrderedDict()
 
-    def get(
+    def of_add(self, request: Add) -> Iterator[LaunchTable]:
+        """A table for each dtype of the gradients."""
+        pairs = request.pairs
+        cells = request.cells or [0] * len(pairs)
+        for dtype, members in _by_dtype([grad for _, grad in pairs]).items():
+            accs = [pairs[i][0] for i in members]
+            numels = [acc.numel() for acc in accs]
+            own_cells = [cells[i] for i in members]
+            acc_addresses = addresses(accs)
+            columns = [addresses([pairs[i][1] for i in members]), acc_addresses, numels, own_cells]
+            # The accumulators are part of the key, so that two buckets of equal shapes, such as two
+            # layers of a model, keep a table each and neither is uploaded again.
+            key = ("accumulate", dtype, acc_addresses.tobytes(), tuple(numels), tuple(own_cells))
+            yield from self._get(
+                key, dtype, columns, numels, (AccumulateRow.GRAD, AccumulateRow.ACC)
+            )
+
+    def of_sums(self, request: SumOfSquares) -> Iterator[LaunchTable]:
+        """A table for each dtype of the tensors."""
+        for dtype, members in _by_dtype(request.tensors).items():
+            tensors = [request.tensors[i] for i in members]
+            numels = [tensor.numel() for tensor in tensors]
+            cells = [request.cells[i] for i in members]
+            key = ("sum_of_squares", dtype, tuple(numels), tuple(cells))
+            yield from self._get(
+                key, dtype, [addresses(tensors), numels, cells], numels, (SquaresRow.DATA,)
+            )
+
+    def of_step(self, request: Step) -> Iterator[LaunchTable]:
+        """The one table."""
+        tensors = request.tensors
+        dtype = tensors[0].param.dtype
+        numels = [t.acc.numel() for t in tensors]
+        accs = addresses([t.acc for t in tensors])
+        masters = [0 if t.master is None else t.master.data_ptr() for t in tensors]
+        rows, keys = [t.row for t in tensors], [t.key for t in tensors]
+        columns: list[Any] = [addresses([t.param for t in tensors]), masters, accs]
+        columns += [numels, rows, keys]
+        columns += [addresses(states) for states in zip(*(t.states for t in tensors), strict=True)]
+        own = (StepRow.PARAM, StepRow.MASTER, StepRow.ACC)
+        address_columns = (*own, *range(StepRow.STATES, len(columns)))
+        key = ("step", request.rule.name, dtype, request.keep, accs.tobytes(), tuple(numels))
+        yield from self._get(key, dtype, columns, numels, address_columns)
+
+    def _get(
         self,
         key: Hashable,
-        rows: Rows,
+        dtype: torch.dtype,
+        columns: list[Any],
         numels: Sequence[int],
         address_columns: Sequence[int],
-        device: torch.device,
-    ) -> LaunchTable:
-        """The table under `key` with these `rows`; `numels` belongs to the key."""
+    ) -> Iterator[LaunchTable]:
+        """The table under `key` with these columns; `dtype` and `numels` belong to the key."""
+        rows = np.stack(columns, axis=1)
         table = self._tables.get(key)
         if table is None:
-            table = self._tables[key] = LaunchTable(rows, numels, address_columns, device)
+            table = LaunchTable(dtype, rows, numels, address_columns, self._device)
+            self._tables[key] = table
             if len(self._tables) > MAX_TABLES:
                 self._tables.popitem(last=False)
         else:
             self._tables.move_to_end(key)
             table.update(rows)
-        return table
+        if table.n_chunks:
+            yield table
 
 
-def addresses(tensors: Sequence[Tensor]) -> npt.NDArray[np.int64]:
+def addresses(tensors: Sequence[Tensor]) -> Rows:
     """The address of each tensor's first element."""
     return np.fromiter((t.data_ptr() for t in tensors), np.int64, len(tensors))
+
+
+def _by_dtype(tensors: Sequence[Tensor]) -> dict[torch.dtype, list[int]]:
+    """Indices of `tensors` by dtype; nearly always one dtype."""
+    members: dict[torch.dtype, list[int]] = defaultdict(list)
+    for index, tensor in enumerate(tensors):
+        members[tensor.dtype].append(index)
+    return members

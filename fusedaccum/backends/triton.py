@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -13,11 +12,12 @@ import triton.language as tl
 from torch import Tensor
 
 from ..kernels.accumulate import accumulate_kernel
+from ..kernels.layout import CHUNK
 from ..kernels.norm import finalize_kernel, sum_of_squares_kernel
 from ..kernels.step import step_kernel
-from ..rules.builtin import Family
-from .operations import StepBatch, TableBackend, UpdateRequest, UpdateScalars
-from .tables import CHUNK, LaunchTable
+from ..rules.rule import Family
+from .operations import Add, Finalize, Step, SumOfSquares
+from .tables import Tables
 
 # Elements a program has in flight. 2048 over 4 warps is two 128-bit loads of bf16 and four of fp32
 # per thread; the step keeps more values alive, so half of that keeps it without spills.
@@ -40,13 +40,14 @@ def _kernel_function(family: Family, name: str) -> Any:
     return getattr(importlib.import_module(family.kernels), name)
 
 
-class TritonBackend(TableBackend):
+class TritonBackend:
     """One launch per operation, on a GPU or (slowly, for tests) in Triton's interpreter."""
 
     name = "triton"
 
     def __init__(self, device: torch.device) -> None:
-        super().__init__(device)
+        self.device = device
+        self._tables = Tables(device)
         self._nothing = torch.zeros(1, dtype=torch.float32, device=device)
 
     def _on_device(self) -> AbstractContextManager[Any]:
@@ -55,107 +56,82 @@ class TritonBackend(TableBackend):
             return torch.cuda.device(self.device)
         return nullcontext()
 
-    def accumulate(self, *args: Any, **kwargs: Any) -> None:
+    def accumulate(self, request: Add) -> None:
         """See `Backend.accumulate`."""
+        sums, control = request.sums, request.control
         with self._on_device():
-            super().accumulate(*args, **kwargs)
+            for table in self._tables.of_add(request):
+                accumulate_kernel[(table.n_chunks,)](
+                    table.rows,
+                    table.chunks,
+                    self._nothing if sums is None else sums,
+                    self._nothing if control is None else control,
+                    float(request.scale),
+                    GRAD_DTYPE=_TRITON_DTYPES[table.dtype],
+                    IS_FIRST=request.stores,
+                    HAS_NORM=sums is not None,
+                    HAS_CONTROL=control is not None,
+                    IS_ALIGNED=table.is_aligned,
+                    CHUNK=CHUNK,
+                    BLOCK=ACCUMULATE_BLOCK,
+                    num_warps=NUM_WARPS,
+                )
 
-    def sum_of_squares(self, *args: Any, **kwargs: Any) -> None:
+    def sum_of_squares(self, request: SumOfSquares) -> None:
         """See `Backend.sum_of_squares`."""
         with self._on_device():
-            super().sum_of_squares(*args, **kwargs)
+            for table in self._tables.of_sums(request):
+                sum_of_squares_kernel[(table.n_chunks,)](
+                    table.rows,
+                    table.chunks,
+                    request.sums,
+                    DTYPE=_TRITON_DTYPES[table.dtype],
+                    IS_ALIGNED=table.is_aligned,
+                    CHUNK=CHUNK,
+                    BLOCK=ACCUMULATE_BLOCK,
+                    num_warps=NUM_WARPS,
+                )
 
-    def step(self, *args: Any, **kwargs: Any) -> None:
-        """See `Backend.step`."""
-        with self._on_device():
-            super().step(*args, **kwargs)
-
-    def _launch_accumulate(
-        self,
-        table: LaunchTable,
-        dtype: torch.dtype,
-        scale: float,
-        first: bool,
-        partials: Tensor | None,
-        control: Tensor | None,
-    ) -> None:
-        accumulate_kernel[(table.n_chunks,)](
-            table.rows,
-            table.chunks,
-            self._nothing if partials is None else partials,
-            self._nothing if control is None else control,
-            float(scale),
-            GRAD_DTYPE=_TRITON_DTYPES[dtype],
-            IS_FIRST=first,
-            HAS_NORM=partials is not None,
-            HAS_CONTROL=control is not None,
-            IS_ALIGNED=table.is_aligned,
-            CHUNK=CHUNK,
-            BLOCK=ACCUMULATE_BLOCK,
-            num_warps=NUM_WARPS,
-        )
-
-    def _launch_sum_of_squares(
-        self, table: LaunchTable, dtype: torch.dtype, partials: Tensor
-    ) -> None:
-        sum_of_squares_kernel[(table.n_chunks,)](
-            table.rows,
-            table.chunks,
-            partials,
-            DTYPE=_TRITON_DTYPES[dtype],
-            IS_ALIGNED=table.is_aligned,
-            CHUNK=CHUNK,
-            BLOCK=ACCUMULATE_BLOCK,
-            num_warps=NUM_WARPS,
-        )
-
-    def finalize(
-        self, request: UpdateRequest, batches: Sequence[StepBatch], scalars: UpdateScalars
-    ) -> None:
+    def finalize(self, request: Finalize) -> None:
         """See `Backend.finalize`."""
+        family, scalars, sums = request.family, request.scalars, request.sums
+        pairs = [(t.row, t.group) for step in request.steps for t in step.tensors]
         with self._on_device():
-            self._finalize(request, batches, scalars)
+            tensors = scalars.tensors.set(np.array(pairs, np.int32))
+            finalize_kernel[(1,)](
+                self._nothing if sums is None else sums,
+                tensors,
+                self._hyper_table(request),
+                scalars.steps,
+                scalars.scalars,
+                scalars.memory,
+                scalars.norm,
+                scalars.skip,
+                scalars.skipped,
+                0 if sums is None else sums.numel(),
+                tensors.shape[0],
+                SCALARS=_kernel_function(family, f"{family.name}_scalars"),
+                N_HYPER=family.n_hyper,
+                N_SCALARS=family.n_scalars,
+                N_MEMORY=len(family.memory),
+                HAS_NORM=sums is not None,
+                HAS_CLIP=sums is not None and request.max_norm is not None,
+                SKIP_NONFINITE=request.skip_nonfinite,
+                BLOCK=FINALIZE_BLOCK,
+                num_warps=FINALIZE_WARPS,
+            )
 
-    def _finalize(
-        self, request: UpdateRequest, batches: Sequence[StepBatch], scalars: UpdateScalars
-    ) -> None:
-        pairs = [pair for b in batches for pair in zip(b.rows, b.groups, strict=True)]
-        tensors = scalars.tensors.set(np.array(pairs, np.int32))
-        family, partials = request.family, request.partials
-        finalize_kernel[(1,)](
-            self._nothing if partials is None else partials,
-            tensors,
-            self._hyper_table(request, scalars),
-            scalars.steps,
-            scalars.scalars,
-            scalars.memory,
-            scalars.norm,
-            scalars.skip,
-            scalars.skipped,
-            0 if partials is None else partials.numel(),
-            tensors.shape[0],
-            SCALARS=_kernel_function(family, f"{family.name}_scalars"),
-            N_HYPER=family.n_hyper,
-            N_SCALARS=family.n_scalars,
-            N_MEMORY=len(family.memory),
-            HAS_NORM=partials is not None,
-            HAS_CLIP=partials is not None and request.max_norm is not None,
-            SKIP_NONFINITE=request.skip_nonfinite,
-            BLOCK=FINALIZE_BLOCK,
-            num_warps=FINALIZE_WARPS,
-        )
-
-    def _hyper_table(self, request: UpdateRequest, scalars: UpdateScalars) -> Tensor:
+    def _hyper_table(self, request: Finalize) -> Tensor:
         """fp64 [1 + n_groups, 1 + n_hyper], uploaded where a number changed.
 
         A hyper-parameter that is a tensor (lr under a CUDA graph) is copied on the device.
         """
         host = np.zeros((1 + len(request.hyper), 1 + request.family.n_hyper))
-        correction = request.correction
+        correction = request.correction.product()
         host[0, :2] = 0 if isinstance(correction, Tensor) else correction, request.max_norm or 0.0
         for i, row in enumerate(request.hyper, start=1):
             host[i] = [0.0 if isinstance(x, Tensor) else x for x in row]
-        table = scalars.hyper.set(host)
+        table = request.scalars.hyper.set(host)
         if isinstance(correction, Tensor):
             table[0, 0].copy_(correction, non_blocking=True)
         for i, row in enumerate(request.hyper, start=1):
@@ -164,21 +140,23 @@ class TritonBackend(TableBackend):
                     table[i, j].copy_(value, non_blocking=True)
         return table
 
-    def _launch_step(
-        self, table: LaunchTable, batch: StepBatch, dtype: torch.dtype, scalars: UpdateScalars
-    ) -> None:
-        step_kernel[(table.n_chunks,)](
-            table.rows,
-            table.chunks,
-            scalars.scalars,
-            scalars.skip,
-            RULE=_kernel_function(batch.rule.family, batch.rule.name),
-            N_STATES=len(batch.rule.states),
-            N_SCALARS=batch.rule.family.n_scalars,
-            PARAM_DTYPE=_TRITON_DTYPES[dtype],
-            MASTER=batch.master,
-            IS_ALIGNED=table.is_aligned,
-            CHUNK=CHUNK,
-            BLOCK=STEP_BLOCK,
-            num_warps=NUM_WARPS,
-        )
+    def step(self, request: Step) -> None:
+        """See `Backend.step`."""
+        rule, scalars = request.rule, request.scalars
+        with self._on_device():
+            for table in self._tables.of_step(request):
+                step_kernel[(table.n_chunks,)](
+                    table.rows,
+                    table.chunks,
+                    scalars.scalars,
+                    scalars.skip,
+                    RULE=_kernel_function(rule.family, rule.name),
+                    N_STATES=len(rule.states),
+                    N_SCALARS=rule.family.n_scalars,
+                    PARAM_DTYPE=_TRITON_DTYPES[table.dtype],
+                    MASTER=request.keep.value,
+                    IS_ALIGNED=table.is_aligned,
+                    CHUNK=CHUNK,
+                    BLOCK=STEP_BLOCK,
+                    num_warps=NUM_WARPS,
+                )

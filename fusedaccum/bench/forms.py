@@ -1,23 +1,25 @@
-"""The ways to run one window that `bench` measures: ours, and the strongest of stock PyTorch.
+"""The ways to run one window that are measured: what a form is, and the strongest of stock PyTorch.
 
 A `Form` holds parameters, accumulators and the optimizer's states. The native ones that sum in
 fp32 share those and one step: clip_grad_norm_, the optimizer (fused where torch has that) on fp32
-masters, and a copy to the parameters.
+masters, and a copy to the parameters. Our own are in `ours.py`; the repository's `benchmarks/` has
+more of them, of the same classes.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_, get_total_norm
 
-from .. import FusedAccumOptimizer
 from ..doctor.windows import deliver
-from ..rules import builtin as rules
+from ..rules import registry
+from ..rules.rule import Rule
 
 OPTIMIZERS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
     "adamw": (torch.optim.AdamW, {"weight_decay": 0.1}),
@@ -38,12 +40,18 @@ FUSED = {"cuda": ("adamw", "adam", "sgd"), "cpu": ("adamw", "adam", "sgd", "adag
 
 @dataclass(frozen=True)
 class Plan:
-    """What all forms share."""
+    """What all forms share: the optimizer, N micro-batches per window, clipping, the rate.
+
+    Attributes:
+        max_norm: of a whole window; None: it does not clip.
+        backend: fusedaccum's.
+    """
 
     optimizer: str = "adamw"
     n: int = 8
-    max_norm: float = 1.0
+    max_norm: float | None = 1.0
     lr: float = 1e-3
+    backend: str | None = None
 
     def plain(self, params: Iterable[Tensor]) -> torch.optim.Optimizer:
         """The optimizer with torch's defaults, to be wrapped, or as the float64 reference."""
@@ -60,14 +68,22 @@ class Plan:
         """Whether torch has a fused step, which reads and writes everything once."""
         return self.optimizer in FUSED.get(device.type, ())
 
+    def group(self) -> dict[str, Any]:
+        """A param group of the optimizer."""
+        one = torch.zeros(1, dtype=torch.float32, device="cpu", requires_grad=True)
+        return self.plain([one]).param_groups[0]
+
+    def rule(self) -> Rule:
+        """Our rule for it."""
+        one = torch.zeros(1, dtype=torch.float32, device="cpu", requires_grad=True)
+        optimizer = self.plain([one])
+        rule = registry.select(optimizer, optimizer.param_groups[0])
+        assert rule is not None
+        return rule
+
     def n_states(self) -> int:
         """Tensors of state per parameter."""
-        optimizer = self.plain(
-            [torch.zeros(1, dtype=torch.float32, device="cpu", requires_grad=True)]
-        )
-        rule = rules.select(optimizer, optimizer.param_groups[0])
-        assert rule is not None
-        return len(rule.states)
+        return len(self.rule().states)
 
 
 @dataclass(frozen=True)
@@ -89,26 +105,33 @@ class Moved:
         return self.first + (n - 1) * self.later + self.norm + self.clip + self.step
 
 
-class Form:
-    """One way to run a window.
+class Form(ABC):
+    """One way to run a window: as a whole, and its single operations.
+
+    A whole window is N times `micro_batch` and then `update`. The single operations are `add`,
+    `add_last` and `step`.
 
     Attributes:
         name: for people.
         loss_is_divided: whether gradients must arrive divided by N.
         is_exact: whether it sums in fp32.
+        precision: what it sums in and what it steps, in words.
+        has_operations: whether single operations can be run; else only whole windows.
         moved: see `Moved`.
     """
 
-    name: str
-    loss_is_divided = False
-    is_exact = True
+    name: ClassVar[str]
+    loss_is_divided: ClassVar[bool] = False
+    is_exact: ClassVar[bool] = True
+    precision: ClassVar[str] = "fp32 sum, fp32 states, fp32 masters"
+    has_operations: ClassVar[bool] = True
     moved: Moved
     plan: Plan
     params: list[Tensor]
 
     def add(self, grads: Sequence[Tensor], index: int) -> None:
         """Accumulate the index-th micro-batch."""
-        raise NotImplementedError
+        raise TypeError(f"{self.name} has no single operations")
 
     def add_last(self, grads: Sequence[Tensor]) -> None:
         """Accumulate the last micro-batch and have the norm."""
@@ -117,7 +140,7 @@ class Form:
 
     def step(self) -> None:
         """The step alone, on what is accumulated, without clipping."""
-        raise NotImplementedError
+        raise TypeError(f"{self.name} has no single operations")
 
     def micro_batch(self, grads: Sequence[Tensor], index: int) -> None:
         """The index-th micro-batch of a whole window, as its user runs it."""
@@ -125,7 +148,13 @@ class Form:
 
     def update(self) -> None:
         """Clipping and the step, after the last one."""
-        raise NotImplementedError
+        if self.plan.max_norm is not None:
+            self.clip(self.plan.max_norm)
+        self.step()
+
+    def clip(self, max_norm: float) -> None:
+        """Clip what is accumulated."""
+        clip_grad_norm_(self.params, max_norm)
 
     def window(self, grads: Sequence[Tensor]) -> None:
         """N micro-batches of the same gradients, clipping and the step."""
@@ -133,22 +162,22 @@ class Form:
             self.micro_batch(grads, index)
         self.update()
 
+    @abstractmethod
     def grads(self) -> list[Tensor]:
         """The accumulators."""
-        raise NotImplementedError
 
     def values(self) -> list[Tensor]:
         """The parameters as precisely as they are kept."""
-        raise NotImplementedError
+        return [param.detach() for param in self.params]
 
+    @abstractmethod
     def held(self) -> int:
         """Bytes of parameters, masters, accumulators and states."""
-        raise NotImplementedError
 
 
 def leaves(params: Iterable[Tensor]) -> list[Tensor]:
     """Copies that can be trained."""
-    return [p.detach().clone().requires_grad_() for p in params]
+    return [torch.nn.Parameter(p.detach().clone()) for p in params]
 
 
 # Elements of fp32 scratch that stay in a core's cache with their gradient and accumulator.
@@ -166,84 +195,10 @@ def blocked_add_(
             a.add_(scratch[: g.numel()].copy_(g), alpha=alpha)
 
 
-def _nbytes(tensors: Iterable[Any]) -> int:
+def nbytes(tensors: Iterable[Any]) -> int:
     """Bytes of tensors, each memory once; step counts are left out."""
     found = {t.data_ptr(): t.nbytes for t in tensors if isinstance(t, Tensor) and t.dim()}
     return sum(found.values())
-
-
-class Ours(Form):
-    """FusedAccumOptimizer; windows go through its hooks, single operations are the launches.
-
-    Args:
-        counts: whether it counts to N, for windows; else every `step()` is an update.
-    """
-
-    name = "fusedaccum"
-
-    def __init__(
-        self, params: Sequence[Tensor], plan: Plan, counts: bool, backend: str | None = None
-    ) -> None:
-        self.plan, self.params = plan, leaves(params)
-        self.optimizer = FusedAccumOptimizer(
-            plan.plain(self.params),
-            plan.n if counts else None,
-            max_grad_norm=plan.max_norm if counts else None,
-            backend=backend,
-        )
-        self.collector = self.optimizer._core.collector
-        size = params[0].element_size()
-        master = {torch.float32: 0, torch.bfloat16: 2, torch.float16: 4}[params[0].dtype]
-        step = 2 * (size + master) + 4 + 8 * plan.n_states()
-        self.moved = Moved(size + 4, size + 8, 0, 0, step)
-
-    @torch.no_grad()
-    def _accumulate(self, grads: Sequence[Tensor], first: bool, with_norm: bool) -> None:
-        slots = list(self.collector.slots.values())
-        if slots[0].grad is None:
-            with torch.enable_grad():
-                deliver(self.params, grads)  # makes the accumulators
-        self.collector.backend.accumulate(
-            [s.acc for s in slots],
-            grads,
-            1 / self.plan.n,
-            first,
-            self.collector.sums.cells() if with_norm else None,
-            [s.cell for s in slots],
-        )
-
-    def add(self, grads: Sequence[Tensor], index: int) -> None:
-        self._accumulate(grads, index == 0, False)
-
-    def add_last(self, grads: Sequence[Tensor]) -> None:
-        self._accumulate(grads, False, True)
-
-    def step(self) -> None:
-        self.optimizer.step()
-
-    def micro_batch(self, grads: Sequence[Tensor], index: int) -> None:
-        self.optimizer.zero_grad()
-        deliver(self.params, grads)
-        self.optimizer.step()
-
-    def update(self) -> None:
-        """The last micro-batch has done it."""
-
-    def grads(self) -> list[Tensor]:
-        return [p.grad for p in self.params if p.grad is not None]
-
-    def values(self) -> list[Tensor]:
-        state = self.optimizer.state_dict()["state"]
-        return [state[i].get("master_param", p.detach()) for i, p in enumerate(self.params)]
-
-    def held(self) -> int:
-        updater = self.optimizer._core.updater
-        own = [
-            t
-            for s in self.collector.slots.values()
-            for t in (s.acc, updater.masters[s].tensor, *updater.states[s].tensors)
-        ]
-        return _nbytes([*self.params, *own])
 
 
 class Masters:
@@ -266,9 +221,9 @@ class Native(Form):
     name = "native: fp32 .grad"
     loss_is_divided = True
 
-    def __init__(self, params: Sequence[Tensor], plan: Plan, shared: Masters) -> None:
-        self.plan, self.shared = plan, shared
-        self.params, self.accs = shared.params, shared.accs
+    def __init__(self, params: Sequence[Tensor], plan: Plan, shared: Masters | None = None) -> None:
+        self.plan, self.shared = plan, shared or Masters(params, plan)
+        self.params, self.accs = self.shared.params, self.shared.accs
         size = params[0].element_size()
         step = 12 + 8 * plan.n_states() + (4 + size if size < 4 else 0)
         is_fused = plan.is_fused(params[0].device)
@@ -291,9 +246,8 @@ class Native(Form):
         if self.params[0].dtype != torch.float32:
             torch._foreach_copy_(self.params, self.shared.masters)
 
-    def update(self) -> None:
-        clip_grad_norm_(self.shared.masters, self.plan.max_norm)
-        self.step()
+    def clip(self, max_norm: float) -> None:
+        clip_grad_norm_(self.shared.masters, max_norm)
 
     def grads(self) -> list[Tensor]:
         return self.accs
@@ -303,7 +257,7 @@ class Native(Form):
 
     def held(self) -> int:
         states = [t for state in self.shared.optimizer.state.values() for t in state.values()]
-        return _nbytes([*self.params, *self.shared.masters, *self.accs, *states])
+        return nbytes([*self.params, *self.shared.masters, *self.accs, *states])
 
 
 class Foreach(Native):
@@ -322,7 +276,7 @@ class Blocks(Native):
     name = "native: blocks by hand"
     loss_is_divided = False
 
-    def __init__(self, params: Sequence[Tensor], plan: Plan, shared: Masters) -> None:
+    def __init__(self, params: Sequence[Tensor], plan: Plan, shared: Masters | None = None) -> None:
         super().__init__(params, plan, shared)
         self.scratch = self.accs[0].new_empty(SCRATCH)
 
@@ -336,17 +290,22 @@ class Plain(Form):
     name = "plain bf16 (inexact)"
     loss_is_divided = True
     is_exact = False
+    precision = "bf16 sum, bf16 states, bf16 parameters"
 
     def __init__(self, params: Sequence[Tensor], plan: Plan) -> None:
         self.plan, self.params = plan, leaves(params)
         self.accs = [torch.zeros_like(p) for p in params]
         for param, acc in zip(self.params, self.accs, strict=True):
             param.grad = acc
-        self.optimizer = plan.best(self.params)
+        self.optimizer = self.make(plan)
         size = params[0].element_size()
         step = size * (3 + 2 * plan.n_states())
         is_fused = plan.is_fused(params[0].device)
         self.moved = Moved(2 * size, 3 * size, size, 2 * size, step if is_fused else None)
+
+    def make(self, plan: Plan) -> torch.optim.Optimizer:
+        """The optimizer of the parameters."""
+        return plan.best(self.params)
 
     @torch.no_grad()
     def add(self, grads: Sequence[Tensor], index: int) -> None:
@@ -359,38 +318,15 @@ class Plain(Form):
     def step(self) -> None:
         self.optimizer.step()
 
-    def update(self) -> None:
-        clip_grad_norm_(self.params, self.plan.max_norm)
-        self.step()
-
     def grads(self) -> list[Tensor]:
         return self.accs
 
-    def values(self) -> list[Tensor]:
-        return [p.detach() for p in self.params]
-
     def held(self) -> int:
         states = [t for state in self.optimizer.state.values() for t in state.values()]
-        return _nbytes([*self.params, *self.accs, *states])
+        return nbytes([*self.params, *self.accs, *states])
 
 
-def kinds(device: torch.device, dtype: torch.dtype) -> list[type[Form]]:
-    """The forms to measure: ours first, the inexact one last."""
-    found: list[type[Form]] = [Ours, Native, Foreach]
-    if device.type == "cpu":
-        found.append(Blocks)
-    if dtype == torch.bfloat16:  # fp16 loses gradients, and AdamW's eps, without a scaler
-        found.append(Plain)
-    return found
-
-
-def build(
-    wanted: Sequence[type[Form]],
-    params: Sequence[Tensor],
-    plan: Plan,
-    counts: bool,
-    backend: str | None = None,
-) -> list[Form]:
+def build(wanted: Iterable[type[Form]], params: Sequence[Tensor], plan: Plan) -> list[Form]:
     """Forms of these parameters. The native fp32 ones share masters, accumulators and states."""
     found: list[Form] = []
     shared: Masters | None = None
@@ -398,8 +334,6 @@ def build(
         if issubclass(kind, Native):
             shared = shared or Masters(params, plan)
             found.append(kind(params, plan, shared))
-        elif issubclass(kind, Ours):
-            found.append(kind(params, plan, counts, backend))
         else:
             found.append(kind(params, plan))  # type: ignore[call-arg]
     return found

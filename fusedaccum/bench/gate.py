@@ -6,15 +6,16 @@ on the form's own gradients, so that no cancellation of theirs is held against i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
-from ..doctor.checks import U, Wrong, host, normal, threads
-from .forms import Form, Plan
+from ..doctor.checks import U, Wrong, host, normal
+from .forms import Form, Plan, build
 
 # Primes, one element, a chunk of 8,192 and its neighbours, and one that takes all threads.
 SHAPES = ((524, 131), (1,), (17,), (127, 129), (8191,), (8192,), (8193,))
@@ -26,8 +27,6 @@ UPDATE_ROUNDINGS = 64
 # Large, so that a wrong update stands out from the rounding of the parameter.
 LR = 0.1
 
-Make = Callable[[list[Tensor], Plan, bool], Form]
-
 
 @dataclass(frozen=True)
 class Gate:
@@ -36,33 +35,49 @@ class Gate:
     Attributes:
         grad_error: relative L2 error of the mean gradient.
         update_error: relative L2 error of what two updates changed.
+        seconds: what the check took, with whatever had to be compiled.
     """
 
     grad_error: float
     update_error: float
+    seconds: float = 0.0
 
 
-def gate(make: Make, plan: Plan, like: Tensor) -> Gate:
+def gate(
+    kind: type[Form], plan: Plan, like: Tensor, shapes: Sequence[Sequence[int]] = SHAPES
+) -> Gate:
     """Check whole windows, and the single operations, two of each; the second time with unaligned
     gradients.
 
     Args:
-        make: a form of parameters and a plan, for whole windows (True) or single operations.
+        kind: a form.
         plan: the plan, but for its rate.
         like: dtype and device.
+        shapes: of the parameters.
 
     Raises:
         Wrong: if a form that claims to be exact is not.
     """
-    # Small tensors: a team of threads takes longer for them on a busy machine.
-    with threads(1):
-        found = [_gate(make, replace(plan, lr=LR), like, counts) for counts in (True, False)]
-    return Gate(max(g.grad_error for g in found), max(g.update_error for g in found))
+    began = time.perf_counter()
+    plan = replace(plan, lr=LR)
+    ways = (True, False) if kind.has_operations else (True,)
+    found = [_gate(kind, plan, like, shapes, is_whole) for is_whole in ways]
+    return Gate(
+        max(g.grad_error for g in found),
+        max(g.update_error for g in found),
+        time.perf_counter() - began,
+    )
 
 
-def _gate(make: Make, plan: Plan, like: Tensor, counts: bool) -> Gate:
-    start = random(SHAPES, like, seed=60)
-    form = make(start, plan, counts)
+def _gate(
+    kind: type[Form],
+    plan: Plan,
+    like: Tensor,
+    shapes: Sequence[Sequence[int]],
+    is_whole: bool,
+) -> Gate:
+    start = random(shapes, like, seed=60)
+    (form,) = build([kind], start, plan)
     exact = [host(p).requires_grad_() for p in start]
     optimizer = plan.plain(exact)
     grad_error = 0.0
@@ -70,13 +85,13 @@ def _gate(make: Make, plan: Plan, like: Tensor, counts: bool) -> Gate:
         means = [torch.zeros_like(p) for p in exact]
         for index in range(plan.n):
             seed = 61 + window * plan.n + index
-            grads = random(SHAPES, like, seed=seed, offset=window)
+            grads = random(shapes, like, seed=seed, offset=window)
             if form.loss_is_divided:
                 for grad in grads:
                     grad /= plan.n
             for mean, grad in zip(means, grads, strict=True):
                 mean += host(grad) / (1 if form.loss_is_divided else plan.n)
-            if counts:
+            if is_whole:
                 form.micro_batch(grads, index)
             elif 0 < index == plan.n - 1:
                 form.add_last(grads)
@@ -86,8 +101,9 @@ def _gate(make: Make, plan: Plan, like: Tensor, counts: bool) -> Gate:
         grad_error = max(grad_error, _relative(own, means, means))
         for param, grad in zip(exact, own, strict=True):
             param.grad = grad
-        if counts:
-            clip_grad_norm_(exact, plan.max_norm)
+        if is_whole:
+            if plan.max_norm is not None:
+                clip_grad_norm_(exact, plan.max_norm)
             form.update()
         else:
             form.step()

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from ..doctor import machine, output
-from ..doctor.checks import Wrong
-from ..window.buffers import ALIGNMENT
-from . import forms, gate, shapes, timing
-from .forms import Form, Ours, Plan
+from ..doctor.checks import Wrong, threads
+from . import gate, shapes, timing
+from .forms import Blocks, Foreach, Form, Moved, Native, Plain, Plan, build
+from .ours import Operations, Ours, Wrapper
 from .shapes import Shapes
 
 COPY, COPY_AGAIN = "fp32 copy", "fp32 copy, again"
@@ -25,6 +25,8 @@ WINDOW = "window"
 # Samples of each form, and shares of the time: the window is what counts.
 ROUNDS = {"cpu": 40, "cuda": 100}
 OPERATION_SHARE, WINDOW_SHARE = 0.12, 0.52
+# A parameter is laid out at a multiple of so many elements.
+PADDING = 16
 Call = Callable[[], object]
 BUSY = (
     "this machine has other work to do: torch's threads wait for each other then, and native forms "
@@ -59,12 +61,22 @@ class Row:
     update_error: float | None
 
 
+def kinds(device: torch.device, dtype: torch.dtype) -> list[type[Form]]:
+    """The forms to measure beside ours, the inexact one last."""
+    found: list[type[Form]] = [Native, Foreach]
+    if device.type == "cpu":
+        found.append(Blocks)
+    if dtype == torch.bfloat16:  # fp16 loses gradients, and AdamW's eps, without a scaler
+        found.append(Plain)
+    return found
+
+
 @dataclass
 class Bench:
     """One run.
 
     Args:
-        device, dtype, plan, backend: what is measured.
+        device, dtype, plan: what is measured.
         sizes: shapes of the parameters.
         seconds: about how long the timing takes.
         progress: shows it.
@@ -73,7 +85,6 @@ class Bench:
     device: torch.device
     dtype: torch.dtype
     plan: Plan
-    backend: str | None
     sizes: Shapes
     seconds: float
     progress: output.Progress
@@ -90,21 +101,27 @@ class Bench:
         """Check the forms, then time those that are right."""
         like = torch.empty(0, dtype=self.dtype, device=self.device)
         self.progress.describe("checking against float64")
-        sound = [kind for kind in forms.kinds(self.device, self.dtype) if self._passes(kind, like)]
-        self.clock = timing.CudaClock(self.device) if self.device.type == "cuda" else timing.Clock()
-        self._operations(sound)
-        self._windows(sound)
+        # Small tensors: a team of threads takes longer for them on a busy machine.
+        with threads(1):
+            all_kinds: list[type[Form]] = [Operations, Wrapper, *kinds(self.device, self.dtype)]
+            for kind in all_kinds:
+                self._check(kind, like)
+        native = [k for k in kinds(self.device, self.dtype) if k.name not in self.refused]
+        own = Ours.name not in self.refused
+        self.clock = timing.clock(self.device)
+        self._operations([Operations, *native] if own else native)
+        self._windows([Wrapper, *native] if own else native)
 
-    def _passes(self, kind: type[Form], like: Tensor) -> bool:
-        def make(params: list[Tensor], plan: Plan, counts: bool) -> Form:
-            return forms.build([kind], params, plan, counts, self.backend)[0]
-
+    def _check(self, kind: type[Form], like: Tensor) -> None:
+        if kind.name in self.refused:
+            return
         try:
-            self.gates[kind.name] = gate.gate(make, self.plan, like)
+            found = gate.gate(kind, self.plan, like)
         except Exception as error:  # one form that cannot run must not cost the others
             self.refuse(kind.name, error)
-            return False
-        return True
+            return
+        before = self.gates.get(kind.name, found)
+        self.gates[kind.name] = max(found, before, key=lambda g: g.grad_error)
 
     def refuse(self, name: str, error: Exception) -> None:
         """No number for this form, and why."""
@@ -117,7 +134,7 @@ class Bench:
         return [t.normal_(std=std, generator=generator) for t in made]
 
     def _operations(self, sound: Sequence[type[Form]]) -> None:
-        built = forms.build(sound, self._random(1, 0.02), self.plan, False, self.backend)
+        built = build(sound, self._random(1, 0.02), self.plan)
         grads = self._random(2, 1.0)
 
         def last(form: Form) -> Call:
@@ -133,7 +150,7 @@ class Bench:
 
     def _windows(self, sound: Sequence[type[Form]]) -> None:
         gc.collect()
-        built = forms.build(sound, self._random(1, 0.02), self.plan, True, self.backend)
+        built = build(sound, self._random(1, 0.02), self.plan)
         grads = self._random(2, 1.0)
         divided = [grad / self.plan.n for grad in grads]
 
@@ -150,7 +167,7 @@ class Bench:
         operation: str,
         built: Sequence[Form],
         call: Callable[[Form], Call],
-        moved: Callable[[forms.Moved], int | None],
+        moved: Callable[[Moved], int | None],
         share: float = OPERATION_SHARE,
     ) -> None:
         """Time forms in turns beside two copies, and keep the rows."""
@@ -179,22 +196,17 @@ class Bench:
                 continue
             n_bytes = moved(form.moved) if form else 8
             found = self.gates.get(name)
-            p20, p50, p80 = (round(timed.quantile(q), 5) for q in (0.2, 0.5, 0.8))
+            p50 = timed.quantile(0.5)
             self.rows.append(
                 Row(
-                    operation,
-                    name,
-                    n_bytes,
-                    len(timed.times),
-                    p20,
-                    p50,
-                    p80,
-                    round(timed.first, 3),
-                    round(timed.host, 5) if self.device.type == "cuda" else None,
-                    round(p50 / copy_ms, 4),
-                    round(n_bytes / 8 * copy_ms / p50, 4) if n_bytes is not None else None,
-                    found.grad_error if found else None,
-                    found.update_error if found else None,
+                    operation=operation,
+                    form=name,
+                    bytes_per_param=n_bytes,
+                    **timed.columns(5, on_gpu=self.device.type == "cuda"),
+                    ratio=round(p50 / copy_ms, 4),
+                    copy_share=None if n_bytes is None else round(n_bytes / 8 * copy_ms / p50, 4),
+                    grad_error=found.grad_error if found else None,
+                    update_error=found.update_error if found else None,
                 )
             )
 
@@ -239,7 +251,7 @@ def check_memory(device: torch.device, dtype: torch.dtype, plan: Plan, sizes: Sh
         ValueError: with what it needs and what there is.
     """
     n = shapes.count(sizes)
-    needed = (n + ALIGNMENT * len(sizes)) * bytes_needed(dtype, plan)
+    needed = (n + PADDING * len(sizes)) * bytes_needed(dtype, plan)
     free = machine.memory_bytes(device) if device.type in ("cpu", "cuda") else 0
     if free and needed > free:
         fits = int(0.9 * n * free / needed)
@@ -256,7 +268,6 @@ def bench(
     name: str,
     sizes: Shapes | None,
     seconds: float,
-    backend: str | None,
     as_json: bool,
 ) -> int:
     """Measure and print.
@@ -270,7 +281,7 @@ def bench(
     Raises:
         ValueError: for a device or a size that cannot be.
     """
-    device = _device(device_name)
+    device = machine.choose(device_name)[0]
     if sizes is None:
         name, sizes = shapes.default(device.type)
     check_memory(device, dtype, plan, sizes)
@@ -281,7 +292,7 @@ def bench(
     # Events are recorded on the current device, which need not be this one.
     current = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
     with output.Progress(5 * rounds, "round", as_json) as progress, current:
-        run = Bench(device, dtype, plan, backend, sizes, seconds, progress)
+        run = Bench(device, dtype, plan, sizes, seconds, progress)
         run.run()
     about = {
         "name": name,
@@ -304,18 +315,6 @@ def bench(
     else:
         _print(run, about)
     return 1 if run.refused else 0
-
-
-def _device(wanted: str | None) -> torch.device:
-    found = machine.available()
-    if wanted is None:
-        gpus = [device for device in found if device.type == "cuda"]
-        return gpus[0] if gpus else found[0]
-    for device in found:
-        if wanted in (str(device), device.type):
-            return device
-    names = ", ".join(str(device) for device in found)
-    raise ValueError(f"--device got {wanted!r}; there is here: {names}")
 
 
 def _print(run: Bench, about: dict[str, Any]) -> None:

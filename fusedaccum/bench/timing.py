@@ -11,6 +11,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -36,6 +37,15 @@ class Samples:
         low = int(position)
         high = min(low + 1, len(ordered) - 1)
         return ordered[low] + (position - low) * (ordered[high] - ordered[low])
+
+    def columns(self, digits: int, *, on_gpu: bool) -> dict[str, Any]:
+        """What a row says about these times."""
+        return {
+            "samples": len(self.times),
+            **{f"p{p}_ms": round(self.quantile(p / 100), digits) for p in (20, 50, 80)},
+            "host_ms": round(self.host, digits) if on_gpu else None,
+            "first_ms": round(self.first, 2),
+        }
 
 
 class Clock:
@@ -83,6 +93,11 @@ class CudaClock(Clock):
         self.end.record()
         self.end.synchronize()
         return self.start.elapsed_time(self.end), host
+
+
+def clock(device: torch.device) -> Clock:
+    """The clock of a device."""
+    return CudaClock(device) if device.type == "cuda" else Clock()
 
 
 # A GPU's queue holds about a thousand launches; beyond that the host waits and a longer sleep does

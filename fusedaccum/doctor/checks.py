@@ -20,13 +20,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..backends import Backend
-from ..backends.tables import CHUNK
+from ..backends import Add, Backend, Finalize, Step, SumOfSquares
+from ..kernels.layout import CHUNK
 
 U = 2.0**-24
 TINY = 2.0**-126  # below it roundings are absolute
@@ -82,25 +81,25 @@ class Runner:
         self._backend, self._n = backend, n
         self.device = device
 
-    def accumulate(self, *args: Any) -> None:
+    def accumulate(self, request: Add) -> None:
         """See `Backend.accumulate`."""
         with threads(self._n):
-            self._backend.accumulate(*args)
+            self._backend.accumulate(request)
 
-    def sum_of_squares(self, *args: Any) -> None:
+    def sum_of_squares(self, request: SumOfSquares) -> None:
         """See `Backend.sum_of_squares`."""
         with threads(self._n):
-            self._backend.sum_of_squares(*args)
+            self._backend.sum_of_squares(request)
 
-    def finalize(self, *args: Any) -> None:
+    def finalize(self, request: Finalize) -> None:
         """See `Backend.finalize`."""
         with threads(self._n):
-            self._backend.finalize(*args)
+            self._backend.finalize(request)
 
-    def step(self, *args: Any) -> None:
+    def step(self, request: Step) -> None:
         """See `Backend.step`."""
         with threads(self._n):
-            self._backend.step(*args)
+            self._backend.step(request)
 
 
 class Memory:

@@ -37,7 +37,7 @@ def installed() -> dict[str, Any]:
         "numpy": version_of("numpy"),
         "cuda": torch.version.cuda,
         "hip": torch.version.hip,
-        "gpu_driver": _driver(),
+        "gpu_driver": driver(),
         "c_compiler": _compiler(),
         "c_cache": str(store.folder() or "nowhere: there is no home directory"),
         "openmp": _openmp(),
@@ -70,7 +70,7 @@ def first_line(*command: str) -> str:
 
 
 @cache
-def _driver() -> str | None:
+def driver() -> str | None:
     """The NVIDIA or AMD driver of this machine, whatever torch was built for."""
     found = first_line("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
     for path in ("/proc/driver/nvidia/version", "/sys/module/amdgpu/version"):
@@ -137,6 +137,22 @@ def available() -> list[torch.device]:
     return found
 
 
+def choose(wanted: str | None) -> list[torch.device]:
+    """The devices that were asked for; of None the GPUs, or where there is none the CPU.
+
+    Raises:
+        ValueError: naming what there is.
+    """
+    found = available()
+    if wanted is None:
+        return [device for device in found if device.type == "cuda"] or found[:1]
+    matching = [device for device in found if wanted in (str(device), device.type)]
+    if not matching:
+        names = ", ".join(str(device) for device in found)
+        raise ValueError(f"--device got {wanted!r}; there is here: {names}")
+    return matching
+
+
 def describe(device: torch.device) -> dict[str, Any]:
     """Name, size, and the backend of each dtype."""
     facts: dict[str, Any] = {"device": str(device)}
@@ -176,7 +192,9 @@ def memory_bytes(device: torch.device) -> int:
     """Memory that can be had now: of a GPU what is free, of a CPU what the system or the container
     leaves."""
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
+        # What torch's allocator has cached is free to this process too.
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + cached
     free: list[int] = []
     try:
         text = Path("/proc/meminfo").read_text(encoding="utf-8")
@@ -298,11 +316,11 @@ def is_writable(folder: Path) -> bool:
 def _gpu_warnings() -> list[str]:
     found = []
     if not torch.cuda.is_available():
-        if _driver():
+        if driver():
             build = torch.version.cuda or torch.version.hip
             reason = f"is built for {build}, newer than the driver" if build else "is a CPU build"
             found.append(
-                f"there is a GPU driver ({_driver()}), but torch {torch.__version__} {reason}: "
+                f"there is a GPU driver ({driver()}), but torch {torch.__version__} {reason}: "
                 "the GPU is not used. See pytorch.org/get-started for the right build"
             )
         return found

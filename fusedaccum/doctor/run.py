@@ -13,19 +13,11 @@ from typing import Any
 import torch
 
 from .. import backends
-from . import (
-    machine,
-    output,
-)
-from . import (
-    steps as check_steps,
-)
-from . import (
-    sums as check_sums,
-)
-from . import (
-    windows as check_windows,
-)
+from . import machine, output
+from . import rules as check_rules
+from . import steps as check_steps
+from . import sums as check_sums
+from . import windows as check_windows
 from .checks import Check, Runner, Wrong, threads
 
 MAX_SHOWN = 10
@@ -51,19 +43,10 @@ class Outcome:
 
 
 def devices(wanted: str | None) -> list[torch.device]:
-    """What to check: CPU and GPUs, or the one that was asked for.
-
-    Raises:
-        ValueError: naming what there is.
-    """
-    found = machine.available()
+    """What to check: CPU and GPUs, or the one that was asked for."""
     if wanted is None:
-        return [device for device in found if device.type in ("cpu", "cuda")]
-    names = [str(device) for device in found]
-    matching = [device for device in found if wanted in (str(device), device.type)]
-    if not matching:
-        raise ValueError(f"--device got {wanted!r}; there is here: {', '.join(names)}")
-    return matching
+        return [device for device in machine.available() if device.type in ("cpu", "cuda")]
+    return machine.choose(wanted)
 
 
 def checks_of(device: torch.device, backend: str | None, full: bool) -> list[Check]:
@@ -71,6 +54,7 @@ def checks_of(device: torch.device, backend: str | None, full: bool) -> list[Che
     runner = Runner(backends.get(backend, device), device, torch.get_num_threads())
     return [
         *check_sums.all_checks(runner, full),
+        *check_rules.all_checks(),
         *check_steps.all_checks(runner, full),
         *check_windows.all_checks(device, backend, full),
     ]

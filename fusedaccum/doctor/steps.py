@@ -12,20 +12,31 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends import StepBatch, UpdateRequest, UpdateScalars, reference, rounding
+from ..backends import (
+    Correction,
+    Finalize,
+    Keep,
+    Step,
+    StepTensor,
+    UpdateScalars,
+    reference,
+    rounding,
+)  # fmt: skip
 from ..backends.compiled import compiler
 from ..backends.compiled import engine as native
 from ..backends.compiled import source as cgen
-from ..backends.tables import OWN
-from ..rules.builtin import RULES, Rule, sign
+from ..kernels.layout import ScalarsRow
+from ..rules.as_torch import as_torch
+from ..rules.builtin import RULES
+from ..rules.rule import Rule, sign
 from . import checks
 from .checks import Check, Memory, Runner, host, normal
 from .sums import short
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 # Parameter dtype, and how its precise value is kept.
-LAYOUTS = [(FP32, "none"), (BF16, "split"), (BF16, "fp32"), (BF16, "none"), (BF16, "stochastic")]
-HALF_LAYOUTS = [(FP16, "fp32"), (FP16, "none")]
+LAYOUTS = [(FP32, Keep.PARAM), *((BF16, keep) for keep in Keep)]
+HALF_LAYOUTS = [(FP16, Keep.FP32), (FP16, Keep.PARAM)]
 COEF = 0.7
 # Hyper-parameters of two param groups, for every family. The rate is large, so that a wrong update
 # stands out from the rounding of the parameter.
@@ -44,10 +55,10 @@ GROUPS = [GROUP, GROUP | OTHER]
 # tractable and ASGD averages.
 UPDATES = (1, 2, 10)
 KINDS = {
-    "none": "",
-    "split": " with split master",
-    "fp32": " with fp32 master",
-    "stochastic": " rounded stochastically",
+    Keep.PARAM: "",
+    Keep.SPLIT: " with split master",
+    Keep.FP32: " with fp32 master",
+    Keep.STOCHASTIC: " rounded stochastically",
 }
 
 
@@ -57,10 +68,10 @@ def all_checks(backend: Runner, full: bool) -> Iterator[Check]:
     layouts = [*LAYOUTS, *HALF_LAYOUTS] if full else LAYOUTS
     unaligned = cycle(LAYOUTS)
     for rule in RULES.values():
-        for dtype, master in layouts:
-            yield check(backend, rule, dtype, master, 0)
-        for dtype, master in layouts if full else [next(unaligned)]:
-            yield check(backend, rule, dtype, master, 1)
+        for dtype, keep in layouts:
+            yield check(backend, rule, dtype, keep, 0)
+        for dtype, keep in layouts if full else [next(unaligned)]:
+            yield check(backend, rule, dtype, keep, 1)
 
 
 def compile_ahead(full: bool) -> None:
@@ -71,83 +82,78 @@ def compile_ahead(full: bool) -> None:
             native.load(source)
 
     layouts = [*LAYOUTS, *HALF_LAYOUTS] if full else LAYOUTS
-    sources = [cgen.step_source(rule, *layout) for rule in RULES.values() for layout in layouts]
+    sources = [
+        cgen.step_source(rule, dtype, keep) for rule in RULES.values() for dtype, keep in layouts
+    ]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(load, sources))
 
 
-def check(backend: Runner, rule: Rule, dtype: torch.dtype, master: str, offset: int) -> Check:
+def check(backend: Runner, rule: Rule, dtype: torch.dtype, keep: Keep, offset: int) -> Check:
     """Three updates of tensors of all sizes in two param groups."""
 
     def run() -> None:
         memory = Memory(backend.device, offset)
-        batch = make_batch(memory, rule, dtype, master)
-        n_memory = len(rule.family.memory)
-        scalars = UpdateScalars(len(batch.params), rule.family.n_scalars, backend.device, n_memory)
-        for row, group in zip(batch.rows, batch.groups, strict=True):
+        step = make_step(memory, rule, dtype, keep)
+        for tensor in step.tensors:
             for i, (_, start) in enumerate(rule.family.memory):
-                scalars.memory[row, i] = float(start(GROUPS[group]))
+                step.scalars.memory[tensor.row, i] = float(start(GROUPS[tensor.group]))
         for update in UPDATES:
-            scalars.steps.fill_(update - 1)
-            for row, acc in enumerate(batch.accs):
-                acc.copy_(normal(checks.SIZES[row], 10 + update))
-            _one_update(backend, batch, scalars, update)
+            step.scalars.steps.fill_(update - 1)
+            for tensor in step.tensors:
+                tensor.acc.copy_(normal(tensor.acc.numel(), 10 + update))
+            _one_update(backend, step, update)
         memory.check()
 
-    name = f"step {rule.name}, {short(dtype)}{KINDS[master]}"
+    name = f"step {rule.name}, {short(dtype)}{KINDS[keep]}"
     return Check(name + (", unaligned" if offset else ""), run)
 
 
-def make_batch(memory: Memory, rule: Rule, dtype: torch.dtype, master: str) -> StepBatch:
+def make_step(memory: Memory, rule: Rule, dtype: torch.dtype, keep: Keep) -> Step:
     """Parameters, masters, accumulators and states of all sizes."""
-    batch = StepBatch(rule, master)
+    family = rule.family
+    numbers = (len(checks.SIZES), family.n_scalars, memory.device, len(family.memory))
+    step = Step(rule, keep, [], UpdateScalars(*numbers))
     for row, n in enumerate(checks.SIZES):
         group = row % len(GROUPS)
-        batch.params.append(memory.holding(normal(n, 4), dtype, "parameter"))
-        batch.accs.append(memory.empty(n, name="accumulator"))
-        batch.states.append(
-            tuple(
-                memory.empty(n, name=f"state {name}").fill_(rule.start(name, GROUPS[group]))
-                for name in rule.states
-            )
+        param = memory.holding(normal(n, 4), dtype, "parameter")
+        acc = memory.empty(n, name="accumulator")
+        states = tuple(
+            memory.empty(n, name=f"state {name}").fill_(rule.start(name, GROUPS[group]))
+            for name in rule.states
         )
-        batch.rows.append(row)
-        batch.groups.append(group)
-        if master == "split":
+        master = None
+        if keep is Keep.SPLIT:
             low = (normal(n, 5) * 10_000).clamp(-32767, 32767)
-            batch.masters.append(memory.holding(low, torch.int16, "remainder"))
-        elif master == "fp32":
+            master = memory.holding(low, torch.int16, "remainder")
+        elif keep is Keep.FP32:
             # Not the rounded value itself, but one that rounds to it.
-            exact = batch.params[-1].float().cpu() * (1 + 2.0**-14)
-            batch.masters.append(memory.holding(exact, FP32, "master"))
-        elif master == "stochastic":
-            batch.keys.append(rounding.tensor_key(7, row))
-    return batch
+            master = memory.holding(param.float().cpu() * (1 + 2.0**-14), FP32, "master")
+        key = rounding.tensor_key(7, row)
+        step.tensors.append(StepTensor(param, acc, states, row, group, master, key))
+    return step
 
 
-def precise(batch: StepBatch, i: int) -> Tensor:
+def precise(tensor: StepTensor) -> Tensor:
     """The value of a parameter as precisely as it is kept, float64."""
-    if batch.master == "split":
-        return host(reference.join_master(batch.params[i], batch.masters[i]))
-    return host(batch.masters[i] if batch.masters else batch.params[i])
+    param, master = tensor.param, tensor.master
+    if master is None:
+        return host(param)
+    return host(reference.join_master(param, master) if master.dtype == torch.int16 else master)
 
 
-def _one_update(backend: Runner, batch: StepBatch, scalars: UpdateScalars, update: int) -> None:
-    rule = batch.rule
-    before = [
-        [precise(batch, i), host(batch.accs[i]), *(host(s) for s in batch.states[i])]
-        for i in range(len(batch.params))
-    ]
-    memory = host(scalars.memory)
-    accs = [acc.clone() for acc in batch.accs]
+def _one_update(backend: Runner, step: Step, update: int) -> None:
+    rule, tensors = step.rule, step.tensors
+    before = [[precise(t), host(t.acc), *(host(s) for s in t.states)] for t in tensors]
+    memory = host(step.scalars.memory)
+    accs = [t.acc.clone() for t in tensors]
     hyper = [(sign(group), *rule.family.hyper(group)) for group in GROUPS]
-    request = UpdateRequest(rule.family, hyper, None, COEF, None, True)
-    backend.finalize(request, [batch], scalars)
-    backend.step(batch, scalars)
+    backend.finalize(Finalize([step], hyper, Correction(COEF), skip_nonfinite=True))
+    backend.step(step)
     where = f"in update {update}"
     for g, row in enumerate(hyper):
-        members = [i for i, group in enumerate(batch.groups) if group == g]
-        numbers = [_require_scalars(rule, row, scalars, memory, i, update) for i in members]
+        members = [i for i, tensor in enumerate(tensors) if tensor.group == g]
+        numbers = [_require_scalars(rule, row, step.scalars, memory, i, update) for i in members]
         # The tensors of a group in one, which they are to a rule of elements.
         sizes = [before[i][0].numel() for i in members]
         joined = [torch.cat(tensors) for tensors in zip(*(before[i] for i in members), strict=True)]
@@ -155,10 +161,12 @@ def _one_update(backend: Runner, batch: StepBatch, scalars: UpdateScalars, updat
         parts = [[t.split(sizes) for t in pair] for pair in results]
         for k, i in enumerate(members):
             (expected, allowed), *states = ((new[k], bound[k]) for new, bound in parts)
-            _require_param(batch, i, expected, allowed, update, where)
-            for state, name, (new, bound) in zip(batch.states[i], rule.states, states, strict=True):
+            tensor = tensors[i]
+            _require_param(step.keep, tensor, expected, allowed, update, where)
+            named = zip(tensor.states, rule.states, states, strict=True)
+            for state, name, (new, bound) in named:
                 checks.require_close(f"{where} state {name}", host(state), new, bound)
-            checks.require_same(f"{where} accumulator", batch.accs[i], accs[i])
+            checks.require_same(f"{where} accumulator", tensor.acc, accs[i])
 
 
 def _bounds(
@@ -171,7 +179,9 @@ def _bounds(
     """
 
     def run(param: Tensor, acc: Tensor, *states: Tensor) -> list[Tensor]:
-        new, updated = getattr(reference, rule.name)(param, acc * coef, states, scalars)
+        new, updated = getattr(as_torch(rule.family.kernels, torch.float64), rule.name)(
+            param, acc * coef, states, scalars
+        )
         return [new, *updated]
 
     results = run(*inputs)
@@ -199,13 +209,17 @@ def _require_scalars(
     update: int,
 ) -> tuple[float, ...]:
     """The rule's scalars for a tensor by the reference, once the backend's agree."""
-    function = getattr(reference, f"{rule.family.name}_scalars")
+    function = getattr(as_torch(rule.family.kernels), f"{rule.family.name}_scalars")
     own, kept = function(hyper[1:], float(update), tuple(memory[row].tolist()))
     numbers = scalars.scalars[row].tolist()
     relative = checks.SCALAR_ROUNDINGS * checks.U
     wanted = (COEF * hyper[0], float(update), *own)
     for i, (got, expected) in enumerate(zip(numbers, wanted, strict=True)):
-        name = ("gradient coefficient", "step count")[i] if i < OWN else f"scalar {i - OWN}"
+        name = (
+            ("gradient coefficient", "step count")[i]
+            if i < ScalarsRow.OWN
+            else f"scalar {i - ScalarsRow.OWN}"
+        )
         checks.require_number(f"in update {update} {name}", got, expected, relative)
     for (name, _), got, expected in zip(
         rule.family.memory, scalars.memory[row].tolist(), kept, strict=True
@@ -215,33 +229,31 @@ def _require_scalars(
 
 
 def _require_param(
-    batch: StepBatch, i: int, expected: Tensor, allowed: Tensor, update: int, where: str
+    keep: Keep, tensor: StepTensor, expected: Tensor, allowed: Tensor, update: int, where: str
 ) -> None:
     """The parameter, and what keeps it precise, are what this layout makes of `expected`."""
-    param = batch.params[i]
-    if batch.master in ("split", "fp32"):
-        checks.require_close(f"{where} master", precise(batch, i), expected, allowed)
-        if batch.master == "split":
-            high, low = reference.split_master(precise(batch, i).float())
+    param, master = tensor.param, tensor.master
+    if master is not None:
+        checks.require_close(f"{where} master", precise(tensor), expected, allowed)
+        if keep is Keep.SPLIT:
+            high, low = reference.split_master(precise(tensor).float())
             checks.require_same(f"{where} parameter", param, high)
-            checks.require_same(f"{where} remainder", batch.masters[i], low)
+            checks.require_same(f"{where} remainder", master, low)
         else:
-            rounded = batch.masters[i].cpu().to(param.dtype)
-            checks.require_same(f"{where} parameter", param, rounded)
+            checks.require_same(f"{where} parameter", param, master.cpu().to(param.dtype))
         return
-    store = _rounding(batch, i, update)
+    store = _rounding(keep, tensor, update)
     low_end, high_end = store(expected - allowed), store(expected + allowed)
     checks.require_between(f"{where} parameter", host(param), low_end, high_end)
 
 
-def _rounding(batch: StepBatch, i: int, update: int) -> Callable[[Tensor], Tensor]:
+def _rounding(keep: Keep, tensor: StepTensor, update: int) -> Callable[[Tensor], Tensor]:
     """How a value becomes the parameter: a monotone function."""
-    param = batch.params[i]
-    if batch.master != "stochastic":
-        return lambda value: value.float().to(param.dtype).double()
-    n = param.numel()
+    dtype, n = tensor.param.dtype, tensor.param.numel()
+    if keep is not Keep.STOCHASTIC:
+        return lambda value: value.float().to(dtype).double()
     if n:
-        random = rounding.random_bits(batch.keys[i], update, 0, n)
+        random = rounding.random_bits(tensor.key, update, 0, n)
     else:
         random = torch.zeros(0, dtype=torch.int64, device="cpu")
     return lambda value: rounding.round_stochastic(value.float(), random).double()

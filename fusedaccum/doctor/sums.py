@@ -4,13 +4,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from itertools import product
 
 import torch
 from torch import Tensor
 
-from ..backends import StepBatch, UpdateRequest, UpdateScalars, reference
+from ..backends import (
+    Add,
+    Correction,
+    Finalize,
+    Keep,
+    Step,
+    StepTensor,
+    SumOfSquares,
+    UpdateScalars,
+    reference,
+)  # fmt: skip
 from ..backends.operations import GRAD_DTYPES
-from ..backends.tables import CHUNK, count_chunks
+from ..backends.tables import count_chunks
+from ..kernels.layout import CHUNK
+from ..rules.as_torch import as_torch
 from ..rules.builtin import RULES
 from . import checks
 from .checks import Check, Memory, Runner, Wrong, host, normal
@@ -36,10 +49,8 @@ def all_checks(backend: Runner, full: bool) -> Iterator[Check]:
         for keeps in (True, False):
             yield _accumulate(backend, dtype, 0, False, True, keeps)
     yield Check("NaN and Inf show in the sums", lambda: _nonfinite(backend))
-    for value in (1.0, math.nan, math.inf):
-        yield _finalize(backend, value, 0.5, True)
-    yield _finalize(backend, 1.0, None, True)
-    yield _finalize(backend, math.nan, 0.5, False)
+    for value, max_norm, skip in product((1.0, math.nan, math.inf), (0.5, None), (True, False)):
+        yield _finalize(backend, value, max_norm, skip)
     yield Check("a skipped step writes nothing", lambda: _skipped(backend))
 
 
@@ -81,7 +92,8 @@ def _accumulate(
             control = torch.tensor([0.25, float(keeps)], dtype=torch.float32, device=backend.device)
             scale *= 0.25
         kept = [grad.clone() for grad in grads]
-        backend.accumulate(accs, grads, SCALE, first, partials, cells, control)
+        pairs = list(zip(accs, grads, strict=True))
+        backend.accumulate(Add(pairs, SCALE, first, partials, cells, control))
         for acc, grad, old in zip(accs, grads, before, strict=True):
             expected = reference.accumulate(old, host(grad), scale, starts_anew)
             terms = (scale * host(grad)).abs() + (0.0 if starts_anew else old.abs())
@@ -118,7 +130,7 @@ def _sum_of_squares(backend: Runner, dtype: torch.dtype, offset: int) -> Check:
         tensors = [memory.holding(normal(n, 3), dtype) for n in checks.SIZES]
         cells, end = _cells(tensors)
         partials = _poisoned(end, backend.device)
-        backend.sum_of_squares(tensors, partials, cells)
+        backend.sum_of_squares(SumOfSquares(tensors, partials, cells))
         _require_sums(tensors, host(partials), cells)
         norm = float(host(partials).sum().sqrt())
         expected = float(reference.global_norm(tensors))
@@ -131,11 +143,11 @@ def _sum_of_squares(backend: Runner, dtype: torch.dtype, offset: int) -> Check:
 def _nonfinite(backend: Runner) -> None:
     for value in (math.nan, math.inf, -math.inf):
         n = CHUNK + 1817
-        accs = [normal(n, 1).to(backend.device)]
-        grads = [normal(n, 2).to(backend.device, torch.bfloat16)]
-        grads[0][n - 1] = value
+        acc = normal(n, 1).to(backend.device)
+        grad = normal(n, 2).to(backend.device, torch.bfloat16)
+        grad[n - 1] = value
         partials = torch.zeros(2, dtype=torch.float32, device=backend.device)
-        backend.accumulate(accs, grads, 1.0, False, partials, [0])
+        backend.accumulate(Add([(acc, grad)], 1.0, False, partials, [0]))
         finite = partials.isfinite().tolist()
         if finite != [True, False]:
             raise Wrong(
@@ -148,13 +160,15 @@ def _finalize(backend: Runner, value: float, max_norm: float | None, skip: bool)
 
     def run() -> None:
         rule = RULES["adam"]
-        batch = StepBatch(rule, "none", rows=[0, 2], groups=[0, 1])
         scalars = UpdateScalars(3, rule.family.n_scalars, backend.device)
+        nothing = torch.zeros(0, dtype=torch.float32, device=backend.device)
+        places = ((0, 0), (2, 1))
+        tensors = [StepTensor(nothing, nothing, (), row, group) for row, group in places]
         scalars.steps += 4
         partials = torch.tensor([4.0, 12.0 * value], dtype=torch.float32, device=backend.device)
         hyper = [(1.0, *HYPER), (-1.0, *HYPER)]
-        request = UpdateRequest(rule.family, hyper, partials, 0.25, max_norm, skip)
-        backend.finalize(request, [batch], scalars)
+        steps = [Step(rule, Keep.PARAM, tensors, scalars)]
+        backend.finalize(Finalize(steps, hyper, Correction(0.25), partials, max_norm, skip))
         norm = 0.25 * math.sqrt(4.0 + 12.0 * value) if value == value else math.nan
         relative = checks.SCALAR_ROUNDINGS * checks.U
         checks.require_number("norm", float(scalars.norm), norm, relative)
@@ -166,7 +180,9 @@ def _finalize(backend: Runner, value: float, max_norm: float | None, skip: bool)
         if skipped:
             return
         coef = 0.25 * reference.clip_coefficient(norm, max_norm)
-        own = reference.adam_scalars(HYPER, 5.0, ())[0]
+        if scalars.scalars[1].any():
+            raise Wrong("the scalars of a tensor that takes no part were written")
+        own = as_torch(rule.family.kernels).adam_scalars(HYPER, 5.0, ())[0]
         for row, sign in ((0, 1.0), (2, -1.0)):
             numbers = zip(scalars.scalars[row].tolist(), (sign * coef, 5.0, *own), strict=True)
             for i, (got, expected) in enumerate(numbers):
@@ -179,20 +195,16 @@ def _finalize(backend: Runner, value: float, max_norm: float | None, skip: bool)
 
 def _skipped(backend: Runner) -> None:
     rule = RULES["adam"]
-    batch = StepBatch(rule, "split", rows=[0], groups=[0])
-    n = CHUNK + 1
-    batch.params.append(normal(n, 4).to(backend.device, torch.bfloat16))
-    batch.masters.append(torch.ones(n, dtype=torch.int16, device=backend.device))
-    batch.accs.append(normal(n, 5).to(backend.device))
-    batch.states.append(
-        (normal(n, 6).to(backend.device), torch.ones(n, dtype=torch.float32, device=backend.device))
-    )
-    written = [batch.params[0], batch.masters[0], *batch.states[0]]
+    n, device = CHUNK + 1, backend.device
+    param = normal(n, 4).to(device, torch.bfloat16)
+    master = torch.ones(n, dtype=torch.int16, device=device)
+    states = (normal(n, 6).to(device), torch.ones(n, dtype=torch.float32, device=device))
+    tensor = StepTensor(param, normal(n, 5).to(device), states, 0, 0, master)
+    written = [param, master, *states]
     before = [tensor.clone() for tensor in written]
-    scalars = UpdateScalars(1, rule.family.n_scalars, backend.device)
-    partials = torch.tensor([math.inf], dtype=torch.float32, device=backend.device)
-    request = UpdateRequest(rule.family, [(1.0, *HYPER)], partials, 1.0, 0.5, True)
-    backend.finalize(request, [batch], scalars)
-    backend.step(batch, scalars)
+    step = Step(rule, Keep.SPLIT, [tensor], UpdateScalars(1, rule.family.n_scalars, device))
+    partials = torch.tensor([math.inf], dtype=torch.float32, device=device)
+    backend.finalize(Finalize([step], [(1.0, *HYPER)], Correction(), partials, 0.5, True))
+    backend.step(step)
     for got, old in zip(written, before, strict=True):
         checks.require_same("tensor of a skipped update", got, old)

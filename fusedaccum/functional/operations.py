@@ -11,17 +11,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..backends import Backend
+from ..backends import Add, Backend, SumOfSquares
 from ..backends.operations import GRAD_DTYPES
 from ..backends.tables import count_chunks
 from ..backends.tensors import is_dense, laid_out_like
-from .run import (
-    backend_for,
-    check,
-    check_apart,
-    check_shapes,
-    check_written,
-)
+from .run import backend_for, check, check_apart, check_shapes, check_written
 
 
 @torch.no_grad()
@@ -66,7 +60,8 @@ def accumulate_(
         return
     laid_out = [laid_out_like(g, a) for g, a in zip(grads, accumulators, strict=True)]
     check_apart({"accumulators": accumulators}, {"grads": laid_out})
-    backend_for(backend, accumulators[0].device).accumulate(accumulators, laid_out, scale, first)
+    pairs = list(zip(accumulators, laid_out, strict=True))
+    backend_for(backend, accumulators[0].device).accumulate(Add(pairs, scale, first))
 
 
 @torch.no_grad()
@@ -90,17 +85,17 @@ def global_norm(tensors: Sequence[Tensor], *, backend: str | None = None) -> Ten
     check("tensors", tensors, GRAD_DTYPES)
     if not tensors:
         return torch.zeros((), dtype=torch.float32, device="cpu")
-    partials = sum_of_squares(backend_for(backend, tensors[0].device), tensors)
-    return partials.double().sum().sqrt().float()
+    sums = _sum_of_squares(backend_for(backend, tensors[0].device), tensors)
+    return sums.double().sum().sqrt().float()
 
 
-def sum_of_squares(backend: Backend, tensors: Sequence[Tensor]) -> Tensor:
-    """fp32 partial sums of squares of dense or strided tensors, one per chunk."""
+def _sum_of_squares(backend: Backend, tensors: Sequence[Tensor]) -> Tensor:
+    """fp32 sums of squares of dense or strided tensors, one per chunk."""
     dense = [t if t.is_contiguous() or is_dense(t) else t.contiguous() for t in tensors]
     cells, end = [], 0
     for tensor in dense:
         cells.append(end)
         end += count_chunks(tensor.numel())
-    partials = torch.zeros(end, dtype=torch.float32, device=tensors[0].device)
-    backend.sum_of_squares(dense, partials, cells)
-    return partials
+    sums = torch.zeros(end, dtype=torch.float32, device=tensors[0].device)
+    backend.sum_of_squares(SumOfSquares(dense, sums, cells))
+    return sums

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, TypedDict
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from .. import backends
-from ..backends import Backend, StepBatch, UpdateRequest, UpdateScalars
+from ..backends import Backend, Correction, Finalize, Keep, Step, StepTensor, UpdateScalars
 from ..backends.operations import GRAD_DTYPES
-from ..backends.tables import OWN, addresses
+from ..backends.tables import addresses
 from ..backends.tensors import is_dense, laid_out_like, refuse_tensor, same_order
+from ..kernels.layout import ScalarsRow
 from ..rules.builtin import RULES
+from ..rules.rule import Family
 
-Lists = Mapping[str, Sequence[Tensor]]
+Tensors = Sequence[Tensor]
+Lists = Mapping[str, Tensors]
 
 
 class _Backends(threading.local):
@@ -122,83 +126,106 @@ def _check_numbers(name: str, numbers: Tensor, shape: tuple[int, ...], like: Ten
         )
 
 
+@dataclass(frozen=True)
+class Operands:
+    """The tensors of one update, by the names that its caller has for them.
+
+    Attributes:
+        params, grads, steps: see `updates.adamw_`.
+        states: in the rule's order.
+        memory: the family's numbers per tensor, if it has any.
+    """
+
+    params: Tensors
+    grads: Tensors
+    states: Lists
+    steps: Tensor
+    memory: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+class Common(TypedDict, total=False):
+    """The keywords of `apply`, which all updates share."""
+
+    maximize: bool
+    masters: Tensors | None
+    grad_scale: float
+    backend: str | None
+
+
 def apply(
     rule_name: str,
     hyper: tuple[Any, ...],
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    states: Lists,
-    steps: Tensor,
-    masters: Sequence[Tensor] | None,
-    grad_scale: float,
-    maximize: bool,
-    backend: str | None,
-    memory: Mapping[str, Tensor] | None = None,
+    operands: Operands,
+    *,
+    maximize: bool = False,
+    masters: Tensors | None = None,
+    grad_scale: float = 1.0,
+    backend: str | None = None,
 ) -> None:
     """Validate and run one rule.
 
     Args:
         rule_name: a key of `RULES`.
         hyper: as its family takes them.
-        params, grads, steps, masters, grad_scale, maximize, backend: see `updates.adamw_`.
-        states: in the rule's order, by the caller's names for them.
-        memory: the family's numbers per tensor, by the caller's name for them, if it has any.
+        operands: what is read and written.
+        maximize, masters, grad_scale, backend: see `updates.adamw_`.
     """
-    rule = RULES[rule_name]
+    rule, params = RULES[rule_name], operands.params
     check("params", params, GRAD_DTYPES)
-    check("grads", grads, (torch.float32,))
+    check("grads", operands.grads, (torch.float32,))
     check_written("params", params, params)
-    check_shapes("grads", grads, params)
-    for name, tensors in states.items():
+    check_shapes("grads", operands.grads, params)
+    for name, tensors in operands.states.items():
         check(name, tensors, (torch.float32,))
         check_written(name, tensors, params)
     if masters is not None and len(masters) != len(params):
         raise ValueError(f"masters has {len(masters)} tensors, expected {len(params)}")
-    n = len(params)
-    if not n:
+    if not params:
         return
-    device = params[0].device
-    _check_numbers("steps", steps, (n,), params[0])
-    scalars = UpdateScalars(0, rule.family.n_scalars, device)
-    scalars.steps = steps
-    n_columns = OWN + rule.family.n_scalars
-    scalars.scalars = torch.empty(n, n_columns, dtype=torch.float32, device=device)
-    scalars.memory = torch.empty(n, 0, dtype=torch.float32, device=device)
-    for name, numbers in (memory or {}).items():
-        n_memory = len(rule.family.memory)
-        _check_numbers(name, numbers, (n, n_memory) if n_memory > 1 else (n,), params[0])
-        scalars.memory = numbers.view(n, n_memory)
-    accs = [laid_out_like(g, p) for g, p in zip(grads, params, strict=True)]
-    batches: dict[tuple[torch.dtype, str], StepBatch] = {}
-    for i, param in enumerate(params):
-        kind = "none" if masters is None else _master_kind(i, param, masters[i])
-        batch = batches.setdefault((param.dtype, kind), StepBatch(rule, kind))
-        batch.params.append(param)
-        batch.accs.append(accs[i])
-        batch.states.append(tuple(tensors[i] for tensors in states.values()))
-        batch.rows.append(i)
-        batch.groups.append(0)
-        if masters is not None:
-            batch.masters.append(masters[i])
-    numbers_of = {name: [numbers] for name, numbers in (memory or {}).items()}
-    own = {"params": params, **states, "masters": masters or [], "steps": [steps], **numbers_of}
-    check_apart(own, {"grads": accs})
+    scalars = _scalars(rule.family, operands)
+    accs = [laid_out_like(g, p) for g, p in zip(operands.grads, params, strict=True)]
+    tensors_of: dict[tuple[torch.dtype, Keep], list[StepTensor]] = {}
+    for i, (param, acc) in enumerate(zip(params, accs, strict=True)):
+        master = None if masters is None else masters[i]
+        keep = Keep.PARAM if master is None else _keep(i, param, master)
+        states = tuple(tensors[i] for tensors in operands.states.values())
+        tensor = StepTensor(param, acc, states, row=i, group=0, master=master)
+        tensors_of.setdefault((param.dtype, keep), []).append(tensor)
+    numbers = {name: [tensor] for name, tensor in operands.memory.items()}
+    own = {"params": params, **operands.states, "masters": masters or [], "steps": [operands.steps]}
+    check_apart(own | numbers, {"grads": accs})
+    updates = [Step(rule, keep, tensors, scalars) for (_, keep), tensors in tensors_of.items()]
     row = (-1.0 if maximize else 1.0, *hyper)
-    request = UpdateRequest(rule.family, [row], None, grad_scale, None, False)
-    runner = backend_for(backend, device)
-    runner.finalize(request, list(batches.values()), scalars)
-    for batch in batches.values():
-        runner.step(batch, scalars)
+    runner = backend_for(backend, params[0].device)
+    runner.finalize(Finalize(updates, [row], Correction(grad_scale)))
+    for update in updates:
+        runner.step(update)
     torch.autograd.graph.increment_version(list(params))
 
 
-def _master_kind(index: int, param: Tensor, master: Tensor) -> str:
+def _scalars(family: Family, operands: Operands) -> UpdateScalars:
+    """The numbers of an update, those of the caller among them."""
+    n, like = len(operands.params), operands.params[0]
+    _check_numbers("steps", operands.steps, (n,), like)
+    scalars = UpdateScalars(0, family.n_scalars, like.device)
+    scalars.steps = operands.steps
+    n_columns = ScalarsRow.OWN + family.n_scalars
+    scalars.scalars = torch.empty(n, n_columns, dtype=torch.float32, device=like.device)
+    scalars.memory = torch.empty(n, 0, dtype=torch.float32, device=like.device)
+    for name, numbers in operands.memory.items():
+        n_memory = len(family.memory)
+        _check_numbers(name, numbers, (n, n_memory) if n_memory > 1 else (n,), like)
+        scalars.memory = numbers.view(n, n_memory)
+    return scalars
+
+
+def _keep(index: int, param: Tensor, master: Tensor) -> Keep:
     """How `master` keeps the precise value of `param`."""
     check_written(f"masters[{index}:]", [master], [param])
     if master.dtype == torch.int16 and param.dtype == torch.bfloat16:
-        return "split"
+        return Keep.SPLIT
     if master.dtype == torch.float32 and param.dtype != torch.float32:
-        return "fp32"
+        return Keep.FP32
     raise TypeError(
         f"masters[{index}] has dtype {master.dtype} for a {param.dtype} parameter; allowed: int16 "
         "remainders for bf16 parameters, float32 masters for bf16 and fp16 ones"

@@ -1,4 +1,4 @@
-"""In-place updates of the optimizers that are no relatives of Adam; `functional` shows them.
+"""In-place updates over lists of tensors; `functional` shows them.
 
 Each is the optimizer of `torch.optim` after which it is named (`lion_` that of lion-pytorch), with
 its default hyper-parameters and torch's names of its states; `adamw_` documents what all have in
@@ -7,14 +7,194 @@ common.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+import inspect
+from collections.abc import Callable
+from typing import ParamSpec
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
-from .run import apply
+from .run import Common, Operands, Tensors, apply
 
-Tensors = Sequence[Tensor]
+P = ParamSpec("P")
+SHARED = [inspect.signature(apply).parameters[name] for name in Common.__annotations__]
+
+
+def _update(function: Callable[P, None]) -> Callable[P, None]:
+    """Run a function without autograd; its signature names the keywords that all updates share."""
+    own = inspect.signature(function)
+    parameters = [*own.parameters.values()][:-1] + SHARED
+    known = {parameter.name for parameter in parameters}
+
+    @functools.wraps(function)
+    def update(*args: P.args, **kwargs: P.kwargs) -> None:
+        for name in kwargs.keys() - known:
+            raise TypeError(f"{function.__name__}() got an unexpected keyword argument {name!r}")
+        with torch.no_grad():
+            function(*args, **kwargs)
+
+    update.__signature__ = own.replace(parameters=parameters)  # type: ignore[attr-defined]
+    return update
+
+
+def _moments(
+    exp_avgs: Tensors, exp_avg_sqs: Tensors, max_exp_avg_sqs: Tensors | None = None
+) -> dict[str, Tensors]:
+    """Adam's states, and amsgrad's."""
+    states = {"exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
+    return states if max_exp_avg_sqs is None else states | {"max_exp_avg_sqs": max_exp_avg_sqs}
+
+
+@_update
+def adamw_(
+    params: Tensors,
+    grads: Tensors,
+    exp_avgs: Tensors,
+    exp_avg_sqs: Tensors,
+    steps: Tensor,
+    *,
+    lr: float | Tensor,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 1e-2,
+    max_exp_avg_sqs: Tensors | None = None,
+    **common: Unpack[Common],
+) -> None:
+    """One AdamW update (Loshchilov and Hutter 2019), as `torch.optim.AdamW` makes it.
+
+    Args:
+        params: bf16, fp16 or fp32, dense; changed in place.
+        grads: fp32 accumulators of the same shapes; only read, `grad_scale` times them is used. One
+            in another layout than its parameter is copied first.
+        exp_avgs, exp_avg_sqs: fp32 states, zeros before the first update; changed in place.
+        steps: fp32 [len(params)], updates so far; advanced in place.
+        lr, betas, eps, weight_decay, maximize: as in torch. `lr` may be a 0-d device tensor.
+        max_exp_avg_sqs: fp32 states of amsgrad, or None for none.
+        masters: for each parameter its int16 remainder (bf16: the parameter is the high half of
+            an fp32 number) or its fp32 master; None: the parameters are all there is.
+        grad_scale: normalisation, unscale or clip factor, applied in registers.
+        backend: None (automatic), "triton" or "torch".
+
+    Raises:
+        TypeError: for another dtype.
+        ValueError: for lists, shapes, layouts or devices that do not match, and for a tensor that
+            is written and shares memory with another one of the call.
+
+    Example:
+        >>> p, g = [torch.ones(2)], [torch.ones(2)]
+        >>> m, v, steps = [torch.zeros(2)], [torch.zeros(2)], torch.zeros(1)
+        >>> adamw_(p, g, m, v, steps, lr=0.1, weight_decay=0.0)
+        >>> p
+        [tensor([0.9000, 0.9000])]
+    """
+    states = _moments(exp_avgs, exp_avg_sqs, max_exp_avg_sqs)
+    rule = "adam" if max_exp_avg_sqs is None else "adam_amsgrad"
+    hyper = (lr, *betas, eps, weight_decay, 1.0)
+    apply(rule, hyper, Operands(params, grads, states, steps), **common)
+
+
+@_update
+def adam_(
+    params: Tensors,
+    grads: Tensors,
+    exp_avgs: Tensors,
+    exp_avg_sqs: Tensors,
+    steps: Tensor,
+    *,
+    lr: float | Tensor,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    max_exp_avg_sqs: Tensors | None = None,
+    **common: Unpack[Common],
+) -> None:
+    """One Adam update (Kingma and Ba 2015): here the decay joins the gradient.
+
+    Arguments, effects and errors are those of `adamw_`.
+    """
+    states = _moments(exp_avgs, exp_avg_sqs, max_exp_avg_sqs)
+    rule = "adam" if max_exp_avg_sqs is None else "adam_amsgrad"
+    hyper = (lr, *betas, eps, weight_decay, 0.0)
+    apply(rule, hyper, Operands(params, grads, states, steps), **common)
+
+
+@_update
+def nadam_(
+    params: Tensors,
+    grads: Tensors,
+    exp_avgs: Tensors,
+    exp_avg_sqs: Tensors,
+    mu_products: Tensor,
+    steps: Tensor,
+    *,
+    lr: float | Tensor,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    momentum_decay: float = 4e-3,
+    decoupled_weight_decay: bool = False,
+    **common: Unpack[Common],
+) -> None:
+    """One NAdam update (Dozat 2016).
+
+    Args:
+        mu_products: fp32 [len(params)], ones before the first update; changed in place.
+
+    The other arguments, effects and errors are those of `adamw_`.
+    """
+    states = _moments(exp_avgs, exp_avg_sqs)
+    hyper = (lr, *betas, eps, weight_decay, float(decoupled_weight_decay), momentum_decay)
+    memory = {"mu_products": mu_products}
+    apply("nadam", hyper, Operands(params, grads, states, steps, memory), **common)
+
+
+@_update
+def radam_(
+    params: Tensors,
+    grads: Tensors,
+    exp_avgs: Tensors,
+    exp_avg_sqs: Tensors,
+    steps: Tensor,
+    *,
+    lr: float | Tensor,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    decoupled_weight_decay: bool = False,
+    **common: Unpack[Common],
+) -> None:
+    """One RAdam update (Liu et al. 2020).
+
+    Arguments, effects and errors are those of `adamw_`.
+    """
+    states = _moments(exp_avgs, exp_avg_sqs)
+    hyper = (lr, *betas, eps, weight_decay, float(decoupled_weight_decay))
+    apply("radam", hyper, Operands(params, grads, states, steps), **common)
+
+
+@_update
+def adamax_(
+    params: Tensors,
+    grads: Tensors,
+    exp_avgs: Tensors,
+    exp_infs: Tensors,
+    steps: Tensor,
+    *,
+    lr: float | Tensor,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    **common: Unpack[Common],
+) -> None:
+    """One Adamax update (Kingma and Ba 2015).
+
+    Arguments, effects and errors are those of `adamw_`.
+    """
+    states = {"exp_avgs": exp_avgs, "exp_infs": exp_infs}
+    hyper = (lr, *betas, eps, weight_decay)
+    apply("adamax", hyper, Operands(params, grads, states, steps), **common)
 
 
 def _needed(momentum: float, momentum_buffers: Tensors | None) -> Tensors:
@@ -23,7 +203,7 @@ def _needed(momentum: float, momentum_buffers: Tensors | None) -> Tensors:
     return momentum_buffers
 
 
-@torch.no_grad()
+@_update
 def adagrad_(
     params: Tensors,
     grads: Tensors,
@@ -34,10 +214,7 @@ def adagrad_(
     lr_decay: float = 0.0,
     weight_decay: float = 0.0,
     eps: float = 1e-10,
-    maximize: bool = False,
-    masters: Tensors | None = None,
-    grad_scale: float = 1.0,
-    backend: str | None = None,
+    **common: Unpack[Common],
 ) -> None:
     """One Adagrad update (Duchi et al. 2011).
 
@@ -48,10 +225,10 @@ def adagrad_(
     """
     states = {"state_sums": state_sums}
     hyper = (lr, lr_decay, eps, weight_decay)
-    apply("adagrad", hyper, params, grads, states, steps, masters, grad_scale, maximize, backend)
+    apply("adagrad", hyper, Operands(params, grads, states, steps), **common)
 
 
-@torch.no_grad()
+@_update
 def rmsprop_(
     params: Tensors,
     grads: Tensors,
@@ -65,10 +242,7 @@ def rmsprop_(
     momentum: float = 0.0,
     momentum_buffers: Tensors | None = None,
     grad_avgs: Tensors | None = None,
-    maximize: bool = False,
-    masters: Tensors | None = None,
-    grad_scale: float = 1.0,
-    backend: str | None = None,
+    **common: Unpack[Common],
 ) -> None:
     """One RMSprop update (Hinton 2012), centered (Graves 2013) where there are `grad_avgs`.
 
@@ -85,10 +259,10 @@ def rmsprop_(
         states["momentum_buffers"] = _needed(momentum, momentum_buffers)
         rule += "_momentum"
     hyper = (lr, alpha, eps, weight_decay, momentum)
-    apply(rule, hyper, params, grads, states, steps, masters, grad_scale, maximize, backend)
+    apply(rule, hyper, Operands(params, grads, states, steps), **common)
 
 
-@torch.no_grad()
+@_update
 def adadelta_(
     params: Tensors,
     grads: Tensors,
@@ -100,10 +274,7 @@ def adadelta_(
     rho: float = 0.9,
     eps: float = 1e-6,
     weight_decay: float = 0.0,
-    maximize: bool = False,
-    masters: Tensors | None = None,
-    grad_scale: float = 1.0,
-    backend: str | None = None,
+    **common: Unpack[Common],
 ) -> None:
     """One Adadelta update (Zeiler 2012).
 
@@ -111,10 +282,10 @@ def adadelta_(
     """
     states = {"square_avgs": square_avgs, "acc_deltas": acc_deltas}
     hyper = (lr, rho, eps, weight_decay)
-    apply("adadelta", hyper, params, grads, states, steps, masters, grad_scale, maximize, backend)
+    apply("adadelta", hyper, Operands(params, grads, states, steps), **common)
 
 
-@torch.no_grad()
+@_update
 def asgd_(
     params: Tensors,
     grads: Tensors,
@@ -127,10 +298,7 @@ def asgd_(
     alpha: float = 0.75,
     t0: float = 1e6,
     weight_decay: float = 0.0,
-    maximize: bool = False,
-    masters: Tensors | None = None,
-    grad_scale: float = 1.0,
-    backend: str | None = None,
+    **common: Unpack[Common],
 ) -> None:
     """One ASGD update (Polyak and Juditsky 1992).
 
@@ -143,12 +311,10 @@ def asgd_(
     """
     states, memory = {"axs": axs}, {"etas_mus": etas_mus}
     hyper = (lr, lambd, alpha, t0, weight_decay)
-    apply(
-        "asgd", hyper, params, grads, states, steps, masters, grad_scale, maximize, backend, memory
-    )
+    apply("asgd", hyper, Operands(params, grads, states, steps, memory), **common)
 
 
-@torch.no_grad()
+@_update
 def rprop_(
     params: Tensors,
     grads: Tensors,
@@ -158,10 +324,7 @@ def rprop_(
     *,
     etas: tuple[float, float] = (0.5, 1.2),
     step_size_limits: tuple[float, float] = (1e-6, 50.0),
-    maximize: bool = False,
-    masters: Tensors | None = None,
-    grad_scale: float = 1.0,
-    backend: str | None = None,
+    **common: Unpack[Common],
 ) -> None:
     """One Rprop update (Riedmiller and Braun 1993).
 
@@ -175,10 +338,10 @@ def rprop_(
     """
     states = {"prevs": prevs, "step_sizes": step_sizes}
     hyper = (0.0, *etas, *step_size_limits)
-    apply("rprop", hyper, params, grads, states, steps, masters, grad_scale, maximize, backend)
+    apply("rprop", hyper, Operands(params, grads, states, steps), **common)
 
 
-@torch.no_grad()
+@_update
 def lion_(
     params: Tensors,
     grads: Tensors,
@@ -188,10 +351,7 @@ def lion_(
     lr: float | Tensor,
     betas: tuple[float, float] = (0.9, 0.99),
     weight_decay: float = 0.0,
-    maximize: bool = False,
-    masters: Tensors | None = None,
-    grad_scale: float = 1.0,
-    backend: str | None = None,
+    **common: Unpack[Common],
 ) -> None:
     """One Lion update (Chen et al. 2023), as lion-pytorch makes it.
 
@@ -199,10 +359,10 @@ def lion_(
     """
     hyper = (lr, *betas, weight_decay)
     states = {"exp_avgs": exp_avgs}
-    apply("lion", hyper, params, grads, states, steps, masters, grad_scale, maximize, backend)
+    apply("lion", hyper, Operands(params, grads, states, steps), **common)
 
 
-@torch.no_grad()
+@_update
 def sgd_(
     params: Tensors,
     grads: Tensors,
@@ -214,10 +374,7 @@ def sgd_(
     dampening: float = 0.0,
     nesterov: bool = False,
     weight_decay: float = 0.0,
-    maximize: bool = False,
-    masters: Tensors | None = None,
-    grad_scale: float = 1.0,
-    backend: str | None = None,
+    **common: Unpack[Common],
 ) -> None:
     """One SGD update.
 
@@ -232,4 +389,4 @@ def sgd_(
         states["momentum_buffers"] = _needed(momentum, momentum_buffers)
         rule = "sgd_nesterov" if nesterov else "sgd_momentum"
     hyper = (lr, momentum, dampening, weight_decay)
-    apply(rule, hyper, params, grads, states, steps, masters, grad_scale, maximize, backend)
+    apply(rule, hyper, Operands(params, grads, states, steps), **common)

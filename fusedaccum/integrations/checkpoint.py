@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ..rules import builtin as rules
+from ..rules import registry
 from ..update.updater import Updater
 from ..window.collector import Collector
 from ..window.slots import PARAM_DTYPES, Fill, Slot
@@ -115,7 +115,7 @@ def _may_lack_states(updater: Updater, surely: bool) -> set[int]:
     start = 0
     slots, stepped = updater.collector.slots, updater.wrapped.has_own_states
     for group in updater.optimizer.param_groups:
-        rule = rules.select(updater.optimizer, group)
+        rule = registry.select(updater.optimizer, group)
         lacks = rule and not (rule.states or rule.family.memory or rule.family.step_key)
         for index, param in enumerate(group["params"], start):
             if lacks or (rule is None and not surely and slots.get(param) in stepped):
@@ -216,7 +216,7 @@ def _elementwise(updater: Updater) -> set[str]:
     """Names of the states that have the parameter's shape."""
     names: set[str] = set()
     for group in updater.optimizer.param_groups:
-        rule = rules.select(updater.optimizer, group)
+        rule = registry.select(updater.optimizer, group)
         names.update(rule.states if rule else ())
     return names
 

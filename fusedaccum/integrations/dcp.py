@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ..rules import builtin as rules
+from ..rules import registry
 from ..update.updater import Updater
 from .entries import OURS
 from .frameworks import is_asked_for_keys
@@ -31,14 +31,14 @@ def only_initialises(updater: Updater) -> bool:
         return False
     if updater.is_fused:
         for group in groups:
-            rule = rules.select(optimizer, group)
+            rule = registry.select(optimizer, group)
             for param in group["params"]:
                 slot_or_none = collector.slots.get(param)
                 if slot_or_none is not None and rule is not None:
                     updater.fused.bind(slot_or_none, rule, group)
     elif not collector.window.micro_batches:
         collector.adopt_assigned()
-        updater.prepare(None, False, False)(1.0)
+        updater.update_as_is()
         collector.discard()
     updater.states.is_provisional = True
     for slot in slots:

@@ -1,19 +1,32 @@
-"""Fused rules of users' own optimizers, without a change in this package."""
+"""Which optimizer has which fused update rule, this package's and users' own."""
 
 from __future__ import annotations
 
+import ast
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch.optim import Optimizer
 
-from ..backends.compiled import source as cgen
-from . import as_torch as rule_text
-from . import builtin as rules
-from .builtin import Family, Group, Rule
+from . import as_c, text
+from .as_torch import as_torch
+from .rule import Family, Group, Rule
 
 Start = float | Callable[[Group], float]
+# Exactly this class: a subclass may have changed step(), so it keeps its own. Or a class by its
+# package and name, so that nothing is imported for it.
+Owner = type | tuple[str, str]
+
+
+class _Entry(NamedTuple):
+    serves: Callable[[Any, Group], bool]
+    rule: Rule
+
+
+_entries: dict[Owner, list[_Entry]] = {}
+_built_in: set[Owner] = set()
 
 
 def register_rule(
@@ -43,8 +56,9 @@ def register_rule(
         kernels: the module that has both functions, or its importable name. The name alone does
             not import it (and Triton) on a machine without a GPU.
         hyper: keys of a param group, in the order that the scalars function unpacks; or a function
-            from the group to that tuple (then `n_hyper` says how long it is). `maximize` is taken
-            care of.
+            from the group to that tuple. `maximize` is taken care of.
+        n_hyper: how many numbers a function `hyper` returns, if the scalars function does not say
+            so by unpacking `hyper` into names.
         states: names under which `optimizer.state[p]` keeps the rule's tensors, in its order, each
             fp32 and of the parameter's shape; a mapping also says what one starts as (a number or
             a function of the group), else zero.
@@ -71,44 +85,22 @@ def register_rule(
         raise TypeError(
             f"optimizer_class must be a subclass of torch.optim.Optimizer, got {optimizer_class!r}"
         )
-    known = rules.REGISTERED.get(optimizer_class, [])
-    if not known and rules.has_rule(optimizer_class):
+    if _built_in & {optimizer_class, _names(optimizer_class)}:
         raise ValueError(
             f"{optimizer_class.__name__} has a fused rule in fusedaccum already; register a "
             "subclass of your own"
         )
-    if not callable(hyper):
-        n_hyper = len(hyper)
-    elif n_hyper is None:
-        raise ValueError("hyper is a function: say with n_hyper how many numbers it returns")
-    module = kernels if isinstance(kernels, str) else kernels.__name__
-    starts = dict.fromkeys(states, 0.0) if not isinstance(states, Mapping) else dict(states)
-    memory = memory or {}
-    prefix = family or name
-    shared = Family(
-        name=prefix,
-        hyper=_reader(hyper),
+    rule = make_rule(
+        name,
+        kernels=kernels,
+        hyper=hyper,
         n_hyper=n_hyper,
-        n_scalars=_n_scalars(module, name, len(starts)),
-        memory=tuple((key, _start(value)) for key, value in memory.items()),
+        states=states,
+        memory=memory,
         step_key=step_key,
-        kernels=module,
-        reference=None,
+        family=family,
     )
-    _check_scalars(shared)
-    for _, other in known:
-        if other.name == name or _shape(other.family) != _shape(shared):
-            raise ValueError(
-                f"{optimizer_class.__name__} has the rule {other.name!r} of family "
-                f"{other.family.name!r} already; its other rules need names of their own and the "
-                "same family, hyper, memory and step_key (unregister_rules() takes them away)"
-            )
-    if known:
-        shared = known[0][1].family
-    initial = tuple((key, _start(value)) for key, value in starts.items())
-    rule = Rule(name, shared, tuple(starts), initial)
-    rules.REGISTERED.setdefault(optimizer_class, []).append((when or _always, rule))
-    return rule
+    return add(optimizer_class, rule, when)
 
 
 def unregister_rules(optimizer_class: type[Optimizer]) -> None:
@@ -117,7 +109,101 @@ def unregister_rules(optimizer_class: type[Optimizer]) -> None:
     Raises:
         KeyError: if nothing was registered for it.
     """
-    del rules.REGISTERED[optimizer_class]
+    if optimizer_class in _built_in:
+        raise KeyError(optimizer_class)
+    del _entries[optimizer_class]
+
+
+def make_rule(
+    name: str,
+    *,
+    kernels: str | ModuleType,
+    hyper: Sequence[str] | Callable[[Group], tuple[Any, ...]],
+    n_hyper: int | None = None,
+    states: Sequence[str] | Mapping[str, Start] = (),
+    memory: Mapping[str, Start] | None = None,
+    step_key: str | None = "step",
+    family: str | None = None,
+) -> Rule:
+    """A rule that is known to be sound; see `register_rule`, which takes the same."""
+    module = kernels if isinstance(kernels, str) else kernels.__name__
+    starts = dict.fromkeys(states, 0.0) if not isinstance(states, Mapping) else dict(states)
+    memory = memory or {}
+    prefix = family or name
+    n_scalars = _n_scalars(module, name, len(starts))
+    n_hyper = _n_hyper(text.function(module, f"{prefix}_scalars"), hyper, n_hyper)
+    shared = Family(
+        name=prefix,
+        hyper=_reader(name, hyper, n_hyper),
+        n_hyper=n_hyper,
+        n_scalars=n_scalars,
+        memory=tuple((key, _start(value)) for key, value in memory.items()),
+        step_key=step_key,
+        kernels=module,
+    )
+    _check_scalars(shared)
+    # What starts as zero is not named: `Rule.starts` is about what depends on the group.
+    initial = tuple((key, _start(value)) for key, value in starts.items() if value != 0.0)
+    return Rule(name, shared, tuple(starts), initial)
+
+
+def add(owner: Owner, rule: Rule, when: Callable[[Any, Group], bool] | None) -> Rule:
+    """Give a class one more rule, for what those before it do not serve.
+
+    Returns:
+        The rule, with the family that the class has already.
+
+    Raises:
+        ValueError: if it does not go together with the others.
+    """
+    known = _entries.get(owner, [])
+    for _, other in known:
+        if other.name == rule.name or _shape(other.family) != _shape(rule.family):
+            of = owner.__name__ if isinstance(owner, type) else owner[1]
+            raise ValueError(
+                f"{of} has the rule {other.name!r} of family {other.family.name!r} already; its "
+                "other rules need names of their own and the same family, hyper, memory and "
+                "step_key (unregister_rules() takes them away)"
+            )
+    if known:
+        rule = dataclasses.replace(rule, family=known[0].rule.family)
+    _entries.setdefault(owner, []).append(_Entry(when or _always, rule))
+    return rule
+
+
+def seal() -> None:
+    """What is registered so far is this package's: nobody adds to it or takes it away."""
+    _built_in.update(_entries)
+
+
+def select(optimizer: Optimizer, group: Group) -> Rule | None:
+    """The fused rule of a param group of `optimizer`, or None where it has none."""
+    kind = type(optimizer)
+    for serves, rule in _entries.get(kind, _entries.get(_names(kind), [])):
+        if serves(optimizer, group):
+            return rule
+    return None
+
+
+def serve(optimizer: Optimizer) -> bool:
+    """Whether every param group of `optimizer` has a fused rule."""
+    return all(select(optimizer, group) is not None for group in optimizer.param_groups)
+
+
+def reason(optimizer: Optimizer) -> str:
+    """Why `optimizer` takes its native step, in words for people."""
+    kind = type(optimizer)
+    if kind in _entries and kind not in _built_in:
+        return f"no registered rule of {kind.__name__} serves these options"
+    known = [owner for owner in _entries if isinstance(owner, type) and owner in _built_in]
+    bases = [base.__name__ for base in known if issubclass(kind, base)]
+    if bases:
+        return f"{kind.__name__} is a subclass of {bases[-1]} that may have its own step()"
+    return f"no fused rule for {kind.__name__}"
+
+
+def _names(kind: type) -> tuple[str, str]:
+    return kind.__module__.split(".")[0], kind.__name__
 
 
 def _always(optimizer: Any, group: Group) -> bool:
@@ -131,12 +217,30 @@ def _start(value: Start) -> Callable[[Group], float]:
     return lambda group: number
 
 
-def _reader(hyper: Any) -> Callable[[Group], tuple[Any, ...]]:
-    if callable(hyper):
-        read: Callable[[Group], tuple[Any, ...]] = hyper
-        return read
-    keys = tuple(hyper)
-    return lambda group: tuple(group[key] for key in keys)
+def _n_hyper(scalars: ast.FunctionDef, hyper: Any, n_hyper: int | None) -> int:
+    """How many hyper-parameters there are, by who says so."""
+    if not callable(hyper):
+        return len(hyper)
+    n_hyper = n_hyper or text.n_unpacked(scalars, "hyper")
+    if n_hyper is None:
+        raise ValueError("hyper is a function: say with n_hyper how many numbers it returns")
+    return n_hyper
+
+
+def _reader(name: str, hyper: Any, n_hyper: int) -> Callable[[Group], tuple[Any, ...]]:
+    if not callable(hyper):
+        keys = tuple(hyper)
+        return lambda group: tuple(group[key] for key in keys)
+
+    def read(group: Group) -> tuple[Any, ...]:
+        values = tuple(hyper(group))
+        if len(values) != n_hyper:
+            raise ValueError(
+                f"rule {name}: hyper returned {len(values)} numbers, and {n_hyper} are taken"
+            )
+        return values
+
+    return read
 
 
 def _shape(family: Family) -> tuple[Any, ...]:
@@ -147,20 +251,19 @@ def _shape(family: Family) -> tuple[Any, ...]:
 
 def _n_scalars(module: str, name: str, n_states: int) -> int:
     """How many scalars the elements' function takes, once it is known to be sound."""
-    names, scalars, _, results = cgen.translate(rule_text.function(module, name))
-    if (n_states, n_states) != (len(names), len(results)):
+    loop = as_c.translate(text.function(module, name))
+    if (n_states, n_states) != (len(loop.states), len(loop.results)):
         raise ValueError(
-            f"{module}.{name} unpacks {len(names)} states and returns {len(results)}, but "
-            f"{n_states} are named"
+            f"{module}.{name} unpacks {len(loop.states)} states and returns {len(loop.results)}, "
+            f"but {n_states} are named"
         )
-    return len(scalars)
+    return len(loop.scalars)
 
 
 def _check_scalars(family: Family) -> None:
     """Run the scalars function once, on numbers that mean nothing, to see what it returns."""
     name = f"{family.name}_scalars"
-    rule_text.function(family.kernels, name)
-    function = getattr(rule_text.as_torch(family.kernels), name)
+    function = getattr(as_torch(family.kernels), name)
     n_memory = len(family.memory)
     try:
         scalars, memory = function((0.5,) * family.n_hyper, 1.0, (0.5,) * n_memory)

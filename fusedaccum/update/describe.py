@@ -6,8 +6,9 @@ from collections import Counter
 from typing import Any
 
 from .. import backends
+from ..backends import Keep
 from ..options import Options
-from ..rules import builtin as rules
+from ..rules import registry
 from .updater import Updater
 
 
@@ -33,13 +34,13 @@ def describe(updater: Updater, options: Options) -> str:
     ]
     fused = updater.is_fused
     for index, group in enumerate(inner.param_groups):
-        rule = rules.select(inner, group)
+        rule = registry.select(inner, group)
         if fused and rule is not None:
             path = f"fused rule {rule.name!r}"
         elif rule is not None:
             path = "native step, because another param group has no fused rule"
         else:
-            path = f"native step on fp32 gradients ({rules.reason(inner)})"
+            path = f"native step on fp32 gradients ({registry.reason(inner)})"
         lines.append(f"  group {index}: {path}; {_params(group['params'], updater)}")
     return "\n".join(lines)
 
@@ -57,10 +58,10 @@ def _params(params: list[Any], updater: Updater) -> str:
             kinds[f"{dtype} (frozen)"] += 1
             continue
         master = updater.masters[slot]
-        kind = master.kind if fused or not master.is_kept else "fp32"
+        keep = master.keep if fused or not master.is_kept else Keep.FP32
         if master.is_kept:
-            dtype += f" with {kind} master"
-        elif kind == "stochastic":
+            dtype += f" with {keep.value} master"
+        elif keep is Keep.STOCHASTIC:
             dtype += " rounded stochastically"
         kinds[dtype] += 1
     listing = ", ".join(f"{n} {kind}" for kind, n in kinds.items())

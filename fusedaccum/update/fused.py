@@ -9,17 +9,17 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ..backends import StepBatch, UpdateRequest
+from ..backends import Correction, Finalize, Keep, Step, StepTensor
 from ..backends.rounding import tensor_key
-from ..rules import builtin as rules
+from ..rules import registry
+from ..rules.rule import Rule, sign
 from ..window.collector import Collector
 from ..window.slots import Slot
 from .masters import Master, Masters
 from .states import States
 
-# What is still to do of an update, given the factor that makes the accumulated sum the mean: a
-# tensor where a GradScaler takes part, NaN after an overflow, which skips the update in any case.
-Apply = Callable[[float | Tensor], None]
+# What is still to do of an update, given what makes the accumulated sum the mean.
+Apply = Callable[[Correction], None]
 
 
 class FusedStep:
@@ -44,7 +44,7 @@ class FusedStep:
         self._masters, self._states = masters, states
         self._seed = seed
 
-    def bind(self, slot: Slot, rule: rules.Rule, group: dict[str, Any]) -> Master:
+    def bind(self, slot: Slot, rule: Rule, group: dict[str, Any]) -> Master:
         """Have a parameter's master and states in their buffers, and show them."""
         master = self._masters[slot]
         master.refresh()
@@ -55,11 +55,11 @@ class FusedStep:
         """See `Updater.prepare`; None where there is nothing to update."""
         scalars = self._states.scalars
         groups = self._optimizer.param_groups
-        batches: dict[tuple[str, torch.dtype, str], StepBatch] = {}
+        steps: dict[tuple[str, torch.dtype, Keep], Step] = {}
         updated: list[Slot] = []
         position = -1  # among all parameters, frozen ones too: a resumed run draws the same bits
         for group_index, group in enumerate(groups):
-            rule = rules.select(self._optimizer, group)
+            rule = registry.select(self._optimizer, group)
             assert rule is not None
             for param in group["params"]:
                 position += 1
@@ -67,31 +67,33 @@ class FusedStep:
                 if slot is None or not slot.fill:
                     continue
                 master = self.bind(slot, rule, group)
-                key = (rule.name, slot.dtype, master.kind)
-                batch = batches.setdefault(key, StepBatch(rule, master.kind))
-                batch.params.append(param)
-                batch.accs.append(slot.acc)
-                batch.states.append(self._states[slot].tensors)
-                batch.rows.append(slot.row)
-                batch.groups.append(group_index)
-                if master.is_kept:
-                    assert master.tensor is not None
-                    batch.masters.append(master.tensor)
-                elif master.kind == "stochastic":
-                    batch.keys.append(tensor_key(self._seed, position))
+                keep = master.keep
+                step = steps.get((rule.name, slot.dtype, keep))
+                if step is None:
+                    step = steps[rule.name, slot.dtype, keep] = Step(rule, keep, [], scalars)
+                tensor = StepTensor(
+                    param,
+                    slot.acc,
+                    self._states[slot].tensors,
+                    row=slot.row,
+                    group=group_index,
+                    master=master.tensor if master.is_kept else None,
+                    key=tensor_key(self._seed, position) if keep is Keep.STOCHASTIC else 0,
+                )
+                step.tensors.append(tensor)
                 updated.append(slot)
         if not updated:
             return None
-        first = next(iter(batches.values())).rule.family
-        hyper = [(rules.sign(group), *first.hyper(group)) for group in groups]
+        requests = list(steps.values())
+        family = requests[0].rule.family
+        hyper = [(sign(group), *family.hyper(group)) for group in groups]
         backend = self._collector.backend
 
         @torch.no_grad()
-        def apply(correction: float | Tensor) -> None:
-            request = UpdateRequest(first, hyper, partials, correction, max_norm, skip)
-            backend.finalize(request, list(batches.values()), scalars)
-            for batch in batches.values():
-                backend.step(batch, scalars)
+        def apply(correction: Correction) -> None:
+            backend.finalize(Finalize(requests, hyper, correction, partials, max_norm, skip))
+            for request in requests:
+                backend.step(request)
             # The kernels write behind autograd's back: a backward through the old weights must
             # notice.
             torch.autograd.graph.increment_version([s.param for s in updated])

@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ..backends import UpdateScalars
-from ..rules import builtin as rules
+from ..rules import registry
+from ..rules.rule import Rule
 from ..window.collector import Collector
 from ..window.slots import Slot
 
@@ -78,7 +79,7 @@ class States(dict[Slot, RuleState]):
         n = len(self._collector.slots)
         old = self._scalars
         if old is None or len(old.steps) < n:
-            rule = rules.select(self._optimizer, self._optimizer.param_groups[0])
+            rule = registry.select(self._optimizer, self._optimizer.param_groups[0])
             n_scalars = rule.family.n_scalars if rule else 0
             n_memory = len(rule.family.memory) if rule else 0
             new = UpdateScalars(n, n_scalars, self._collector.attached.device, n_memory)
@@ -132,7 +133,7 @@ class States(dict[Slot, RuleState]):
                 elif value.is_floating_point():
                     entry[name] = value.to(slot.dtype, copy=True)
 
-    def bind(self, slot: Slot, rule: rules.Rule, group: Group) -> RuleState:
+    def bind(self, slot: Slot, rule: Rule, group: Group) -> RuleState:
         """Make `state[param]` show the flat buffers, taking over what somebody put there.
 
         It shows all of them or none: what raises before leaves `state` as it was.
@@ -178,7 +179,7 @@ class States(dict[Slot, RuleState]):
         own.step = step
         return own
 
-    def _start_later(self, slot: Slot, rule: rules.Rule, group: Group) -> None:
+    def _start_later(self, slot: Slot, rule: Rule, group: Group) -> None:
         """Let what starts as a hyper-parameter start as what that is now (ASGD's and Rprop's rate),
         where every update so far was skipped. That shows on the device alone."""
         own, starts = self[slot], rule.starts(group)

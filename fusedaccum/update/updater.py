@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ..rules import builtin as rules
+from ..backends import Correction
+from ..rules import registry
 from ..window.collector import Collector
 from .fused import Apply, FusedStep
 from .masters import Masters
@@ -57,7 +58,7 @@ class Updater:
     @property
     def is_fused(self) -> bool:
         """Whether every param group has a fused rule; one without takes all to the wrapped step."""
-        return rules.serve(self.optimizer)
+        return registry.serve(self.optimizer)
 
     def refuse_stochastic(self) -> None:
         """Raise if parameters are to be rounded stochastically by a step that cannot.
@@ -66,7 +67,7 @@ class Updater:
             ValueError: saying that a fused rule is needed, and why there is none.
         """
         if self._is_stochastic and not self.is_fused:
-            reason = rules.reason(self.optimizer)
+            reason = registry.reason(self.optimizer)
             raise ValueError(f"stochastic_rounding=True needs a fused rule: {reason}")
 
     @torch.no_grad()
@@ -94,13 +95,17 @@ class Updater:
         scalars = self.states.scalars
 
         @torch.no_grad()
-        def apply(correction: float | Tensor) -> None:
+        def apply(correction: Correction) -> None:
             self.grad_norm = None if partials is None else scalars.norm
             update(correction)
             if skip:
                 self._watch.updated(scalars.skipped)
 
         return apply
+
+    def update_as_is(self) -> None:
+        """Update with the sum that the window holds: no norm, no clipping, no skip."""
+        self.prepare(None, False, False)(Correction())
 
     def on_masters(self, method: Callable[[], Any]) -> Any:
         """Call a method that rewrites parameters (schedule-free optimizers' train() and eval())."""

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from ..backends import Correction
+from ..kernels.layout import CLIP_EPS
 from ..rules import packages
 from ..window.collector import Collector
 from ..window.slots import Slot
@@ -49,8 +51,8 @@ class WrappedStep:
         masters = {s: self._parameter(s) for s in filled if self._masters[s].is_kept}
 
         @torch.no_grad()
-        def apply(correction: float | Tensor) -> None:
-            factor = float(correction)
+        def apply(correction: Correction) -> None:
+            factor = float(correction.product())
             coef: Tensor | float = factor
             if partials is not None:
                 norm = partials.double().sum().sqrt() * factor
@@ -61,7 +63,7 @@ class WrappedStep:
                     scalars.skipped += 1
                     return
                 if max_norm is not None:
-                    coef = (factor * (max_norm / (norm + 1e-6)).clamp(max=1.0)).float()
+                    coef = (factor * (max_norm / (norm + CLIP_EPS)).clamp(max=1.0)).float()
             grads = [slot.acc for slot in filled]
             if max_norm is not None or factor != 1.0:
                 if self._collector.window.steps is None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Variable
 
-from ..backends import Backend
+from ..backends import Add, Backend
 from ..backends.tensors import laid_out_like
 from .backwards import Backwards, refuse_kind
 from .by_hand import ByHand
@@ -237,15 +237,10 @@ class Collector:
             parts = (parts[0], parts[1] + parts[2], [])
         for i, members in enumerate(parts):
             if members:
-                self.backend.accumulate(
-                    [s.acc for s, _ in members],
-                    [g for _, g in members],
-                    scale,
-                    i == 0,
-                    cells,
-                    [s.cell for s, _ in members],
-                    scaling.control(i < 2) if is_scaled else None,
-                )
+                pairs = [(s.acc, g) for s, g in members]
+                own_cells = [s.cell for s, _ in members]
+                control = scaling.control(i < 2) if is_scaled else None
+                self.backend.accumulate(Add(pairs, scale, i == 0, cells, own_cells, control))
         for slot, _ in fresh:
             slot.fill, slot.is_zero = Fill.CURRENT, False
             slot.param.grad = shown = slot.grad

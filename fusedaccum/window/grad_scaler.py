@@ -26,6 +26,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..backends import Correction
+
 
 class Scaling:
     """What one optimizer knows of GradScaler.
@@ -85,7 +87,7 @@ class Scaling:
 
     @property
     def takes_part(self) -> bool:
-        """Whether `correction` will be a tensor, which may say that the update is skipped."""
+        """Whether `correction` may say that the update is skipped."""
         received = self._found_inf is not None or self._divisor is not None
         return received or self.overflow is not None
 
@@ -189,22 +191,15 @@ class Scaling:
             self._control[0, 1] = found_inf == 0
             self._found_inf = None
 
-    def correction(self, correction: float) -> float | Tensor:
-        """The factor on the accumulated sum: NaN, which has it skipped, after an overflow.
-
-        Returns:
-            A 0-d tensor where a scaler takes part: nothing is read on the host.
-        """
+    def correction(self, correction: float) -> Correction:
+        """The factor on the accumulated sum, and the overflow. Nothing is read on the host."""
         self.close_micro_batch()  # where the loop owns the window it was not
         factor: float | Tensor = correction
         if self._divisor is not None:
             factor = correction * self._divisor.double().reciprocal()
         overflow = self._found_inf if self.overflow is None else self.overflow
         self._found_inf = None
-        if overflow is None:
-            return factor
-        nan = torch.full((), torch.nan, dtype=torch.float64, device=overflow.device)
-        return torch.where(overflow > 0, nan, factor)
+        return Correction(factor, overflow)
 
     def restore(self, overflow: float) -> None:
         """Go on with a window of a checkpoint."""

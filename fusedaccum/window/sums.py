@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..backends import Backend
+from ..backends import Backend, SumOfSquares
 from .hooks import Attached
 
 
@@ -46,7 +46,8 @@ class Sums:
         slots, cells = self._attached.slots.values(), self.cells()
         stale = [s for s in slots if s.fill and (unsure or not s.sums_are_current)]
         if stale:
-            self._backend.sum_of_squares([s.acc for s in stale], cells, [s.cell for s in stale])
+            accs, own_cells = [s.acc for s in stale], [s.cell for s in stale]
+            self._backend.sum_of_squares(SumOfSquares(accs, cells, own_cells))
             for slot in stale:
                 assert slot.grad is not None
                 slot.sums_version, slot.has_sums = slot.grad._version, True

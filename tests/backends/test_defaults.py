@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fusedaccum import FusedAccumOptimizer
 from fusedaccum import functional as F
-from fusedaccum.rules import as_torch as rule_text
+from fusedaccum.rules.as_torch import as_torch
 from tests.cases import Gradients, WithoutCompiler, forget_compiled
 from tests.tolerances import equal_bits
 from tests.tools.test_house import SOURCES
@@ -170,7 +170,7 @@ def test_a_rule_made_from_its_text(name: str) -> None:
     """Rprop chooses between numbers, of which torch would make a tensor of the default dtype."""
 
     def run() -> Any:
-        rprop = rule_text.as_torch("fusedaccum.kernels.rules").rprop
+        rprop = as_torch("fusedaccum.kernels.rules").rprop
         (param, *_), (grad, *_), (prev, *_), (size, *_) = (values(i) for i in range(4))
         return rprop(param, grad, (prev, size.abs()), (0.3, 1.7, 1e-6, 50.0))
 

@@ -14,9 +14,23 @@ import torch
 from torch import Tensor
 
 from fusedaccum import backends
-from fusedaccum.backends import StepBatch, UpdateRequest, UpdateScalars, reference, rounding
+from fusedaccum.backends import (
+    Add,
+    Correction,
+    Finalize,
+    Keep,
+    Step,
+    StepTensor,
+    UpdateScalars,
+    reference,
+    rounding,
+)  # fmt: skip
 from fusedaccum.backends.tables import count_chunks
-from fusedaccum.rules.builtin import RULES, Family, Rule
+from fusedaccum.doctor import checks, sums
+from fusedaccum.doctor.checks import Runner
+from fusedaccum.rules.as_torch import as_torch
+from fusedaccum.rules.builtin import RULES
+from fusedaccum.rules.rule import Family, Rule
 from tests import tolerances
 from tests.cases import (
     CASES,
@@ -69,7 +83,8 @@ def test_accumulate(
             acc.fill_(math.nan)  # a store must not read what was there
     cells, end = cells_of(accs)
     partials = torch.full((end,), math.nan, device=device) if with_norm else None
-    runner.accumulate(accs, grads, 0.3, first, partials, cells)
+    pairs = list(zip(accs, grads, strict=True))
+    runner.accumulate(Add(pairs, 0.3, first, partials, cells))
     for acc, reference_acc, magnitude in zip(accs, expected, magnitudes, strict=True):
         if kind == "gpu":  # one rounding fewer where the compiler fuses the product and the sum
             assert ((acc - reference_acc).abs() <= 2 * tolerances.U * magnitude).all()
@@ -87,35 +102,21 @@ def test_mixed_dtypes_in_one_call(backend: Any, dtype: torch.dtype) -> None:
     runner, _ = backend
     accs = [torch.zeros(n, device=runner.device) for n in (5, 3000)]
     grads = [tensor(5, device=runner.device), tensor(3000, dtype, device=runner.device)]
-    runner.accumulate(accs, grads, 1.0, True)
+    runner.accumulate(Add(list(zip(accs, grads, strict=True)), 1.0, True))
     for acc, grad in zip(accs, grads, strict=True):
         assert torch.equal(acc, grad.float())
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_nonfinite_shows_in_the_sums(backend: Any, value: float) -> None:
-    runner, _ = backend
-    accs, grads = ([tensor(10_007, device=runner.device)] for _ in range(2))
-    grads[0][9_999] = value
-    partials = torch.zeros(2, device=runner.device)
-    runner.accumulate(accs, grads, 1.0, False, partials, [0])
-    assert partials[0].isfinite() and not partials[1].isfinite()
+SUMS = [check.name for check in sums.all_checks(Runner(backends.get("torch", CPU), CPU, 1), True)]
 
 
-@pytest.mark.parametrize("offset", [0, 1], ids=["aligned", "unaligned"])
-@pytest.mark.parametrize("dtype", GRAD_DTYPES, ids=case_id)
-def test_sum_of_squares(backend: Any, dtype: torch.dtype, offset: int) -> None:
-    runner, _ = backend
-    tensors = [tensor(n, dtype, offset=offset, device=runner.device) for n in SIZES]
-    cells, end = cells_of(tensors)
-    partials = torch.full((end,), math.nan, device=runner.device)
-    runner.sum_of_squares(tensors, partials, cells)
-    torch.testing.assert_close(
-        partials.double().sum().sqrt().cpu(),
-        reference.global_norm(tensors),
-        rtol=tolerances.NORM_RTOL,
-        atol=0,
-    )
+@pytest.mark.parametrize("name", [name for name in SUMS if not name.startswith("accumulate")])
+def test_the_doctors_checks(backend: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Norms, NaN in the sums, finalize and a skipped step: the doctor says what must hold."""
+    monkeypatch.setattr(checks, "SIZES", SIZES)
+    runner = Runner(backend[0], backend[0].device, torch.get_num_threads())
+    (check,) = [c for c in sums.all_checks(runner, True) if c.name == name]
+    check.run()
 
 
 def hyper_of(family: str) -> tuple[float, ...]:
@@ -129,6 +130,7 @@ def hyper_of(family: str) -> tuple[float, ...]:
 
 
 HYPER = {rule.family.name: hyper_of(rule.family.name) for rule in RULES.values()}
+ADAM = as_torch(RULES["adam"].family.kernels).adam_scalars
 # Rules whose results every CPU path rounds alike: no square root, which ATen rounds its own way.
 NO_ROOT = ("sgd", "asgd", "rprop", "lion", "adamax")
 
@@ -144,67 +146,82 @@ def start(rule: Rule, name: str) -> float:
     return rule.start(name, group)
 
 
-def make_batch(
-    rule_name: str, dtype: torch.dtype, master: str, offset: int, device: torch.device = CPU
-) -> StepBatch:
+def make_step(
+    rule_name: str, dtype: torch.dtype, keep: Keep, offset: int, device: torch.device = CPU
+) -> Step:
     rule = RULES[rule_name]
-    batch = StepBatch(rule, master)
+    step = Step(rule, keep, [], make_scalars(rule.family, device))
 
     def make(n: int, kind: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
         return tensor(n, kind, offset=offset, seed=seed, device=device)
 
     for row, n in enumerate(SIZES):
-        param = make(n, dtype, seed=3)
-        batch.params.append(param)
-        batch.accs.append(make(n, seed=4))
-        batch.states.append(tuple(make(n).fill_(start(rule, name)) for name in rule.states))
-        batch.rows.append(row)
-        batch.groups.append(row % 2)
-        if master == "split":
+        param, acc, master = make(n, dtype, seed=3), make(n, seed=4), None
+        states = tuple(make(n).fill_(start(rule, name)) for name in rule.states)
+        if keep is Keep.SPLIT:
             low = make(n, seed=5).mul(1000).clamp(-32767, 32767)
-            batch.masters.append(make(n, torch.int16).copy_(low))
-        elif master == "fp32":
-            batch.masters.append(make(n).copy_(param))
-        elif master == "stochastic":
-            batch.keys.append(rounding.tensor_key(7, row))
-    return batch
+            master = make(n, torch.int16).copy_(low)
+        elif keep is Keep.FP32:
+            master = make(n).copy_(param)
+        key = rounding.tensor_key(7, row)
+        step.tensors.append(StepTensor(param, acc, states, row, row % 2, master, key))
+    return step
+
+
+def finalize_and_step(
+    runner: Any, step: Step, hyper: list[tuple[float, ...]], coef: float = 0.7
+) -> None:
+    runner.finalize(Finalize([step], hyper, Correction(coef), skip_nonfinite=True))
+    runner.step(step)
 
 
 def run_reference(
-    batch: StepBatch, hyper: list[tuple[float, ...]], coef: float, step: int, memory: Tensor
+    request: Step, hyper: list[tuple[float, ...]], coef: float, step: int, memory: Tensor
 ) -> None:
-    """What a step must do to the batch, by the reference; in place."""
-    rule = getattr(reference, batch.rule.name)
-    for i, param in enumerate(batch.params):
-        sign, *values = hyper[batch.groups[i]]
-        scalars_of = getattr(reference, f"{batch.rule.family.name}_scalars")
+    """What a step must do to its tensors, by the reference; in place."""
+    text = as_torch(request.rule.family.kernels)
+    rule = getattr(text, request.rule.name)
+    for i, each in enumerate(request.tensors):
+        param, master = each.param, each.master
+        sign, *values = hyper[each.group]
+        scalars_of = getattr(text, f"{request.rule.family.name}_scalars")
         scalars, kept = scalars_of(tuple(values), step, tuple(memory[i].tolist()))
         memory[i] = torch.tensor(kept)
         # What the tables hold: one rounding to fp32.
         scalars = tuple(torch.tensor(scalars, dtype=torch.float32).tolist())
         factor = torch.tensor(coef * sign, dtype=torch.float32).item()
-        if batch.master == "split":
-            full = reference.join_master(param, batch.masters[i])
-        else:
-            full = batch.masters[i].clone() if batch.masters else param.float()
-        full, states = rule(full, batch.accs[i] * factor, batch.states[i], scalars)
-        for state, new in zip(batch.states[i], states, strict=True):
+        full, states = rule(precise(each).float(), each.acc * factor, each.states, scalars)
+        for state, new in zip(each.states, states, strict=True):
             state.copy_(new)
-        if batch.master == "split":
+        if request.keep is Keep.SPLIT:
+            assert master is not None
             high, low = reference.split_master(full)
             param.copy_(high)
-            batch.masters[i].copy_(low)
-        elif batch.master == "stochastic":
-            random = rounding.random_bits(batch.keys[i], step, 0, full.numel())
+            master.copy_(low)
+        elif request.keep is Keep.STOCHASTIC:
+            random = rounding.random_bits(each.key, step, 0, full.numel())
             param.copy_(rounding.round_stochastic(full, random))
         else:
             param.copy_(full)
-            if batch.masters:
-                batch.masters[i].copy_(full)
+            if master is not None:
+                master.copy_(full)
 
 
-def contents(batch: StepBatch) -> list[Tensor]:
-    return [*batch.params, *batch.masters, *(s for states in batch.states for s in states)]
+def precise(each: StepTensor) -> Tensor:
+    if each.master is None:
+        return each.param
+    if each.master.dtype == torch.int16:
+        return reference.join_master(each.param, each.master)
+    return each.master
+
+
+def contents(step: Step) -> list[Tensor]:
+    masters = [each.master for each in step.tensors if each.master is not None]
+    return [
+        *(each.param for each in step.tensors),
+        *masters,
+        *(state for each in step.tensors for state in each.states),
+    ]
 
 
 @pytest.mark.parametrize("offset", [0, 1], ids=["aligned", "unaligned"])
@@ -212,15 +229,13 @@ def contents(batch: StepBatch) -> list[Tensor]:
 @pytest.mark.parametrize("rule", RULES)
 def test_step(backend: Any, rule: str, dtype: torch.dtype, master: str, offset: int) -> None:
     runner, kind = backend
-    ours, theirs = (make_batch(rule, dtype, master, offset, runner.device) for _ in range(2))
+    keep = Keep(master)
+    ours, theirs = (make_step(rule, dtype, keep, offset, runner.device) for _ in range(2))
     family = RULES[rule].family
     hyper = [(1.0, *HYPER[family.name]), (-1.0, 3e-3, *HYPER[family.name][1:])]
-    scalars = make_scalars(family, runner.device)
-    memory = make_scalars(family).memory
+    scalars, memory = ours.scalars, theirs.scalars.memory.cpu()
     for step in (1, 2, 3):
-        request = UpdateRequest(family, hyper, None, 0.7, None, True)
-        runner.finalize(request, [ours], scalars)
-        runner.step(ours, scalars)
+        finalize_and_step(runner, ours, hyper)
         run_reference(theirs, hyper, 0.7, step, memory)
     assert scalars.steps.tolist() == [3.0] * len(SIZES)
     torch.testing.assert_close(scalars.memory.cpu(), memory, rtol=4 * tolerances.U, atol=0)
@@ -230,14 +245,8 @@ def test_step(backend: Any, rule: str, dtype: torch.dtype, master: str, offset: 
             assert tolerances.equal_bits(mine, reference_tensor)
         elif mine.dtype != torch.int16:  # remainders are compared through the masters below
             assert_same(mine, reference_tensor)
-    for i in range(len(SIZES)):
-        assert_same(precise(ours, i), precise(theirs, i))
-
-
-def precise(batch: StepBatch, i: int) -> Tensor:
-    if batch.master == "split":
-        return reference.join_master(batch.params[i], batch.masters[i])
-    return batch.masters[i] if batch.masters else batch.params[i]
+    for mine, other in zip(ours.tensors, theirs.tensors, strict=True):
+        assert_same(precise(mine), precise(other))
 
 
 def assert_same(a: Tensor, b: Tensor) -> None:
@@ -254,72 +263,38 @@ def test_interpreter_and_compiled_loops_agree_to_the_bit(rule: str) -> None:
     for dtype, master in LAYOUTS:
         results = []
         for name in ("triton", "torch"):
-            batch = make_batch(rule, dtype, master, 0)
+            step = make_step(rule, dtype, Keep(master), 0)
             family = RULES[rule].family
             hyper = [(1.0, *HYPER[family.name]), (-1.0, 3e-3, *HYPER[family.name][1:])]
-            scalars = make_scalars(family)
             runner = backends.get(name, CPU)
             for _ in range(3):
-                request = UpdateRequest(family, hyper, None, 0.7, None, True)
-                runner.finalize(request, [batch], scalars)
-                runner.step(batch, scalars)
-            results.append(contents(batch))
+                finalize_and_step(runner, step, hyper)
+            results.append(contents(step))
         for a, b in zip(*results, strict=True):
             assert tolerances.equal_bits(a, b)
 
 
 def test_an_fp32_master_gives_way_to_a_written_parameter(backend: Any) -> None:
     runner, _ = backend
-    batch = make_batch("sgd", torch.bfloat16, "fp32", 0, runner.device)
-    for master in batch.masters:
-        master.add_(1.0)  # as if the parameters had been overwritten since
-    other = make_batch("sgd", torch.bfloat16, "fp32", 0, runner.device)
-    family = RULES["sgd"].family
-    for each in (batch, other):
-        scalars = make_scalars(family, runner.device)
-        hyper = [(1.0, *HYPER["sgd"])] * 2
-        runner.finalize(UpdateRequest(family, hyper, None, 1.0, None, True), [each], scalars)
-        runner.step(each, scalars)
-    for a, b in zip(contents(batch), contents(other), strict=True):
+    step, other = (make_step("sgd", torch.bfloat16, Keep.FP32, 0, runner.device) for _ in range(2))
+    for each in step.tensors:
+        assert each.master is not None
+        each.master.add_(1.0)  # as if the parameters had been overwritten since
+    for each_step in (step, other):
+        finalize_and_step(runner, each_step, [(1.0, *HYPER["sgd"])] * 2, coef=1.0)
+    for a, b in zip(contents(step), contents(other), strict=True):
         assert tolerances.equal_bits(a, b)
 
 
-@pytest.mark.parametrize("max_norm", [None, 0.5])
-@pytest.mark.parametrize("value", [1.0, math.nan, math.inf])
-@pytest.mark.parametrize("skip", [True, False])
-def test_finalize(backend: Any, max_norm: float | None, value: float, skip: bool) -> None:
+def test_an_overflow_skips_whatever_the_sums_are(backend: Any) -> None:
     runner, _ = backend
-    batch = StepBatch(RULES["adam"], "none")
-    batch.rows, batch.groups = [0, 2], [0, 1]
-    scalars = UpdateScalars(3, 8, runner.device)
-    scalars.steps += 4
-    partials = torch.tensor([4.0, 12.0 * value], device=runner.device)
-    hyper = [(1.0, *HYPER["adam"]), (-1.0, *HYPER["adam"])]
-    request = UpdateRequest(RULES["adam"].family, hyper, partials, 0.25, max_norm, skip)
-    runner.finalize(request, [batch], scalars)
-    skipped = skip and not math.isfinite(value)
-    assert bool(scalars.skip) is skipped and int(scalars.skipped) == skipped
-    norm = 0.25 * math.sqrt(4.0 + 12.0 * value) if value == value else math.nan
-    assert float(scalars.norm) == pytest.approx(norm, nan_ok=True)
-    assert scalars.steps.tolist() == ([4, 4, 4] if skipped else [5, 4, 5])
-    if not skipped:
-        coef = 0.25 * reference.clip_coefficient(norm, max_norm)
-        expected = [coef, 5.0, *reference.adam_scalars(HYPER["adam"], 5.0, ())[0]]
-        got = scalars.scalars[0].tolist()
-        assert got == pytest.approx(expected, rel=1e-7, nan_ok=True)
-        assert scalars.scalars[2, 0].item() == pytest.approx(-coef, rel=1e-7, nan_ok=True)
-        assert scalars.scalars[1].tolist() == [0.0] * len(expected)
-
-
-def test_a_skipped_step_writes_nothing(backend: Any) -> None:
-    runner, _ = backend
-    batch = make_batch("adam", torch.bfloat16, "split", 0, runner.device)
-    before = [t.clone() for t in contents(batch)]
-    scalars = UpdateScalars(len(SIZES), 8, runner.device)
-    hyper = [(1.0, *HYPER["adam"])] * 2
-    partials = torch.tensor([math.inf], device=runner.device)
-    request = UpdateRequest(RULES["adam"].family, hyper, partials, 1, None, True)
-    runner.finalize(request, [batch], scalars)
-    runner.step(batch, scalars)
-    for a, b in zip(contents(batch), before, strict=True):
-        assert tolerances.equal_bits(a, b)
+    step = make_step("adam", torch.bfloat16, Keep.SPLIT, 0, runner.device)
+    before = [t.clone() for t in contents(step)]
+    hyper, sums = [(1.0, *HYPER["adam"])] * 2, torch.tensor([1.0], device=runner.device)
+    for overflow in (1.0, 0.0):
+        correction = Correction(0.25, torch.tensor(overflow, device=runner.device))
+        runner.finalize(Finalize([step], hyper, correction, sums, None, True))
+        runner.step(step)
+        same = [tolerances.equal_bits(*pair) for pair in zip(contents(step), before, strict=True)]
+        assert all(same) is bool(step.scalars.skip) is bool(overflow)
+    assert float(step.scalars.norm) == 0.25

@@ -1,4 +1,4 @@
-"""The reference is what everything else is held against, so it is held against torch itself."""
+"""What all else is held against is held against torch: the reference, and the rules' text."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from fusedaccum.backends import reference
-from fusedaccum.rules import builtin as rules
+from fusedaccum.rules import registry
+from fusedaccum.rules.as_torch import as_torch
+from fusedaccum.rules.rule import sign
 from tests import tolerances
 from tests.cases import CASES, Case, case_id
 
@@ -28,8 +30,9 @@ def test_rule_is_torchs(case: Case, double: None) -> None:
     theirs = param.clone().requires_grad_()
     optimizer = case.make([theirs])
     group = optimizer.param_groups[0]
-    rule = rules.select(optimizer, group)
+    rule = registry.select(optimizer, group)
     assert rule is not None and rule.name == case.rule
+    text = as_torch(rule.family.kernels, torch.float64)
     states = tuple(torch.full_like(param, rule.start(name, group)) for name in rule.states)
     memory = tuple(float(start(group)) for _, start in rule.family.memory)
     for step in range(1, 11):
@@ -38,12 +41,10 @@ def test_rule_is_torchs(case: Case, double: None) -> None:
         optimizer.step()
         hyper = rule.family.hyper(group)
         assert len(hyper) == rule.family.n_hyper
-        scalars_of = getattr(reference, f"{rule.family.name}_scalars")
+        scalars_of = getattr(text, f"{rule.family.name}_scalars")
         scalars, memory = scalars_of(hyper, step, memory)
         assert len(scalars) == rule.family.n_scalars
-        param, states = getattr(reference, rule.name)(
-            param, rules.sign(group) * grad, states, scalars
-        )
+        param, states = getattr(text, rule.name)(param, sign(group) * grad, states, scalars)
         torch.testing.assert_close(
             param,
             theirs.detach(),
@@ -63,10 +64,11 @@ def test_another_rule_differs() -> None:
     """The negative control of the test above."""
     param, grad = torch.randn(2, 257, dtype=torch.float64).unbind()
     states = (torch.zeros_like(param), torch.zeros_like(param))
+    text = as_torch("fusedaccum.kernels.rules", torch.float64)
     results = []
     for is_decoupled in (0.0, 1.0):
-        scalars, _ = reference.adam_scalars((1e-2, 0.9, 0.999, 1e-8, 0.1, is_decoupled), 1.0, ())
-        results.append(reference.adam(param, grad, states, scalars)[0])
+        scalars, _ = text.adam_scalars((1e-2, 0.9, 0.999, 1e-8, 0.1, is_decoupled), 1.0, ())
+        results.append(text.adam(param, grad, states, scalars)[0])
     assert not torch.allclose(*results, rtol=1e-6)
 
 

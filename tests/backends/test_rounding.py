@@ -15,7 +15,7 @@ from torch import Tensor
 
 import fusedaccum
 from fusedaccum.backends import rounding
-from fusedaccum.backends.tables import CHUNK
+from fusedaccum.kernels.layout import CHUNK
 from tests.cases import Gradients, WithoutCompiler, forget_compiled
 from tests.tolerances import equal_bits
 

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
-from fusedaccum.backends.tables import CHUNK, LaunchTable, Mirror
+from fusedaccum.backends.tables import LaunchTable, Mirror
+from fusedaccum.kernels import layout
+from fusedaccum.kernels.layout import CHUNK
 
 CPU = torch.device("cpu")
 HOST = np.array([[1, 2], [3, 4]])
@@ -45,8 +50,23 @@ def test_a_capture_uploads_always_and_leaves_nothing_to_rely_on(
 def test_a_launch_table_covers_each_tensor_with_chunks() -> None:
     numels = [0, 1, CHUNK, CHUNK + 1]
     rows = np.arange(8, dtype=np.int64).reshape(4, 2) * 16
-    table = LaunchTable(rows, numels, (0,), CPU)
+    table = LaunchTable(torch.float32, rows, numels, (0,), CPU)
     assert table.chunks.tolist() == [[1, 0], [2, 0], [3, 0], [3, 1]]
     assert table.n_elements == sum(numels) and table.is_aligned
     table.update(rows + 8)
     assert not table.is_aligned and table.rows.tolist() == (rows + 8).tolist()
+
+
+def test_the_numbers_of_the_layout_are_written_nowhere_else() -> None:
+    """Those that can only mean that, in any spelling, in the text of the C loops too."""
+    numbers = {n for n in vars(layout).values() if isinstance(n, int) and n > 255}
+    assert {layout.CHUNK, layout.GOLDEN, layout.ROUND_HALF} <= numbers
+    root = Path(__file__).resolve().parents[2]
+    found = set()
+    rooms = "kernels fusedaccum/rules fusedaccum/backends fusedaccum/window fusedaccum/update"
+    for path in (path for room in rooms.split() for path in (root / room).rglob("*.py")):
+        code = re.sub(r'^ *"""[^"]*"""|#.*', "", path.read_text(encoding="utf-8"), flags=re.M)
+        for word in re.findall(r"\b(?:0x[0-9a-fA-F]+|[1-9][\d_]*)", code):
+            if int(word, 0) in numbers:
+                found.add(path.name)
+    assert found == {"layout.py"}

@@ -18,7 +18,7 @@ import fusedaccum
 from fusedaccum import functional
 from fusedaccum.backends import reference
 from fusedaccum.backends.compiled import engine as native
-from fusedaccum.functional import adam_updates, operations
+from fusedaccum.functional import operations, updates
 from fusedaccum.rules.builtin import RULES
 from tests import tolerances
 from tests.cases import WithoutCompiler, forget_compiled
@@ -28,8 +28,8 @@ F = functional
 
 @pytest.mark.parametrize(
     "module",
-    [operations, adam_updates, fusedaccum.optimizer],
-    ids=["operations", "adam_updates", "optimizer"],
+    [operations, updates, fusedaccum.optimizer],
+    ids=["operations", "updates", "optimizer"],
 )
 def test_examples_in_docstrings(module: Any) -> None:
     context = {"torch": torch, "FusedAccumOptimizer": fusedaccum.FusedAccumOptimizer}
@@ -228,6 +228,14 @@ def test_defaults_are_torchs(update: Update) -> None:
         assert ours[name].default == theirs[name].default, name
 
 
+@pytest.mark.parametrize("update", UPDATES, ids=lambda update: update.id)
+def test_signatures_name_what_all_updates_share(update: Update) -> None:
+    shared = {"maximize": False, "masters": None, "grad_scale": 1.0, "backend": None}
+    parameters = list(inspect.signature(update.function).parameters.values())[-4:]
+    assert {p.name: p.default for p in parameters} == shared
+    assert all(p.kind is inspect.Parameter.KEYWORD_ONLY for p in parameters)
+
+
 def test_a_tensor_lr() -> None:
     start, grads = torch.randn(50), torch.randn(4, 50)
     ends = []
@@ -259,6 +267,11 @@ A, B = torch.zeros(3), torch.zeros(4)
         (lambda: F.global_norm([A.int()]), TypeError, "int32"),
         (lambda: F.sgd_([A], [A], None, torch.zeros(2), lr=1), ValueError, r"shape \(1,\)"),
         (lambda: F.sgd_([A], [B], None, torch.zeros(1), lr=1), ValueError, "grads"),
+        (
+            lambda: F.sgd_([A], [A], None, torch.zeros(1), lr=1, foreach=True),
+            TypeError,
+            r"^sgd_\(\) got an unexpected keyword argument 'foreach'",
+        ),
         (
             lambda: F.nadam_([A], [A], [B], [B], torch.ones(1), torch.zeros(1), lr=1),
             ValueError,

@@ -153,7 +153,6 @@ def killed(directory: Path, *argv: str) -> Path:
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=300,
         check=False,
     )
     assert done.returncode == 9, done.stderr

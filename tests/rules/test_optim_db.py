@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fusedaccum import FusedAccumOptimizer
 from fusedaccum.options import calls_closure
-from fusedaccum.rules import builtin as rules
+from fusedaccum.rules import registry
 
 pytest.importorskip("expecttest", reason="torch.testing's database needs expecttest")
 from torch.testing._internal.common_optimizers import optim_db
@@ -114,7 +114,7 @@ def evaluate_closures(info: Any, kwargs: dict[str, Any]) -> None:
 
 
 FUSED = [
-    e for e in entries() if rules.select(make(*e.values)[1], make(*e.values)[1].param_groups[0])
+    e for e in entries() if registry.select(make(*e.values)[1], make(*e.values)[1].param_groups[0])
 ]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,7 @@ import torch
 from torch import Tensor
 
 import fusedaccum
-from fusedaccum.backends import reference
-from fusedaccum.rules import as_torch as rule_text
-from fusedaccum.rules import builtin as rules
+from fusedaccum.rules.rule import Rule
 from tests import custom_rules, tolerances
 from tests.cases import Gradients, WithoutCompiler, forget_compiled
 
@@ -54,7 +53,7 @@ class Unregistered(Signum):
     """A subclass, which keeps its own step()."""
 
 
-def register(name: str = "signum_soft", **changes: Any) -> rules.Rule:
+def register(name: str = "signum_soft", **changes: Any) -> Rule:
     options: dict[str, Any] = {
         "kernels": custom_rules,
         "family": "signum",
@@ -69,7 +68,8 @@ def register(name: str = "signum_soft", **changes: Any) -> rules.Rule:
 @pytest.fixture(autouse=True)
 def clean() -> Iterator[None]:
     yield
-    rules.REGISTERED.clear()
+    with suppress(KeyError):
+        fusedaccum.unregister_rules(Signum)
     forget_compiled()
 
 
@@ -78,17 +78,17 @@ def register_both() -> None:
     register("signum_none", states=(), when=lambda optimizer, group: group["momentum"] == 0)
 
 
-def run(kind: type[torch.optim.Optimizer], momentum: float, backend: str | None) -> list[Tensor]:
+def run(momentum: float, backend: str, is_fused: bool = True) -> list[Tensor]:
     generator = torch.Generator().manual_seed(1)
     model = Gradients([torch.randn(n, generator=generator) for n in (5, 1030)])
     opt = fusedaccum.FusedAccumOptimizer(
-        kind(model.parameters(), momentum=momentum), 2, backend=backend
+        Signum(model.parameters(), momentum=momentum), 2, backend=backend
     )
+    assert ("fused rule 'signum" in repr(opt)) is is_fused
     for _ in range(10):
         model.backward([torch.randn(n, generator=generator) for n in (5, 1030)])
         opt.step()
         opt.zero_grad()
-    assert ("fused rule 'signum" in repr(opt)) is bool(rules.REGISTERED.get(kind))
     return [p.detach() for p in model.parameters()]
 
 
@@ -100,9 +100,9 @@ def test_a_registered_rule_steps_as_the_class_does(
     if backend == "without-compiler":
         WithoutCompiler(monkeypatch)
         backend = "torch"
-    native = run(Signum, momentum, "torch")
+    native = run(momentum, "torch", is_fused=False)
     register_both()
-    fused = run(Signum, momentum, backend)
+    fused = run(momentum, backend)
     for a, b in zip(native, fused, strict=True):
         # Five updates of at most lr / (1 - momentum) each; fp32 in another order of operations.
         moved = torch.full_like(a, 0.5).double()
@@ -112,7 +112,7 @@ def test_a_registered_rule_steps_as_the_class_does(
 def test_another_momentum_differs() -> None:
     """The negative control of the test above."""
     register_both()
-    a, b = run(Signum, 0.9, "torch")[1], run(Signum, 0.8, "torch")[1]
+    a, b = run(0.9, "torch")[1], run(0.8, "torch")[1]
     moved = torch.full_like(a, 0.5).double()
     assert ((a.double() - b).abs() > tolerances.update_bound(a.double(), moved, 2, 5)).any()
 
@@ -140,30 +140,6 @@ def test_unregistering_gives_the_native_step_back() -> None:
         fusedaccum.unregister_rules(Signum)
 
 
-@pytest.mark.parametrize("rule", rules.RULES)
-def test_torch_made_from_the_text_is_the_reference(rule: str) -> None:
-    """Two independent readings of each rule of ours: the Triton text run as torch, and
-    reference.py."""
-    family = rules.RULES[rule].family
-    text = rule_text.as_torch(family.kernels)
-    hyper = tuple(0.5 + 0.01 * i for i in range(family.n_hyper))
-    memory = tuple(0.5 + 0.1 * i for i in range(len(family.memory)))
-    results = []
-    for source in (text, reference):
-        generator = torch.Generator().manual_seed(0)
-        draw = [torch.rand(64, generator=generator, dtype=torch.float64) for _ in range(5)]
-        kept, outcome = memory, []
-        for step in (1.0, 2.0, 10.0):
-            scalars, kept = getattr(source, f"{family.name}_scalars")(hyper, step, kept)
-            outcome.append(torch.tensor((*scalars, *kept), dtype=torch.float64))
-            states = tuple(draw[2 : 2 + len(rules.RULES[rule].states)])
-            param, states = getattr(source, rule)(draw[0], draw[1] - 0.5, states, scalars)
-            outcome += [param, *states]
-        results.append(outcome)
-    for a, b in zip(*results, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
-
-
 @pytest.mark.parametrize(
     ("changes", "error", "says"),
     [
@@ -172,7 +148,11 @@ def test_torch_made_from_the_text_is_the_reference(rule: str) -> None:
         ({"family": "other"}, LookupError, "no function 'other_scalars'"),
         ({"states": ()}, ValueError, "unpacks 1 states and returns 1, but 0 are named"),
         ({"hyper": ("lr",)}, ValueError, "cannot take 1 hyper-parameters"),
-        ({"hyper": lambda group: (1.0,)}, ValueError, "say with n_hyper"),
+        (
+            {"family": "indexed", "hyper": lambda group: (1.0,)},
+            ValueError,
+            "say with n_hyper",
+        ),
         ({"memory": {}}, ValueError, "cannot take 3 hyper-parameters and 0 numbers of memory"),
         (
             {"name": "loops", "family": "loops", "hyper": ("lr",), "states": (), "memory": {}},
@@ -186,7 +166,8 @@ def test_rules_that_do_not_fit_are_refused(
 ) -> None:
     with pytest.raises(error, match=says):
         register(**changes)
-    assert not rules.REGISTERED
+    with pytest.raises(KeyError):
+        fusedaccum.unregister_rules(Signum)
 
 
 def test_a_class_has_one_family_and_each_rule_once() -> None:
@@ -195,14 +176,32 @@ def test_a_class_has_one_family_and_each_rule_once() -> None:
         register()
     with pytest.raises(ValueError, match="names of their own and the same family"):
         register("signum_none", states=(), step_key=None)
-    assert len(rules.REGISTERED[Signum]) == 1
+    register("signum_none", states=(), when=lambda optimizer, group: True)
 
 
 @pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.nn.Linear, "AdamW"])
 def test_classes_that_are_served_or_no_optimizers_are_refused(kind: Any) -> None:
     with pytest.raises((TypeError, ValueError), match=r"already|must be a subclass"):
         fusedaccum.register_rule(kind, "signum_soft", kernels=KERNELS, hyper=())
-    assert not rules.REGISTERED
+
+
+def test_a_rule_of_the_package_stays() -> None:
+    with pytest.raises(KeyError):
+        fusedaccum.unregister_rules(torch.optim.AdamW)
+
+
+def test_a_function_that_reads_hyper_parameters_is_counted_by_the_text() -> None:
+    register(hyper=lambda group: (group["lr"], group["momentum"], group["weight_decay"]))
+    by_function = run(0.9, "torch")
+    fusedaccum.unregister_rules(Signum)
+    register()
+    assert all(
+        tolerances.equal_bits(a, b) for a, b in zip(by_function, run(0.9, "torch"), strict=True)
+    )
+    fusedaccum.unregister_rules(Signum)
+    register(hyper=lambda group: (group["lr"],))
+    with pytest.raises(ValueError, match="hyper returned 1 numbers, and 3 are taken"):
+        run(0.9, "torch")
 
 
 def test_the_example_checks_itself() -> None:
@@ -212,7 +211,6 @@ def test_the_example_checks_itself() -> None:
         env={"PYTHONPATH": ".", "PATH": "/usr/bin:/bin", "HOME": str(Path.home())},
         capture_output=True,
         text=True,
-        timeout=300,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "fused rule 'ademamix'" in done.stdout

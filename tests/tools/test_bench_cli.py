@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,8 @@ from torch import Tensor
 from fusedaccum import cli
 from fusedaccum.bench import forms, gate, shapes
 from fusedaccum.bench import run as bench
-from fusedaccum.bench.forms import Form, Ours, Plan
+from fusedaccum.bench.forms import Form, Plan
+from fusedaccum.bench.ours import Operations, Wrapper
 from fusedaccum.doctor import machine
 from fusedaccum.doctor.checks import Wrong
 from tests.commands import run_command
@@ -24,6 +25,7 @@ from tests.commands import run_command
 CPU = torch.device("cpu")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 TINY = ["bench", "--shapes", "64x33,7*3,1", "--device", "cpu", "--seconds", "0.2"]
+SMALL = ((3, 31), (1,), (17,), (8193,))
 OPERATIONS = ["first micro-batch", "later micro-batch", "last, with its norm"]
 
 
@@ -116,26 +118,22 @@ def test_the_optimizers_of_the_command_line() -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_gate_lets_pass(optimizer: str, dtype: str) -> None:
     plan, like = Plan(optimizer, 3), torch.empty(0, dtype=DTYPES[dtype])
-    for kind in forms.kinds(CPU, like.dtype):
-        found = gate.gate(maker(kind), plan, like)
+    for kind in (Operations, Wrapper, *bench.kinds(CPU, like.dtype)):
+        found = gate.gate(kind, plan, like, SMALL)
         if kind.is_exact:
             assert found.grad_error < 1e-6 and found.update_error < 1e-3
         else:
             assert found.grad_error > 1e-4
 
 
-def maker(kind: type[Form]) -> Callable[[list[Tensor], Plan, bool], Form]:
-    return lambda params, plan, counts: forms.build([kind], params, plan, counts)[0]
-
-
-class CountedTwice(Ours):
+class CountedTwice(Wrapper):
     """Counts every gradient twice in whole windows; AdamW alone would hide it."""
 
     def micro_batch(self, grads: Sequence[Tensor], index: int) -> None:
         super().micro_batch([grad * 2 for grad in grads], index)
 
 
-class FirstForgotten(Ours):
+class FirstForgotten(Operations):
     """A single operation that stores where it should add."""
 
     def add(self, grads: Sequence[Tensor], index: int) -> None:
@@ -169,8 +167,8 @@ class Skipped(forms.Foreach):
 class NotClipped(forms.Foreach):
     """Steps without clipping, which SGD shows."""
 
-    def update(self) -> None:
-        self.step()
+    def clip(self, max_norm: float) -> None:
+        pass
 
 
 @pytest.mark.parametrize(
@@ -179,21 +177,21 @@ class NotClipped(forms.Foreach):
 def test_the_gate_refuses(kind: type[Form]) -> None:
     plan = Plan("sgd" if kind is NotClipped else "adamw", 4)
     with pytest.raises(Wrong):
-        gate.gate(maker(kind), plan, torch.empty(0, dtype=torch.bfloat16))
+        gate.gate(kind, plan, torch.empty(0, dtype=torch.bfloat16), SMALL)
 
 
 @pytest.mark.parametrize("optimizer", forms.OPTIMIZERS)
 def test_the_gate_refuses_any_optimizer_that_does_not_step(optimizer: str) -> None:
     with pytest.raises(Wrong, match="parameter off by"):
-        gate.gate(maker(Skipped), Plan(optimizer, 3), torch.empty(0, dtype=torch.bfloat16))
+        gate.gate(Skipped, Plan(optimizer, 3), torch.empty(0, dtype=torch.bfloat16), SMALL)
 
 
 def test_a_wrong_form_is_not_timed(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    original = Ours.micro_batch
+    original = Wrapper.micro_batch
     monkeypatch.setattr(
-        Ours,
+        Wrapper,
         "micro_batch",
         lambda self, grads, index: original(self, [1.001 * g.float() for g in grads], index),
     )
@@ -227,7 +225,7 @@ def test_nan_is_noticed_after_timing(
     assert cli.main([*TINY, "--json"]) == 1
     report = json.loads(capsys.readouterr().out)
     assert "NaN or Inf" in report["refused"]["native: blocks by hand"]
-    form = Ours([torch.zeros(5)], Plan(), True)
+    form = Wrapper([torch.zeros(5)], Plan())
     assert gate.is_finite(form)
     form.params[0].data[3] = math.nan
     monkeypatch.undo()

@@ -8,19 +8,20 @@ import os
 import subprocess
 import sys
 import tarfile
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from benchmarks import cases, gpu, measure
 from benchmarks import run as benchmarks_run
-from benchmarks.baselines import ForeachAdd, Form, PlainBF16, Plan
-from benchmarks.fused import FusedBackend
+from benchmarks.forms import FORMS
 from benchmarks.suites import Suite
+from fusedaccum.bench import gate, timing
+from fusedaccum.bench.forms import Plan
+from fusedaccum.bench.shapes import count
+from fusedaccum.doctor import machine
 from tests.threads import one_thread
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -41,7 +42,6 @@ def run(*arguments: str, out: Path, **environment: str) -> subprocess.CompletedP
         env=inherited | {"OUT": str(out), "OMP_NUM_THREADS": "1"} | environment,
         capture_output=True,
         text=True,
-        timeout=600,
         check=False,
     )
 
@@ -57,36 +57,36 @@ def check_rows(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def test_run_quick(tmp_path: Path) -> None:
-    done = run("benchmarks.run", "--device", "cpu", "--quick", out=tmp_path)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "REFUSED" not in done.stdout
-    (path,) = tmp_path.iterdir()
-    rows = check_rows(path)
-    assert {row["operation"] for row in rows} == {
-        *("accumulate_first", "accumulate", "accumulate_last_norm", "norm", "step", "window")
-    }
-    windows = {row["variant"]: row for row in rows if row["operation"] == "window"}
-    assert windows.keys() >= {"copy", "copy_again", "native_fp32", "fused_hooks", "plain_bf16"}
-    assert "SKIPPED flashoptim_24: " in done.stdout
-    assert windows["fused_hooks"]["grad_error"] < 1e-6 < windows["plain_bf16"]["grad_error"]
-    shown = run("benchmarks.run", "--show", str(path), out=tmp_path)
-    assert shown.returncode == 0 and "fused_hooks takes" in shown.stdout
-
-
-def test_gpu_dry_run(tmp_path: Path) -> None:
+def test_gpu_dry_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     done = run("benchmarks.gpu", "--dry-run", out=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
-    names = {path.name for path in tmp_path.iterdir()}
+    check_dry_run(tmp_path, capsys)
+
+
+def check_dry_run(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every part left its files, and no row is missing."""
+    names = {path.name for path in folder.iterdir()}
     assert len(names) <= 8 and "gpu.log" in names
-    for path in tmp_path.glob("*-quick.json"):
-        check_rows(path)
-    assert sum(name.endswith("-quick.json") for name in names) == 5
-    assert any(name.endswith("train_gpt.json") for name in names)
-    text = (tmp_path / "gpu.log").read_text("utf-8")
+    files = {path: check_rows(path) for path in folder.glob("*-quick.json")}
+    assert len(files) == 5 and any(name.endswith("train_gpt.json") for name in names)
+    assert {row["operation"] for rows in files.values() for row in rows} == {
+        *("accumulate_first", "accumulate", "accumulate_last_norm", "norm", "step", "window"),
+        *("linear_wgrad", "train_window"),
+    }
+    (cycle,) = (path for path in files if "cycle" in path.name)
+    assert {(row["group"], row["n"]) for row in files[cycle]} == {(1, 1), (2, 2)}
+    windows = {row["variant"]: row for row in files[cycle]}
+    assert windows.keys() >= {"copy", "copy_again", "native_fp32", "fused_hooks", "plain_bf16"}
+    assert windows["fused_hooks"]["grad_error"] < 1e-6 < windows["plain_bf16"]["grad_error"]
+    assert windows["copy"]["precision"] is None
+    assert "split masters" in windows["fused_hooks"]["precision"]
+    assert benchmarks_run.main(["--show", str(cycle)]) == 0
+    assert "fused_hooks takes" in capsys.readouterr().out
+    text = (folder / "gpu.log").read_text("utf-8")
     assert "accumulate, norm, finalize, step: each ran, and is right" in text
+    assert "REFUSED" not in text and "SKIPPED flashoptim_24: " in text
     if importlib.util.find_spec("matplotlib"):
-        (archive,) = tmp_path.glob("*-plots.tar.gz")
+        (archive,) = folder.glob("*-plots.tar.gz")
         with tarfile.open(archive) as packed:
             figures = {Path(name).name for name in packed.getnames()}
         assert figures >= {"share.svg", "cycle.svg", "tax.svg", "memory.svg"}
@@ -105,63 +105,16 @@ def test_gpu_refuses_to_start(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-class CountedTwice(FusedBackend):
-    """Counts every gradient twice; AdamW alone would hide it."""
-
-    def micro_batch(self, grads: Sequence[Tensor], index: int) -> None:
-        super().micro_batch([g * 2 for g in grads], index)
-
-
-class ShortOfOne(ForeachAdd):
-    """Misses the last element of every tensor."""
-
-    def add(self, grads: Sequence[Tensor]) -> None:
-        for acc, grad in zip(self.accs, grads, strict=True):
-            acc.view(-1)[:-1].add_(grad.view(-1)[:-1], alpha=1 / self.plan.n)
-
-
-class Rounded(ForeachAdd):
-    """Sums right, and then steps parameters that are only bf16."""
-
-    def update(self) -> None:
-        super().update()
-        for param, master in zip(self.params, self.shared.masters, strict=True):
-            master.data.copy_(param)
-
-
-class Skipped(ForeachAdd):
-    """Is fast because it does not step."""
-
-    def update(self) -> None:
-        pass
-
-
-@pytest.mark.parametrize("form", [CountedTwice, ShortOfOne, Rounded, Skipped])
-def test_the_gate_refuses(form: type[Form]) -> None:
-    with pytest.raises(measure.Refused):
-        measure.gate(form, cases.tiny(), torch.bfloat16, Plan(), CPU)
-
-
-@pytest.mark.parametrize("form", [FusedBackend, ForeachAdd])
+@pytest.mark.parametrize("name", ["fused_assigned", "per_tensor_add", "cast_add", "compiled"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("max_norm", [None, 1.0])
-def test_the_gate_lets_pass(form: type[Form], dtype: torch.dtype, max_norm: float | None) -> None:
-    found = measure.gate(form, cases.tiny(), dtype, Plan(max_norm=max_norm), CPU)
-    assert found.grad_error <= measure.MAX_GRAD_ERROR
-
-
-def test_plain_bf16_is_shown_with_its_error() -> None:
-    found = measure.gate(PlainBF16, cases.tiny(), torch.bfloat16, Plan(), CPU)
-    assert found.grad_error > 100 * measure.MAX_GRAD_ERROR
-    assert found.update_error > measure.MAX_UPDATE_ERROR
-
-
-def test_nan_is_noticed_after_timing() -> None:
-    form = FusedBackend(cases.random([(5,)], torch.bfloat16, CPU, seed=0), Plan())
-    form.micro_batch([torch.ones(5, dtype=torch.bfloat16)], 0)
-    assert measure.is_finite(form)
-    form.micro_batch([torch.full((5,), torch.nan, dtype=torch.bfloat16)], 1)
-    assert not measure.is_finite(form)
+def test_the_gate_lets_pass(
+    name: str, dtype: torch.dtype, max_norm: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The forms that `bench` does not have; what it refuses is in test_bench_cli.py."""
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    like = torch.empty(0, dtype=dtype)
+    assert gate.gate(FORMS[name], Plan(max_norm=max_norm), like, cases.tiny()).grad_error < 1e-6
 
 
 def test_variants_that_raise_are_left_out() -> None:
@@ -170,9 +123,9 @@ def test_variants_that_raise_are_left_out() -> None:
     def broken() -> None:
         raise ValueError("no")
 
-    samples = measure.interleave(
+    samples = timing.interleave(
         {"sound": lambda: None, "broken": broken},
-        measure.Clock(),
+        timing.Clock(),
         rounds=4,
         budget_s=60,
         refuse=lambda name, error: refused.update({name: str(error)}),
@@ -204,7 +157,7 @@ def test_the_cuda_clock_asks_for_what_it_should(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "_sleep", lambda n: calls.append(f"sleep {n}"), raising=False)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Properties())
-    clock = measure.CudaClock(CPU)
+    clock = timing.CudaClock(CPU)
     assert clock.buffer.nbytes == 4 * Properties.L2_cache_size
     calls.clear()
     elapsed, host = clock.time(lambda: calls.append("run"), 3.0)
@@ -214,7 +167,7 @@ def test_the_cuda_clock_asks_for_what_it_should(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_quantiles() -> None:
-    samples = measure.Samples(first=0.0, host=0.0, times=[4.0, 1.0, 3.0, 2.0, 5.0])
+    samples = timing.Samples(first=0.0, host=0.0, times=[4.0, 1.0, 3.0, 2.0, 5.0])
     assert [samples.quantile(q) for q in (0.0, 0.2, 0.5, 0.8, 1.0)] == [1.0, 1.8, 3.0, 4.2, 5.0]
 
 
@@ -231,25 +184,13 @@ def test_quantiles() -> None:
 )
 def test_shapes(name: str, n_tensors: int, n_elements: int) -> None:
     shapes = cases.SHAPES[name]()
-    assert (len(shapes), cases.count(shapes)) == (n_tensors, n_elements)
+    assert (len(shapes), count(shapes)) == (n_tensors, n_elements)
 
 
 def test_misaligned_tensors_are() -> None:
     for tensor in cases.random(cases.odd(), torch.bfloat16, CPU, seed=0, offset=1):
         assert tensor.data_ptr() % 16 and tensor.is_contiguous()
     assert all(g.data_ptr() % 16 for g in cases.gradients("unaligned", torch.bfloat16, CPU))
-
-
-def test_windows_of_several_n(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("OUT", str(tmp_path))
-    arguments = ["--device", "cpu", "--quick", "--only", "cycle", "--n", "1,4"]
-    with one_thread():
-        assert benchmarks_run.main(arguments) == 0
-    (path,) = tmp_path.iterdir()
-    rows = check_rows(path)
-    assert {(row["group"], row["n"]) for row in rows} == {(1, 1), (2, 4)}
-    known = {row["variant"]: row["precision"] for row in rows}
-    assert known["copy"] is None and "split masters" in known["fused_hooks"]
 
 
 def test_gemms_that_accumulate(
@@ -271,7 +212,7 @@ def test_what_does_not_fit_is_skipped(tmp_path: Path, monkeypatch: pytest.Monkey
     params = cases.random([(1000,)], torch.bfloat16, CPU, seed=0)
     names = ["fused_backend", "native_fp32", "foreach_add", "plain_bf16"]
     # 8 bytes per element for the ceilings, 16 and 18 for the first two; the third shares theirs.
-    monkeypatch.setattr(measure, "free_bytes", lambda device: 1000 * 43 / 0.9)
+    monkeypatch.setattr(machine, "memory_bytes", lambda device: 1000 * 43 / 0.9)
     assert [*suite.build(names, params, suite.plan)] == names[:3]
     assert list(suite.skipped) == ["plain_bf16, 1,000 elements"]
     assert not suite.refused

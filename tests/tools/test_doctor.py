@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import math
 import os
 import re
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from fusedaccum import cli
+from fusedaccum.backends import Add, Finalize, Keep, Step, SumOfSquares
+from fusedaccum.backends.aten import TorchBackend
 from fusedaccum.backends.compiled import compiler
 from fusedaccum.backends.compiled import source as cgen
 from fusedaccum.doctor import checks
+from fusedaccum.doctor import rules as check_rules
 from fusedaccum.doctor import run as doctor
 from fusedaccum.doctor import steps as check_steps
 from fusedaccum.rules.builtin import RULES
@@ -24,7 +27,6 @@ from fusedaccum.window.weights import Window
 from tests.cases import WithoutCompiler, forget_compiled
 from tests.commands import run_command
 
-TORCH = importlib.import_module("fusedaccum.backends.aten").TorchBackend
 CPU = torch.device("cpu")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 ALL_CHECKS = doctor.checks_of
@@ -81,6 +83,8 @@ def test_what_is_checked_covers_every_rule_and_layout() -> None:
     more = {check.name for check in ALL_CHECKS(CPU, None, True)}
     assert names < more
     for rule in RULES:
+        judged = any(name.startswith(f"rule {rule}, torch.optim.") for name in names)
+        assert judged is (rule != "lion")  # torch has none
         for layout in ("fp32", "bf16", *(f"bf16{kind}" for kind in check_steps.KINDS.values())):
             assert f"step {rule}, {layout}" in names
         assert any(re.fullmatch(rf"step {rule}, .*, unaligned", name) for name in names)
@@ -133,48 +137,50 @@ def test_inputs_are_new_each_time() -> None:
 
 
 def after(method: str, spoil: Callable[..., None]) -> Callable[[pytest.MonkeyPatch], None]:
-    """A fault: `spoil(*arguments)` runs after the CPU backend's `method`."""
+    """A fault: `spoil(request)` runs after the CPU backend's `method`."""
 
     def install(monkeypatch: pytest.MonkeyPatch) -> None:
-        original = getattr(TORCH, method)
+        original = getattr(TorchBackend, method)
 
-        def broken(self: Any, *args: Any) -> None:
-            original(self, *args)
-            spoil(*args)
+        def broken(self: Any, request: Any) -> None:
+            original(self, request)
+            spoil(request)
 
-        monkeypatch.setattr(TORCH, method, broken)
+        monkeypatch.setattr(TorchBackend, method, broken)
 
     return install
 
 
-def last_of_sum(accs: Any, *_: Any) -> None:
-    accs[-1][-1] *= 1 + 1e-6
+def last_of_sum(request: Add) -> None:
+    acc, _ = request.pairs[-1]
+    acc[-1] *= 1 + 1e-6
 
 
-def nan_in_a_state(batch: Any, *_: Any) -> None:
-    batch.states[-1][0][40_000] = math.nan
+def nan_in_a_state(request: Step) -> None:
+    request.tensors[-1].states[0][40_000] = math.nan
 
 
-def beyond_the_end(batch: Any, *_: Any) -> None:
-    param = batch.params[3]
+def beyond_the_end(request: Step) -> None:
+    param = request.tensors[3].param
     param.as_strided((1,), (1,), param.storage_offset() + param.numel()).zero_()
 
 
-def wrong_remainder(batch: Any, *_: Any) -> None:
-    if batch.master == "split":
-        batch.masters[5][7] += 300
+def wrong_remainder(request: Step) -> None:
+    master = request.tensors[5].master
+    if request.keep is Keep.SPLIT and master is not None:
+        master[7] += 300
 
 
-def wrong_count(request: Any, batches: Any, scalars: Any) -> None:
-    scalars.steps += 1
+def wrong_count(request: Finalize) -> None:
+    request.scalars.steps.add_(1)
 
 
-def never_skips(request: Any, batches: Any, scalars: Any) -> None:
-    scalars.skip.zero_()
+def never_skips(request: Finalize) -> None:
+    request.scalars.skip.zero_()
 
 
-def wrong_sums(tensors: Any, partials: Any, cells: Any) -> None:
-    partials[cells[-1] + 1] *= 1.0002
+def wrong_sums(request: SumOfSquares) -> None:
+    request.sums[request.cells[-1] + 1] *= 1.0002
 
 
 def text_of_rules(old: str, new: str) -> Callable[[pytest.MonkeyPatch], None]:
@@ -314,3 +320,22 @@ def test_wrong_usage(
 def test_no_command_prints_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main([]) == 0
     assert "doctor" in capsys.readouterr().out
+
+
+def test_a_rule_whose_text_is_wrong_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rules that the steps are checked by are themselves held against torch.optim."""
+    original = check_rules.as_torch
+
+    def wrong(*args: Any) -> Any:
+        text = dict(vars(original(*args)))
+        sgd = text["sgd"]
+        text["sgd"] = lambda param, grad, *rest: sgd(param, grad * (1 + 1e-9), *rest)
+        return SimpleNamespace(**text)
+
+    monkeypatch.setattr(check_rules, "as_torch", wrong)
+    for check in check_rules.all_checks():
+        if check.name == "rule sgd, torch.optim.SGD":
+            with pytest.raises(checks.Wrong, match="parameter after update 1"):
+                check.run()
+        else:
+            check.run()

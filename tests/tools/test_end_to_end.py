@@ -14,9 +14,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from benchmarks import decoder, end_to_end, measure, memory, plot
-from benchmarks.baselines import Plan
+from benchmarks import decoder, end_to_end, memory, plot
 from benchmarks.loops import LOOPS, Fused, Loop, Native, Plain
+from fusedaccum.bench.forms import Plan
+from fusedaccum.doctor.checks import Wrong
 from tests.threads import one_thread
 
 CPU = torch.device("cpu")
@@ -44,13 +45,13 @@ def errors(make: type[Loop], model: nn.Module) -> dict[str, float]:
 @pytest.mark.parametrize("make", [Native, Fused])
 def test_exact_loops_pass(make: type[Loop], model: nn.Module) -> None:
     found = errors(make, model)
-    assert found["grad_error"] <= measure.MAX_GRAD_ERROR
-    assert found["update_error"] <= measure.MAX_UPDATE_ERROR
+    assert found["grad_error"] <= end_to_end.MAX_GRAD_ERROR
+    assert found["update_error"] <= end_to_end.MAX_UPDATE_ERROR
     assert found["noise"] == 0.0  # or the two bounds would not be the gate's
 
 
 def test_plain_bf16_passes_with_its_error(model: nn.Module) -> None:
-    assert errors(Plain, model)["grad_error"] > 100 * measure.MAX_GRAD_ERROR
+    assert errors(Plain, model)["grad_error"] > 100 * end_to_end.MAX_GRAD_ERROR
 
 
 class NotDivided(Native):
@@ -93,7 +94,7 @@ class Rounded(Plain):
 
 @pytest.mark.parametrize("make", [NotDivided, OneMissing, NotCopied, Rounded])
 def test_the_gate_refuses(make: type[Loop]) -> None:
-    with pytest.raises(measure.Refused):
+    with pytest.raises(Wrong):
         errors(make, decoder.build(SIZES, CPU, "plain")[0])
 
 

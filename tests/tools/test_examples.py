@@ -27,7 +27,6 @@ def run(name: str, directory: Path, *options: str, status: int = 0) -> str:
         cwd=directory,
         env=environment,
         check=False,
-        timeout=300,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -33,7 +33,7 @@ def warned(*words: str) -> bool:
 def test_warnings_of_a_sound_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     monkeypatch.setattr(machine, "usable_cores", lambda: float(torch.get_num_threads()))
-    monkeypatch.setattr(machine, "_driver", lambda: None)
+    monkeypatch.setattr(machine, "driver", lambda: None)
     if compiler.find() and native._openmp() and not torch.cuda.is_available():
         assert machine.warnings() == []
 
@@ -113,7 +113,7 @@ def test_a_gpu_that_torch_does_not_use(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.version, "cuda", build)
     monkeypatch.setattr(torch.version, "hip", None)
-    monkeypatch.setattr(machine, "_driver", lambda: "535.1")
+    monkeypatch.setattr(machine, "driver", lambda: "535.1")
     assert warned("GPU driver (535.1)", words)
 
 

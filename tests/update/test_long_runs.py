@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from fusedaccum import FusedAccumOptimizer
-from fusedaccum.rules import builtin as rules
+from fusedaccum.rules.builtin import RULES
 from tests.cases import Case, case_id
 
 UPDATES, RUNS, BATCH, INPUTS, HIDDEN = 2000, 8, 16, 12, 12
@@ -37,7 +37,7 @@ PER_SAMPLE = torch.full((RUNS, BATCH, 1), 1 / BATCH)
 DTYPES = {"fp32": torch.float32, "split": torch.bfloat16, "none": torch.bfloat16}
 LIMIT = 3.0  # standard errors; a chance of 0.3 % for normal errors, and the samples are fixed
 
-BUILT_IN = set(rules.RULES)
+BUILT_IN = set(RULES)
 
 
 def _case(rule: str, kind: Any, **options: Any) -> Case:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fusedaccum import FusedAccumOptimizer, functional
-from fusedaccum.backends import reference
+from fusedaccum.backends import Keep, reference
 from tests.cases import Gradients, case_id, small_model
 from tests.tolerances import equal_bits
 
@@ -92,7 +92,7 @@ def test_modes(dtype: torch.dtype, mode: str | None, kind: str) -> None:
     assert ("master_param" in state) is (kind != "none")
     assert (f"with {kind} master" in repr(opt)) is (kind != "none")
     updater = opt._core.updater
-    assert updater.masters[updater.collector.slots[model.params[0]]].kind == kind
+    assert updater.masters[updater.collector.slots[model.params[0]]].keep is Keep(kind)
 
 
 def test_mixed_dtypes_in_one_group() -> None:

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fusedaccum import backends
-from fusedaccum.backends import StepBatch, UpdateRequest, UpdateScalars, reference
+from fusedaccum.backends import Finalize, Keep, Step, StepTensor, UpdateScalars, reference
 from fusedaccum.kernels import _math
 from fusedaccum.rules.builtin import RULES
 from fusedaccum.update.masters import Master
@@ -107,22 +107,20 @@ def test_a_step_that_moves_nothing_keeps_every_master(backend: Any) -> None:
     """Lion without a rate: the step alone, on each backend, with all pairs in its memory."""
     high, remainder = (t.to(backend.device) for t in all_pairs())
     rule = RULES["lion"]
-    batch = StepBatch(rule, "split", rows=[0], groups=[0])
-    batch.params.append(high.clone())
-    batch.masters.append(remainder.clone())
-    batch.accs.append(torch.zeros(len(high), device=backend.device))
-    batch.states.append((torch.zeros(len(high), device=backend.device),))
+    acc, exp_avg = (torch.zeros(len(high), device=backend.device) for _ in range(2))
+    param, master = high.clone(), remainder.clone()
+    tensors = [StepTensor(param, acc, (exp_avg,), row=0, group=0, master=master)]
     scalars = UpdateScalars(1, rule.family.n_scalars, backend.device)
-    request = UpdateRequest(rule.family, [(1.0, 0.0, 0.9, 0.99, 0.0)], None, 1.0, None, False)
-    backend.finalize(request, [batch], scalars)
-    backend.step(batch, scalars)
+    step = Step(rule, Keep.SPLIT, tensors, scalars)
+    backend.finalize(Finalize([step], [(1.0, 0.0, 0.9, 0.99, 0.0)]))
+    backend.step(step)
     bits = expected_bits(high, remainder)
     shown = torch.where(high.isnan(), torch.full_like(high, torch.nan), high)
     # A NaN has no remainder; neither has what came without a legitimate one.
     alone = (bits & 0xFFFF == 0) | high.isnan()
     kept = torch.where(alone, torch.zeros_like(remainder), remainder)
-    assert equal_bits(batch.params[0], shown)
-    assert torch.equal(batch.masters[0], kept)
+    assert equal_bits(param, shown)
+    assert torch.equal(master, kept)
 
 
 def test_without_the_guard_half_of_the_zeros_would_be_nan() -> None:
@@ -138,7 +136,7 @@ def test_a_checkpoint_s_master_under_parameters_that_were_written_since() -> Non
     as 0."""
     loaded = torch.tensor([1.001, 1.001, 1.001, float("nan"), 1e-41, 3.4e38])
     param = torch.tensor([1.0, 1.5, 0.0, 2.0, 0.0, float("inf")]).bfloat16()
-    master = Master(Slot(param, Block([param]), 0, 0, 0), "split")
+    master = Master(Slot(param, Block([param]), 0, 0, 0), Keep.SPLIT)
     master.refresh()
     assert master.tensor is not None
     master.tensor.fill_(99)

@@ -8,30 +8,33 @@ accumulators, parameters and states come out as in Triton's interpreter, bit for
 
 from __future__ import annotations
 
-import ast
-
 import torch
 
-from ...rules import as_torch as rule_text
-from ...rules.builtin import Rule
-from ..tables import CHUNK, OWN
+from ...kernels import layout
+from ...kernels.layout import ScalarsRow, StepRow
+from ...rules import as_c, text
+from ...rules.rule import Rule
+from ..keep import Keep
 
-_CALLS = {"sqrt": "sqrtf", "abs": "fabsf"}
-_OPERATORS = {ast.Add: "+", ast.Sub: "-", ast.Mult: "*", ast.Div: "/"}
-_COMPARISONS = {
-    ast.Lt: "<",
-    ast.LtE: "<=",
-    ast.Gt: ">",
-    ast.GtE: ">=",
-    ast.Eq: "==",
-    ast.NotEq: "!=",
-}
+
+def _layout() -> str:
+    """The numbers of `kernels/layout.py` in C: CHUNK, StepRow_PARAM and so on."""
+    lines = []
+    for name, value in vars(layout).items():
+        if isinstance(value, type):
+            columns = {f"{name}_{key}": n for key, n in vars(value).items() if key.isupper()}
+            lines += [f"enum {{ {key} = {n} }};" for key, n in columns.items()]
+        elif isinstance(value, int):
+            lines.append(f"static const uint32_t {name} = {value}u;")
+    return "\n".join(lines)
+
 
 _PRELUDE = """
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
-enum { CHUNK = %(chunk)d, LANES = 16 };
+enum { LANES = 16 };
+%(layout)s
 static inline float bits_to_float(uint32_t bits) { float x; memcpy(&x, &bits, 4); return x; }
 static inline uint32_t float_to_bits(float x) { uint32_t bits; memcpy(&bits, &x, 4); return bits; }
 static inline float from_bf16(uint16_t x) { return bits_to_float((uint32_t)x << 16); }
@@ -50,11 +53,11 @@ static inline float join_master(uint16_t high, int16_t remainder) {
 }
 /* rounding.py: hash of 32 bits, and stochastic rounding. */
 static inline uint32_t mix_bits(uint32_t x) {
-  x ^= x >> 16; x *= 0x7FEB352Du; x ^= x >> 15; x *= 0x846CA68Bu; return x ^ (x >> 16);
+  x ^= x >> 16; x *= MIX_FIRST; x ^= x >> 15; x *= MIX_SECOND; return x ^ (x >> 16);
 }
 static inline uint16_t to_bf16_stochastic(float x, uint32_t key, uint32_t i) {
-  uint32_t rounded = (float_to_bits(x) + (mix_bits(key + i * 0x9E3779B9u) >> 16)) >> 16;
-  return x != x ? (uint16_t)0x7FC0u : (uint16_t)rounded;
+  uint32_t rounded = (float_to_bits(x) + (mix_bits(key + i * GOLDEN) >> 16)) >> 16;
+  return x != x ? (uint16_t)QUIET_NAN_HIGH : (uint16_t)rounded;
 }
 
 /* Every loop has this signature: tables, a third array, a scale, and a range of chunks. */
@@ -90,10 +93,11 @@ void %(name)s(const int64_t *table, const int32_t *chunks, void *third, float sc
               int64_t begin, int64_t end) {
   float *partials = third;
   for (int64_t pid = begin; pid < end; ++pid) {
-    const int64_t *row = table + %(columns)d * (int64_t)chunks[2 * pid];
-    const int64_t start = chunks[2 * pid + 1] * (int64_t)CHUNK, left = row[2] - start;
-    const %(type)s *restrict grad = (const %(type)s *)row[0] + start;
-    float *restrict acc = (float *)row[1] + start;
+    const int64_t *row = table + AccumulateRow_COLUMNS * (int64_t)chunks[2 * pid];
+    const int64_t start = chunks[2 * pid + 1] * (int64_t)CHUNK;
+    const int64_t left = row[AccumulateRow_NUMEL] - start;
+    const %(type)s *restrict grad = (const %(type)s *)row[AccumulateRow_GRAD] + start;
+    float *restrict acc = (float *)row[AccumulateRow_ACC] + start;
     const int64_t n = left < CHUNK ? left : CHUNK;
     float sums[LANES] = {0};
     int64_t i = 0;
@@ -113,7 +117,7 @@ void %(name)s(const int64_t *table, const int32_t *chunks, void *third, float sc
     if (%(norm)d) {
       double total = 0;
       for (int lane = 0; lane < LANES; ++lane) total += sums[lane];
-      partials[row[3] + chunks[2 * pid + 1]] = (float)total;
+      partials[row[AccumulateRow_PARTIAL] + chunks[2 * pid + 1]] = (float)total;
     }
   }
 }
@@ -124,9 +128,10 @@ void %(name)s(const int64_t *table, const int32_t *chunks, void *third, float un
               int64_t begin, int64_t end) {
   float *partials = third;
   for (int64_t pid = begin; pid < end; ++pid) {
-    const int64_t *row = table + 3 * (int64_t)chunks[2 * pid];
-    const int64_t start = chunks[2 * pid + 1] * (int64_t)CHUNK, left = row[1] - start;
-    const %(type)s *restrict data = (const %(type)s *)row[0] + start;
+    const int64_t *row = table + SquaresRow_COLUMNS * (int64_t)chunks[2 * pid];
+    const int64_t start = chunks[2 * pid + 1] * (int64_t)CHUNK;
+    const int64_t left = row[SquaresRow_NUMEL] - start;
+    const %(type)s *restrict data = (const %(type)s *)row[SquaresRow_DATA] + start;
     const int64_t n = left < CHUNK ? left : CHUNK;
     float sums[LANES] = {0};
     int64_t i = 0;
@@ -138,7 +143,7 @@ void %(name)s(const int64_t *table, const int32_t *chunks, void *third, float un
     for (; i < n; ++i) { float value = %(load)s(data[i]); sums[0] += value * value; }
     double total = 0;
     for (int lane = 0; lane < LANES; ++lane) total += sums[lane];
-    partials[row[2] + chunks[2 * pid + 1]] = (float)total;
+    partials[row[SquaresRow_PARTIAL] + chunks[2 * pid + 1]] = (float)total;
   }
 }
 """
@@ -149,16 +154,18 @@ void step(const int64_t *table, const int32_t *chunks, void *third, float unused
   const float *all_scalars = third;
   for (int64_t pid = begin; pid < end; ++pid) {
     const int64_t *row = table + %(columns)d * (int64_t)chunks[2 * pid];
-    const int64_t start = chunks[2 * pid + 1] * (int64_t)CHUNK, left = row[3] - start;
+    const int64_t start = chunks[2 * pid + 1] * (int64_t)CHUNK;
+    const int64_t left = row[StepRow_NUMEL] - start;
     const int64_t n = left < CHUNK ? left : CHUNK;
-    %(type)s *restrict params = (%(type)s *)row[0] + start;
-    %(master_type)s *restrict masters = (%(master_type)s *)row[1] + start;
-    const float *restrict accs = (const float *)row[2] + start;
+    %(type)s *restrict params = (%(type)s *)row[StepRow_PARAM] + start;
+    %(master_type)s *restrict masters = (%(master_type)s *)row[StepRow_MASTER] + start;
+    const float *restrict accs = (const float *)row[StepRow_ACC] + start;
     %(state_pointers)s
-    const float *scalars = all_scalars + row[4] * %(scalar_columns)d;
-    const float coef = scalars[0];
-    const uint32_t key =
-        mix_bits(mix_bits((uint32_t)row[1] ^ (uint32_t)scalars[1]) + (uint32_t)chunks[2 * pid + 1]);
+    const float *scalars = all_scalars + row[StepRow_TENSOR] * %(scalar_columns)d;
+    const float coef = scalars[ScalarsRow_COEF];
+    const uint32_t key = mix_bits(
+        mix_bits((uint32_t)row[StepRow_KEY] ^ (uint32_t)scalars[ScalarsRow_STEP])
+        + (uint32_t)chunks[2 * pid + 1]);
     %(scalar_values)s
     for (int64_t i = 0; i < n; ++i) {
       %(load_param)s
@@ -173,20 +180,20 @@ void step(const int64_t *table, const int32_t *chunks, void *third, float unused
 """
 
 _LOAD_PARAM = {
-    "none": "float param = %(load)s(params[i]);",
-    "split": "float param = join_master(params[i], masters[i]);",
-    "stochastic": "float param = %(load)s(params[i]);",
-    "fp32": "float param = masters[i];"
+    Keep.PARAM: "float param = %(load)s(params[i]);",
+    Keep.SPLIT: "float param = join_master(params[i], masters[i]);",
+    Keep.STOCHASTIC: "float param = %(load)s(params[i]);",
+    Keep.FP32: "float param = masters[i];"
     " if (%(load)s(%(store)s(param)) != %(load)s(params[i])) param = %(load)s(params[i]);",
 }
 _STORE_PARAM = {
-    "none": "params[i] = %(store)s(param);",
-    "split": "int32_t bits = (int32_t)float_to_bits(param == param ? param : NAN);"
-    " int32_t high = (int32_t)((uint32_t)bits + 0x8000u) >> 16;"
+    Keep.PARAM: "params[i] = %(store)s(param);",
+    Keep.SPLIT: "int32_t bits = (int32_t)float_to_bits(param == param ? param : NAN);"
+    " int32_t high = (int32_t)((uint32_t)bits + ROUND_HALF) >> 16;"
     " params[i] = (uint16_t)high;"
     " masters[i] = (int16_t)(uint32_t)((uint32_t)bits - ((uint32_t)high << 16));",
-    "stochastic": "params[i] = to_bf16_stochastic(param, key, (uint32_t)i);",
-    "fp32": "params[i] = %(store)s(param); masters[i] = param;",
+    Keep.STOCHASTIC: "params[i] = to_bf16_stochastic(param, key, (uint32_t)i);",
+    Keep.FP32: "params[i] = %(store)s(param); masters[i] = param;",
 }
 
 
@@ -204,7 +211,7 @@ def sum_of_squares_name(dtype: torch.dtype) -> str:
 def reduce_source(dtype: torch.dtype) -> str:
     """C source of every accumulate and sum-of-squares loop of a gradient dtype."""
     c_type, load, _ = _C_TYPES[dtype]
-    parts = [_PRELUDE % {"chunk": CHUNK}]
+    parts = [_PRELUDE % {"layout": _layout()}]
     for first in (False, True):
         for norm in (False, True):
             parts.append(
@@ -213,7 +220,6 @@ def reduce_source(dtype: torch.dtype) -> str:
                     "name": accumulate_name(dtype, first, norm),
                     "type": c_type,
                     "load": load,
-                    "columns": 4,
                     "first": first,
                     "norm": norm,
                 }
@@ -224,97 +230,29 @@ def reduce_source(dtype: torch.dtype) -> str:
     return "".join(parts)
 
 
-def step_source(rule: Rule, dtype: torch.dtype, master: str) -> str:
-    """C source of the step loop of a rule for one parameter dtype and master layout."""
+def step_source(rule: Rule, dtype: torch.dtype, keep: Keep) -> str:
+    """C source of the step loop of a rule for one parameter dtype and `Keep`."""
     c_type, load, store = _C_TYPES[dtype]
-    function = rule_text.function(rule.family.kernels, rule.name)
-    states, scalars, body, results = translate(function)
+    loop = as_c.translate(text.function(rule.family.kernels, rule.name))
     indices = range(len(rule.states))
-    return _PRELUDE % {"chunk": CHUNK} + _STEP % {
-        "columns": 5 + len(rule.states),
+    return _PRELUDE % {"layout": _layout()} + _STEP % {
+        "columns": StepRow.STATES + len(rule.states),
         "type": c_type,
-        "master_type": "int16_t" if master == "split" else "float",
+        "master_type": "int16_t" if keep is Keep.SPLIT else "float",
         "state_pointers": "\n    ".join(
-            f"float *restrict state{i} = (float *)row[{5 + i}] + start;" for i in indices
+            f"float *restrict state{i} = (float *)row[{StepRow.STATES + i}] + start;"
+            for i in indices
         ),
-        "scalar_columns": OWN + rule.family.n_scalars,
+        "scalar_columns": ScalarsRow.OWN + rule.family.n_scalars,
         "scalar_values": "\n    ".join(
-            f"const float {name} = scalars[{OWN + i}];" for i, name in enumerate(scalars)
+            f"const float {name} = scalars[{ScalarsRow.OWN + i}];"
+            for i, name in enumerate(loop.scalars)
         ),
-        "load_param": _LOAD_PARAM[master] % {"load": load, "store": store},
-        "load_states": " ".join(f"float {s} = state{i}[i];" for i, s in enumerate(states)),
-        "body": "\n      ".join(body),
-        "store_param": _STORE_PARAM[master] % {"load": load, "store": store},
-        "store_states": " ".join(f"state{i}[i] = {result};" for i, result in enumerate(results)),
+        "load_param": _LOAD_PARAM[keep] % {"load": load, "store": store},
+        "load_states": " ".join(f"float {s} = state{i}[i];" for i, s in enumerate(loop.states)),
+        "body": "\n      ".join(loop.body),
+        "store_param": _STORE_PARAM[keep] % {"load": load, "store": store},
+        "store_states": " ".join(
+            f"state{i}[i] = {result};" for i, result in enumerate(loop.results)
+        ),
     }
-
-
-def translate(function: ast.FunctionDef) -> tuple[list[str], list[str], list[str], list[str]]:
-    """Names of the states and of the scalars, C statements, and the new states' expressions.
-
-    Raises:
-        ValueError: naming what is no straight-line arithmetic.
-    """
-    unpacked: dict[str, list[str]] = {"states": [], "scalars": []}
-    declared = {"param", "grad"}
-    body: list[str] = []
-    for statement in function.body:
-        if isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant):
-            continue  # the docstring
-        if isinstance(statement, ast.Return) and isinstance(statement.value, ast.Tuple):
-            param, states = statement.value.elts
-            if not (isinstance(param, ast.Name) and param.id == "param"):
-                raise _unsupported(function, statement)
-            results = states.elts if isinstance(states, ast.Tuple) else []
-            expressions = [_expression(function, result) for result in results]
-            return unpacked["states"], unpacked["scalars"], body, expressions
-        if not isinstance(statement, ast.Assign) or len(statement.targets) != 1:
-            raise _unsupported(function, statement)
-        target, value = statement.targets[0], statement.value
-        if isinstance(target, ast.Tuple) and isinstance(value, ast.Name):
-            names = [element.id for element in target.elts if isinstance(element, ast.Name)]
-            unpacked[value.id] = names
-            declared.update(names)
-        elif isinstance(target, ast.Name):
-            kind = "" if target.id in declared else "float "
-            declared.add(target.id)
-            body.append(f"{kind}{target.id} = {_expression(function, value)};")
-        else:
-            raise _unsupported(function, statement)
-    raise _unsupported(function, function)
-
-
-def _expression(function: ast.FunctionDef, node: ast.expr) -> str:
-    """A Python expression as C, in the same order of operations."""
-
-    def c(child: ast.expr) -> str:
-        return _expression(function, child)
-
-    if isinstance(node, ast.Name):
-        return node.id
-    if isinstance(node, ast.Constant) and isinstance(node.value, (int, float)):
-        return f"{float(node.value)!r}f"
-    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
-        return f"(-{c(node.operand)})"
-    if isinstance(node, ast.BinOp) and type(node.op) in _OPERATORS:
-        return f"({c(node.left)} {_OPERATORS[type(node.op)]} {c(node.right)})"
-    if isinstance(node, ast.Compare) and len(node.ops) == 1 and type(node.ops[0]) in _COMPARISONS:
-        return f"({c(node.left)} {_COMPARISONS[type(node.ops[0])]} {c(node.comparators[0])})"
-    if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
-        name, arguments = node.func.attr, [c(a) for a in node.args]
-        if name in _CALLS:
-            return f"{_CALLS[name]}({arguments[0]})"
-        if name == "where":
-            return f"({arguments[0]} ? {arguments[1]} : {arguments[2]})"
-        if name in ("maximum", "minimum"):
-            sign = ">" if name == "maximum" else "<"
-            a, b = arguments
-            return f"({a} {sign} {b} ? {a} : {b})"
-    raise _unsupported(function, node)
-
-
-def _unsupported(function: ast.FunctionDef, node: ast.AST) -> ValueError:
-    return ValueError(
-        f"rule {function.name}: {ast.unparse(node)!r} cannot be translated to C; a rule is "
-        "assignments of + - * /, comparisons and tl.sqrt, abs, maximum, minimum, where"
-    )

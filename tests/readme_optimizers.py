@@ -1,27 +1,18 @@
-"""README's table of which optimizer takes which path, made from the code.
-
-python -m tests.optimizer_table          print it
-python -m tests.optimizer_table --write  put it into README.md
-"""
+"""README's table of which optimizer takes which path, made from the code (`readme_tables.py`)."""
 
 from __future__ import annotations
 
-import argparse
 import importlib
-import sys
 import warnings
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch.testing._internal.common_optimizers import optim_db
 
 from fusedaccum import FusedAccumOptimizer
-from fusedaccum.rules import packages as foreign
+from fusedaccum.rules import packages
 
-README = Path(__file__).resolve().parent.parent / "README.md"
-BEGIN, END = "<!-- optimizers: python -m tests.optimizer_table --write -->", "<!-- end -->"
 # Packages and, of each, optimizers that stand for it: (module, classes, options).
 OTHERS: dict[str, tuple[str, tuple[str, ...], dict[str, Any]]] = {
     "lion-pytorch": ("lion_pytorch", ("Lion",), {}),
@@ -47,7 +38,7 @@ class Package:
 
     def add(self, optimizer: torch.optim.Optimizer) -> None:
         """Ask the code where `optimizer` belongs."""
-        if foreign.refusal(optimizer):
+        if packages.refusal(optimizer):
             names = self.refused
         else:
             wrapped = FusedAccumOptimizer(optimizer)
@@ -81,44 +72,21 @@ def _other(module_name: str, names: tuple[str, ...], options: dict[str, Any]) ->
 
 def table() -> str:
     """The table and the reasons beneath it, in Markdown."""
-    packages = {"torch.optim": _torch()}
-    packages |= {package: _other(*arguments) for package, arguments in OTHERS.items()}
+    tables = {"torch.optim": _torch()}
+    tables |= {package: _other(*arguments) for package, arguments in OTHERS.items()}
     reasons = []
-    for module, refusals in foreign.REFUSED.items():
+    for module, refusals in packages.REFUSED.items():
         package = next(name for name, (m, *_) in OTHERS.items() if m.split(".")[0] == module)
         by_reason: dict[str, list[str]] = {}
         for name, reason in refusals.items():
             by_reason.setdefault(reason, []).append("all" if name == "*" else f"`{name}`")
         for reason, names in by_reason.items():
             if names != ["all"]:
-                packages[package].refused += names
+                tables[package].refused += names
             reasons.append(f"- {package}, {', '.join(names)}: {reason}.")
     lines = ["| package | fused rule | its own `step()` | refused |", "|---|---|---|---|"]
-    for package, found in packages.items():
+    for package, found in tables.items():
         columns = (found.fused, found.native, found.refused)
         cells = [", ".join(dict.fromkeys(names)) for names in columns]
         lines.append(f"| {package} | {' | '.join(cells)} |")
     return "\n".join([*lines, "", "Why some are refused:", "", *reasons]) + "\n"
-
-
-def in_readme(text: str) -> tuple[str, str, str]:
-    """README before, in and after the table."""
-    before, rest = text.split(BEGIN + "\n")
-    inside, after = rest.split(END)
-    return before, inside, after
-
-
-def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--write", action="store_true", help="put it into README.md")
-    made = table()
-    if not parser.parse_args(argv).write:
-        print(made, end="")
-        return 0
-    before, _, after = in_readme(README.read_text(encoding="utf-8"))
-    README.write_text(f"{before}{BEGIN}\n{made}{END}{after}", encoding="utf-8")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
