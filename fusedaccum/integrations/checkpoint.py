@@ -22,6 +22,7 @@ from torch.optim import Optimizer
 from ..rules import registry
 from ..update.updater import Updater
 from ..window.collector import Collector
+from ..window.saved import go_on, open_accumulators, window_numbers, zeros
 from ..window.slots import PARAM_DTYPES, Fill, Slot
 from .entries import (
     IS_OPEN,
@@ -58,8 +59,9 @@ def save(inner: StateDict, updater: Updater) -> StateDict:
     collector, window = updater.collector, updater.collector.window
     slots = _indexed(updater.optimizer, collector)
     state = without_ours(inner)
-    accumulators = _open_accumulators(slots, collector)
-    overflow = 0.0 if collector.scaling.overflow is None else float(collector.scaling.overflow)
+    held, numbers = open_accumulators(collector), window_numbers(collector)
+    zeroed = set() if held else zeros(collector)
+    accumulators = {i: held[s.param] for i, s in slots.items() if s.param in held}
     is_open = bool(window.micro_batches or accumulators)
     steps: dict[int, float] = {}
     masters: dict[int, Tensor] = {}
@@ -81,26 +83,18 @@ def save(inner: StateDict, updater: Updater) -> StateDict:
         if step is not None and "step" not in (entry or {}):
             steps[index] = step
         if index in accumulators and index in may_window:
-            numbers = open_window(slot, window, overflow, step)
-            state.setdefault(index, {}).update(numbers)
+            of_window = open_window(slot, numbers, window.steps, step)
+            state.setdefault(index, {}).update(of_window)
         if index in state:
             state[index][MICRO_BATCHES] = number(window.micro_batches)
             state[index][IS_OPEN] = number(is_open)
     extra: StateDict = {
         "version": VERSION,
         "gradient_accumulation_steps": window.steps,
-        "window": {
-            "micro_batches": window.micro_batches,
-            "total": window.total,
-            "reference": window.reference,
-            "is_explicit": window.is_explicit,
-            "overflow": overflow,
-            "weight": window.weight,
-            "max_norm": window.max_norm,
-        },
+        "window": numbers,
         "accumulators": accumulators,
         "arrived": [i for i in accumulators if slots[i].fill is Fill.CURRENT],
-        "zeros": [] if is_open else _zeros(slots),
+        "zeros": [i for i, s in slots.items() if s.param in zeroed],
         "steps": steps,
         "masters": masters,
         "skipped_steps": updater.states.skipped,
@@ -122,31 +116,6 @@ def _may_lack_states(updater: Updater, surely: bool) -> set[int]:
                 found.add(index)
         start += len(group["params"])
     return found
-
-
-def _open_accumulators(slots: dict[int, Slot], collector: Collector) -> dict[int, Tensor]:
-    """The accumulators of a window that is still to be updated.
-
-    Where the loop owns the window, `param.grad` may still show the last one, which it need not.
-    """
-    window = collector.window
-    if not window.micro_batches and not collector.has_arrivals:
-        return {}
-    return {
-        i: s.grad
-        for i, s in slots.items()
-        if s.fill and s.grad is not None and (window.steps or s.param.grad is not None)
-    }
-
-
-def _zeros(slots: dict[int, Slot]) -> list[int]:
-    """Indices of the parameters that show zeros of zero_grad(set_to_none=False): an update uses
-    them, though no gradient arrives."""
-    return [
-        i
-        for i, s in slots.items()
-        if s.fill and s.param.grad is s.grad and (s.is_zero or s.is_written) and not s.acc.any()
-    ]
 
 
 def check(state_dict: StateDict, updater: Updater) -> None:
@@ -224,7 +193,7 @@ def _elementwise(updater: Updater) -> set[str]:
 def _fp32_stand_ins(updater: Updater) -> dict[Tensor, Tensor]:
     """An fp32 tensor for each parameter: loading rounds states to a parameter's dtype.
 
-    Not for those whose native step really runs in low precision.
+    Not for those whose own step really runs in low precision.
     """
     is_fused = updater.is_fused
     return {
@@ -272,54 +241,35 @@ def load(state_dict: StateDict, updater: Updater) -> None:
     stand_ins = _fp32_stand_ins(updater)
     with updater.wrapped.swap.of(stand_ins, with_states=False):
         optimizer.load_state_dict(plain)
-    updater.wrapped.has_own_states.update(
+    updater.wrapped.has_own_states = {
         collector.slots[param] for param in stand_ins if param in optimizer.state
-    )
+    }
     updater.states.is_provisional = False
     collector.discard()
-    scalars = updater.states.scalars if collector.slots else None
     accumulators = extra.get("accumulators", {})
     steps, masters = extra.get("steps", {}), extra.get("masters", {})
     is_weighted = bool(extra) and extra["window"]["micro_batches"] > 0
     # A checkpoint of before 0.1.0 does not tell what the open micro-batch has brought: there it is
     # the one that a loop with its own window never closes.
     unknown = list(accumulators) if collector.window.steps is None and not is_weighted else []
-    arrived = set(extra.get("arrived", unknown))
+    arrived, in_zeros = set(extra.get("arrived", unknown)), set(extra.get("zeros", ()))
+    going_on: dict[Tensor, tuple[Tensor, bool]] = {}
     for index, param in zip(ids, params, strict=True):
         param.grad = None
         slot = collector.slots.get(param)
-        if slot is None or scalars is None:
+        if slot is None:
             continue
         entry = entries.get(index, {})
-        kept, own = updater.masters[slot], updater.states[slot]
-        kept.forget()
-        slot.is_zero = False
-        master = entry.get(MASTER, masters.get(index))
-        if master is not None:
-            kept.loaded = master.to(param.device, torch.float32)
+        updater.masters[slot].restore(entry.get(MASTER, masters.get(index)))
         for name, value in entry.items():
+            # It is the caller's, which a step would write, or a view of what `restore` writes.
             if optimizer.state[param].get(name) is value and type(value) is Tensor:
-                optimizer.state[param][name] = value.clone()  # the caller's; a step would write it
-        own.unbind()
-        own.knows_step = index in steps
-        scalars.steps[slot.row] = float(steps.get(index, 0.0))
+                optimizer.state[param][name] = value.clone()
+        updater.states.restore(slot, steps.get(index))
         accumulated = accumulators.get(index)
         if accumulated is not None:
-            slot.allocate()
-            assert slot.grad is not None
-            slot.acc.copy_(accumulated)
-            slot.fill = Fill.CURRENT if index in arrived else Fill.EARLIER
-            slot.sums_version, slot.closed_version = None, slot.grad._version
-            param.grad = slot.grad
-        elif index in extra.get("zeros", ()):
-            slot.show_zeros()
-    window = collector.window
-    if extra:
-        saved = extra["window"]
-        window.micro_batches, window.total = saved["micro_batches"], saved["total"]
-        window.reference, window.is_explicit = saved["reference"], saved["is_explicit"]
-        window.weight, window.max_norm = saved.get("weight"), saved.get("max_norm")
-        collector.backwards.count = int(collector.has_arrivals)
-        collector.scaling.restore(saved.get("overflow", 0.0))
-        if scalars is not None:
-            scalars.skipped.fill_(extra.get("skipped_steps", 0))
+            going_on[param] = accumulated, index in arrived
+    zeroed = {param for index, param in zip(ids, params, strict=True) if index in in_zeros}
+    go_on(collector, going_on, zeroed, extra["window"] if extra else None)
+    if extra and collector.slots:
+        updater.states.scalars.skipped.fill_(extra.get("skipped_steps", 0))

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from ..window.slots import Fill, Slot
-from ..window.weights import Window
 
 VERSION = 1
 KEY = "fusedaccum"
@@ -62,17 +61,25 @@ def number(value: float) -> Tensor:
     return torch.tensor(float(value), dtype=torch.float64, device="cpu")
 
 
-def open_window(slot: Slot, window: Window, overflow: float, step: float | None) -> StateDict:
-    """What a parameter's states tell of the open window."""
+def open_window(slot: Slot, window: StateDict, steps: int | None, step: float | None) -> StateDict:
+    """What a parameter's states tell of the open window.
+
+    Args:
+        slot: of the parameter.
+        window: its numbers, see `window.saved`.
+        steps: micro-batches per window, or None.
+        step: the parameter's step count, if it is known.
+    """
+    reference, weight = window["reference"], window["weight"]
     values = (
-        window.total,
-        -1.0 if window.reference is None else window.reference,
-        bool(window.is_explicit),
-        overflow,
-        window.steps or 0,
+        window["total"],
+        -1.0 if reference is None else reference,
+        bool(window["is_explicit"]),
+        window["overflow"],
+        steps or 0,
         -1.0 if step is None else step,
         slot.fill,
-        -1.0 if window.weight is None else window.weight,
+        -1.0 if weight is None else weight,
     )
     return {GRAD: slot.grad, **dict(zip(NUMBERS, map(number, values), strict=True))}
 

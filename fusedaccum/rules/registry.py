@@ -191,7 +191,7 @@ def serve(optimizer: Optimizer) -> bool:
 
 
 def reason(optimizer: Optimizer) -> str:
-    """Why `optimizer` takes its native step, in words for people."""
+    """Why `optimizer` takes its own step, in words for people."""
     kind = type(optimizer)
     if kind in _entries and kind not in _built_in:
         return f"no registered rule of {kind.__name__} serves these options"

@@ -63,6 +63,12 @@ class Master:
         if self.tensor is not None:
             self.tensor.zero_()
 
+    def restore(self, loaded: Tensor | None) -> None:
+        """Go on with an fp32 master of a checkpoint, or without one."""
+        self.forget()
+        if loaded is not None:
+            self.loaded = loaded.to(self._slot.device, torch.float32)
+
     def use_fp32(self) -> Tensor:
         """The precise value as an fp32 master, now and from now on, for steps of other packages."""
         value = self.precise()

@@ -41,10 +41,6 @@ class RuleState:
         self.knows_step = False
         self.numbers: dict[str, Tensor] = {}
 
-    def unbind(self) -> None:
-        """Let the next update take over what `state[param]` shows then."""
-        self.tensors, self.step, self.numbers = (), None, {}
-
 
 class States(dict[Slot, RuleState]):
     """Each parameter's states, made when they are first asked for.
@@ -92,6 +88,18 @@ class States(dict[Slot, RuleState]):
             self._scalars = new
         assert self._scalars is not None
         return self._scalars
+
+    def restore(self, slot: Slot, step: float | None) -> None:
+        """Let the next update take over what `state[param]` shows then.
+
+        Args:
+            slot: of the parameter.
+            step: its count, where a checkpoint tells it apart from the states.
+        """
+        own = self[slot]
+        own.tensors, own.step, own.numbers = (), None, {}
+        own.knows_step = step is not None
+        self.scalars.steps[slot.row] = 0.0 if step is None else float(step)
 
     def step_of(self, slot: Slot, entry: dict[str, Any] | None) -> float | None:
         """A parameter's step count as far as it is known, also before the first update after a

@@ -114,6 +114,15 @@ class Slot:
         if self.grad is not None:
             self.closed_version = self.grad._version
 
+    def restore(self, accumulated: Tensor, fill: Fill) -> None:
+        """Take over the accumulator of a checkpoint, and show it."""
+        self.allocate()
+        assert self.grad is not None
+        self.acc.copy_(accumulated)
+        self.fill, self.sums_version = fill, None
+        self.note_version()
+        self.param.grad = self.grad
+
     def show_zeros(self) -> None:
         """Let `param.grad` show zeros, which the next update uses."""
         self.allocate()

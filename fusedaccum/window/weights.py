@@ -10,7 +10,9 @@ owns a weighted window. A loop that divides its own loss gets scale 1 and correc
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass
@@ -91,6 +93,16 @@ class Window:
         weight = (0.0 if self.steps is None else 1.0) if self.weight is None else self.weight
         total = self.total + (weight if is_open else 0.0)
         return self.reference / total if total else 1.0
+
+    def saved(self) -> dict[str, Any]:
+        """What a checkpoint has to tell of the window, beside its accumulators."""
+        names = ("micro_batches", "total", "reference", "is_explicit", "weight", "max_norm")
+        return {name: getattr(self, name) for name in names}
+
+    def go_on(self, saved: Mapping[str, Any]) -> None:
+        """Go on with the window of a checkpoint; older ones lack the last two entries."""
+        for name in self.saved():
+            setattr(self, name, saved.get(name))
 
     def reset(self) -> None:
         """Start the next window. A micro_batch() block that is being run becomes its first."""

@@ -395,9 +395,11 @@ def test_an_optimizer_that_has_not_updated_yet_loads_into_the_plain_one() -> Non
     opt.step()
     plain_model = Gradients([torch.ones(3, 2, dtype=torch.bfloat16)])
     plain = torch.optim.Adafactor(plain_model.parameters())
-    for _ in range(2):  # also when it was loaded, and saved again
+    for _ in range(2):  # also when it was loaded and saved again
         state = copy.deepcopy(opt.state_dict())
         plain.load_state_dict(state)
+        model.backward([torch.ones(3, 2)])  # an update that the load undoes
+        opt.step()
         opt.load_state_dict(state)
     plain_model.backward([torch.ones(3, 2)])
     plain.step()

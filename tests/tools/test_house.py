@@ -232,7 +232,7 @@ def test_no_room_reads_the_private_names_of_another(module: str) -> None:
         ("fusedaccum.backends.reference", "import numpy"),
         ("fusedaccum.newcomer", ""),
         ("fusedaccum.optimizer", "from .newcomer import something"),
-        ("fusedaccum.optimizer", "from .window.hooks import _secret"),
+        ("fusedaccum.core", "from .window.hooks import _secret"),
         ("fusedaccum", "from .cli import main"),
     ],
 )
@@ -247,7 +247,7 @@ def test_a_wrong_import_is_found(module: str, text: str) -> None:
         ("fusedaccum.backends.triton", "import triton\nfrom ..kernels.step import step_kernel"),
         ("fusedaccum.kernels.step", "import triton.language as tl\nfrom ._math import add"),
         ("fusedaccum.backends.reference", "import math\nimport torch"),
-        ("fusedaccum.optimizer", "from fusedaccum.window.weights import Window"),
+        ("fusedaccum.core", "from fusedaccum.window.weights import Window"),
         ("fusedaccum", "from .optimizer import X"),
     ],
 )
