@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 from ..rules import registry
 from ..update.updater import Updater
 from ..window.collector import Collector
-from ..window.saved import go_on, open_accumulators, window_numbers
+from ..window.saved import go_on, open_accumulators, window_numbers, zeros
 from ..window.slots import PARAM_DTYPES, Fill, Slot
 from .entries import (
     IS_OPEN,
@@ -60,6 +60,7 @@ def save(inner: StateDict, updater: Updater) -> StateDict:
     slots = _indexed(updater.optimizer, collector)
     state = without_ours(inner)
     held, numbers = open_accumulators(collector), window_numbers(collector)
+    zeroed = set() if held else zeros(collector)
     accumulators = {i: held[s.param] for i, s in slots.items() if s.param in held}
     is_open = bool(window.micro_batches or accumulators)
     steps: dict[int, float] = {}
@@ -93,6 +94,7 @@ def save(inner: StateDict, updater: Updater) -> StateDict:
         "window": numbers,
         "accumulators": accumulators,
         "arrived": [i for i in accumulators if slots[i].fill is Fill.CURRENT],
+        "zeros": [i for i, s in slots.items() if s.param in zeroed],
         "steps": steps,
         "masters": masters,
         "skipped_steps": updater.states.skipped,
@@ -102,16 +104,17 @@ def save(inner: StateDict, updater: Updater) -> StateDict:
 
 def _may_lack_states(updater: Updater, surely: bool) -> set[int]:
     """Indices of the parameters for which the wrapped optimizer keeps no states: its rule has none,
-    or, where that need not be sure, it has no rule."""
+    or, where that need not be sure, it has no rule and none after its own step()."""
     found: set[int] = set()
     start = 0
+    slots, stepped = updater.collector.slots, updater.wrapped.has_own_states
     for group in updater.optimizer.param_groups:
         rule = registry.select(updater.optimizer, group)
-        end = start + len(group["params"])
         lacks = rule and not (rule.states or rule.family.memory or rule.family.step_key)
-        if lacks or (rule is None and not surely):
-            found.update(range(start, end))
-        start = end
+        for index, param in enumerate(group["params"], start):
+            if lacks or (rule is None and not surely and slots.get(param) in stepped):
+                found.add(index)
+        start += len(group["params"])
     return found
 
 
@@ -139,19 +142,29 @@ def check(state_dict: StateDict, updater: Updater) -> None:
     ids = [index for group in saved for index in group["params"]]
     params = [p for group in here for p in group["params"]]
     extra = read_extra(state_dict)
+    if extra.get("version", VERSION) != VERSION:
+        raise ValueError(
+            f"the checkpoint was written by version {extra['version']!r} of the format, this "
+            f"fusedaccum reads version {VERSION}"
+        )
+    is_lost = "lost" in extra and "accumulators" not in extra
+    if extra and not is_lost:
+        refuse_malformed(extra, set(ids))
     accumulators, masters = extra.get("accumulators", {}), extra.get("masters", {})
+    elementwise = _elementwise(updater)
     for index, param in zip(ids, params, strict=True):
         entries = {**state_dict["state"].get(index, {}), "accumulator": accumulators.get(index)}
         entries.setdefault(MASTER, masters.get(index))
         for name, value in entries.items():
-            is_scalar = not isinstance(value, Tensor) or value.dim() == 0
-            elementwise = name in ("accumulator", MASTER) or name in _elementwise(updater)
-            if elementwise and not is_scalar and value.shape != param.shape:
+            is_ours = name in ("accumulator", MASTER)
+            if not isinstance(value, Tensor) or not (is_ours or name in elementwise):
+                continue
+            if value.shape != param.shape and (is_ours or value.dim()):
                 raise ValueError(
                     f"{name} of parameter {index} has shape {tuple(value.shape)} in the "
                     f"checkpoint, the parameter has {tuple(param.shape)}"
                 )
-    if "lost" in extra and not accumulators:
+    if is_lost:
         raise ValueError(
             f"the checkpoint was saved inside a window of {extra['lost']} micro-batches, but their "
             "gradients were not loaded: torch.distributed.checkpoint loads what the state dict it "
@@ -159,12 +172,6 @@ def check(state_dict: StateDict, updater: Updater) -> None:
         )
     if not extra:
         return
-    if extra.get("version") != VERSION:
-        raise ValueError(
-            f"the checkpoint was written by version {extra.get('version')!r} of the format, this "
-            f"fusedaccum reads version {VERSION}"
-        )
-    refuse_malformed(extra, set(ids))
     is_open = extra["window"]["micro_batches"] > 0 or accumulators
     if is_open and extra["gradient_accumulation_steps"] != window.steps:
         raise ValueError(
@@ -225,7 +232,7 @@ def load(state_dict: StateDict, updater: Updater) -> None:
     params = [p for group in optimizer.param_groups for p in group["params"]]
     known = {index for index, entry in entries_of(state_dict) if entry}
     _attach_frozen(
-        known | {*extra.get("accumulators", {}), *extra.get("masters", {})},
+        known.union(*(extra.get(name, ()) for name in ("accumulators", "masters", "zeros"))),
         dict(zip(ids, params, strict=True)),
         collector,
     )
@@ -234,7 +241,9 @@ def load(state_dict: StateDict, updater: Updater) -> None:
     stand_ins = _fp32_stand_ins(updater)
     with updater.wrapped.swap.of(stand_ins, with_states=False):
         optimizer.load_state_dict(plain)
-    updater.wrapped.has_own_states.update(collector.slots[param] for param in stand_ins)
+    updater.wrapped.has_own_states = {
+        collector.slots[param] for param in stand_ins if param in optimizer.state
+    }
     updater.states.is_provisional = False
     collector.discard()
     accumulators = extra.get("accumulators", {})
@@ -243,7 +252,7 @@ def load(state_dict: StateDict, updater: Updater) -> None:
     # A checkpoint of before 0.1.0 does not tell what the open micro-batch has brought: there it is
     # the one that a loop with its own window never closes.
     unknown = list(accumulators) if collector.window.steps is None and not is_weighted else []
-    arrived = set(extra.get("arrived", unknown))
+    arrived, in_zeros = set(extra.get("arrived", unknown)), set(extra.get("zeros", ()))
     going_on: dict[Tensor, tuple[Tensor, bool]] = {}
     for index, param in zip(ids, params, strict=True):
         param.grad = None
@@ -260,6 +269,7 @@ def load(state_dict: StateDict, updater: Updater) -> None:
         accumulated = accumulators.get(index)
         if accumulated is not None:
             going_on[param] = accumulated, index in arrived
-    go_on(collector, going_on, extra["window"] if extra else None)
+    zeroed = {param for index, param in zip(ids, params, strict=True) if index in in_zeros}
+    go_on(collector, going_on, zeroed, extra["window"] if extra else None)
     if extra and collector.slots:
         updater.states.scalars.skipped.fill_(extra.get("skipped_steps", 0))

@@ -7,6 +7,7 @@ import torch
 from ..rules import registry
 from ..update.updater import Updater
 from .entries import OURS
+from .frameworks import is_asked_for_keys
 
 
 @torch.no_grad()
@@ -15,18 +16,19 @@ def only_initialises(updater: Updater) -> bool:
 
     torch.distributed.checkpoint calls step() of an optimizer without states with lr 0 and zeros
     assigned to every gradient, to have a state dict with all keys. That is no micro-batch, and
-    must not count as one.
+    must not count as one. It does so only where no parameter had a gradient: what had arrived in
+    the open micro-batch was taken away before. Its zero_grad(), which follows, discards the window.
     """
     optimizer, collector = updater.optimizer, updater.collector
     slots, groups = collector.slots.values(), optimizer.param_groups
-    if optimizer.state or collector.unclosed() is not None or not slots:
-        return False
-    if any(group.get("lr", 0.0) != 0.0 for group in groups):
+    if optimizer.state or not slots or any(group.get("lr", 0.0) != 0.0 for group in groups):
         return False
     for slot in slots:
         grad = slot.param.grad
         if grad is None or grad is slot.grad or bool(grad.any()):
             return False
+    if not is_asked_for_keys():  # a warm-up that starts at 0 may look alike
+        return False
     if updater.is_fused:
         for group in groups:
             rule = registry.select(optimizer, group)

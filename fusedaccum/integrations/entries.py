@@ -5,7 +5,7 @@ torch.distributed.checkpoint takes "state" and "param_groups" alone, so an open 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -91,6 +91,11 @@ def read_extra(state_dict: StateDict) -> StateDict:
     trained on, and saved it along.
     """
     if KEY in state_dict:
+        if not isinstance(state_dict[KEY], Mapping):
+            raise ValueError(
+                f"the checkpoint's {KEY!r} must be a dict, got {state_dict[KEY]!r}; nothing was "
+                "loaded"
+            )
         return dict(state_dict[KEY])
     extra: StateDict = {}
     for index, entry in entries_of(state_dict):

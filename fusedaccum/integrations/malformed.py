@@ -3,20 +3,31 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Set
+from collections.abc import Collection, Hashable, Mapping, Set
 from typing import Any
 
+import torch
 from torch import Tensor
+
+# What a float32 and an int64 hold: the device's tables are of those.
+LARGEST = {float: torch.finfo(torch.float32).max, int: torch.iinfo(torch.int64).max}
 
 
 def _is_int(value: object, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= LARGEST[int]
 
 
 def _is_number(value: object, *, positive: bool = False) -> bool:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
         return False
-    return value > 0 if positive else value >= 0
+    return (value > 0 if positive else value >= 0) and value <= LARGEST[float]
+
+
+def _is_subset(value: object, known: Collection[Any]) -> bool:
+    """Whether `value` is a list of some of `known`."""
+    return isinstance(value, (list, tuple)) and all(
+        isinstance(index, Hashable) and index in known for index in value
+    )
 
 
 def refuse_malformed(extra: Mapping[str, Any], ids: Set[Any]) -> None:
@@ -66,7 +77,12 @@ def refuse_malformed(extra: Mapping[str, Any], ids: Set[Any]) -> None:
     is_right = window["reference"] is not None or not closed
     check("window['reference']", None, is_right, "a number in an open window")
     explicit = window["is_explicit"]
-    check("window['is_explicit']", explicit, explicit in (None, True, False), "a bool or None")
+    check(
+        "window['is_explicit']",
+        explicit,
+        explicit is None or type(explicit) is bool,
+        "a bool or None",
+    )
     overflow = window.get("overflow", 0.0)
     check("window['overflow']", overflow, _is_number(overflow), "a finite number >= 0")
 
@@ -79,7 +95,9 @@ def refuse_malformed(extra: Mapping[str, Any], ids: Set[Any]) -> None:
     for index, value in check_mapping("steps").items():
         check(f"steps[{index!r}]", value, _is_number(value), "a finite number >= 0")
     arrived = extra.get("arrived", [])
-    is_right = isinstance(arrived, (list, tuple)) and set(arrived) <= set(accumulators)
+    is_right = _is_subset(arrived, accumulators)
     check("arrived", arrived, is_right, "a list of indices that have an accumulator")
+    zeros = extra.get("zeros", [])
+    check("zeros", zeros, _is_subset(zeros, ids), "a list of indices of its parameters")
     skipped = extra.get("skipped_steps", 0)
     check("skipped_steps", skipped, _is_int(skipped, 0), "an int >= 0")

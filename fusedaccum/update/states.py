@@ -130,6 +130,9 @@ class States(dict[Slot, RuleState]):
             self._optimizer.state.clear()
         for param, slot in self._collector.slots.items():
             entry = self._optimizer.state.get(param, {})
+            if "step" not in entry and self.step_of(slot, None) == 0:
+                # Every update was skipped. SGD takes a buffer that is there for a later one's.
+                entry = self._optimizer.state.pop(param, {})
             for name, value in entry.items():
                 if not isinstance(value, Tensor):
                     continue

@@ -202,6 +202,10 @@ class Collector:
         loop_owned = self.window.steps is None
         replacing = [(s, g) for s, g in assigned if loop_owned or s.fill is Fill.CURRENT]
         adding = [(s, g) for s, g in assigned if not (loop_owned or s.fill is Fill.CURRENT)]
+        if adding:
+            # Of a parameter that was unfrozen since, autograd kept it, and no hook saw a backward.
+            self.scaling.begin(self.attached.device)
+            self.backwards.count = max(self.backwards.count, 1)  # so that its removal is seen
         with self.trouble.unless_done("taking over gradients that were assigned to p.grad"):
             for slot, _ in replacing:
                 slot.fill = Fill.EMPTY
@@ -288,6 +292,8 @@ class Collector:
         Raises:
             RuntimeError: for what cannot be made good.
         """
+        if self.is_broken:
+            self._recover()
         seen = self.by_hand.look()
         self._refuse_zeroed()
         if seen.is_emptied and not seen.assigned:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from typing import Any
 
 from torch import Tensor
@@ -24,7 +24,7 @@ def open_accumulators(collector: Collector) -> dict[Tensor, Tensor]:
     """
     window = collector.window
     if not window.micro_batches and not collector.has_arrivals:
-        return {}  # nor zeros of zero_grad(set_to_none=False), which torch does not save either
+        return {}
     return {
         param: slot.grad
         for param, slot in collector.slots.items()
@@ -32,9 +32,21 @@ def open_accumulators(collector: Collector) -> dict[Tensor, Tensor]:
     }
 
 
+def zeros(collector: Collector) -> set[Tensor]:
+    """Parameters that show zeros of zero_grad(set_to_none=False) and nothing since: an update uses
+    them, though no gradient arrives. Waits for those that somebody wrote."""
+    return {
+        param
+        for param, slot in collector.slots.items()
+        if slot.fill and param.grad is slot.grad and (slot.is_zero or slot.is_written)
+        if not slot.acc.any()
+    }
+
+
 def go_on(
     collector: Collector,
     accumulators: Mapping[Tensor, tuple[Tensor, bool]],
+    zeros: Set[Tensor],
     numbers: Mapping[str, Any] | None,
 ) -> None:
     """Go on with the window of a checkpoint, after the one that was open was discarded.
@@ -42,6 +54,7 @@ def go_on(
     Args:
         collector: of the same parameters.
         accumulators: by parameter, with whether its open micro-batch has contributed.
+        zeros: the parameters that show zeros.
         numbers: what `window_numbers` gave; None for a checkpoint without a window.
     """
     for param, slot in collector.slots.items():
@@ -49,6 +62,8 @@ def go_on(
         if param in accumulators:
             accumulated, has_arrived = accumulators[param]
             slot.restore(accumulated, Fill.CURRENT if has_arrived else Fill.EARLIER)
+        elif param in zeros:
+            slot.show_zeros()
     if numbers is not None:
         collector.window.go_on(numbers)
         collector.backwards.count = int(collector.has_arrivals)

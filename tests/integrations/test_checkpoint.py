@@ -346,3 +346,60 @@ def test_a_loops_open_window_is_saved_and_a_used_one_is_not(weighted: bool) -> N
     # The first update was of 1; then the sum, or the mean weighted with the values themselves.
     expected = -1 - (13 / 5 if weighted else 5.0)
     torch.testing.assert_close(model.params[0].detach(), torch.full((3,), expected))
+
+
+def test_a_pickle_holds_each_state_once() -> None:
+    """States are views of flat buffers, and each would take its whole buffer along."""
+    model = Gradients([torch.zeros(1000) for _ in range(20)])
+    opt = FusedAccumOptimizer(torch.optim.AdamW(model.parameters()), 2)
+    for _ in range(3):
+        model.backward([torch.ones(1000) for _ in range(20)])
+        opt.step()
+    # Parameters, two states, accumulators, and those once more beside the states.
+    assert len(pickle.dumps((model, opt))) < 2 * 5 * 4 * 1000 * 20
+
+
+@pytest.mark.parametrize("steps", [None, 2])
+@pytest.mark.parametrize("how", ["file", "deepcopy"])
+def test_zeros_of_zero_grad_are_used_after_a_resume_too(steps: int | None, how: str) -> None:
+    """A parameter without a gradient still decays and moves by its momentum then, as in torch."""
+    runs = []
+    for resumes in (False, True):
+        model = Gradients([torch.ones(3, dtype=torch.bfloat16), torch.ones(2)])
+        inner = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.5)
+        opt = FusedAccumOptimizer(inner, steps)
+        for grads in ([torch.ones(3), torch.ones(2)], [None, torch.ones(2)]):
+            for _ in range(steps or 1):
+                model.backward(grads)
+                opt.step()
+                if opt.window_closed:
+                    opt.zero_grad(set_to_none=False)
+            if resumes and how == "file":
+                weights, state = saved(model, opt)
+                model = Gradients([torch.zeros(3, dtype=torch.bfloat16), torch.zeros(2)])
+                opt = FusedAccumOptimizer(torch.optim.AdamW(model.parameters()), steps)
+                model.load_state_dict(weights)
+                opt.load_state_dict(state)
+            elif resumes:
+                model, opt = copy.deepcopy((model, opt))
+        assert float(opt.state_dict()["state"][0]["step"]) == 2
+        runs.append(model)
+    assert_same_models(*runs)
+
+
+def test_an_optimizer_that_has_not_updated_yet_loads_into_the_plain_one() -> None:
+    """Every window so far was skipped, so that there are masters and no states yet."""
+    model = Gradients([torch.ones(3, 2, dtype=torch.bfloat16)])
+    opt = FusedAccumOptimizer(torch.optim.Adafactor(model.parameters()), 1)
+    model.backward([torch.full((3, 2), torch.nan)])
+    opt.step()
+    plain_model = Gradients([torch.ones(3, 2, dtype=torch.bfloat16)])
+    plain = torch.optim.Adafactor(plain_model.parameters())
+    for _ in range(2):  # also when it was loaded and saved again
+        state = copy.deepcopy(opt.state_dict())
+        plain.load_state_dict(state)
+        model.backward([torch.ones(3, 2)])  # an update that the load undoes
+        opt.step()
+        opt.load_state_dict(state)
+    plain_model.backward([torch.ones(3, 2)])
+    plain.step()

@@ -6,8 +6,10 @@ into the tensors of the state dict that it is given.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import io
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +27,9 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict_from_keys
 
 from fusedaccum import FusedAccumOptimizer
-from tests.cases import Case, case_id, small_model
+from tests.cases import Case, batches, case_id, loss, small_model
 from tests.tolerances import equal_bits
+from tests.walk.helpers import Breaks
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:torch.distributed is disabled, unavailable or uninitialized"
@@ -213,3 +216,65 @@ def test_another_number_of_steps_differs() -> None:
     run(*second, 0, 7, torch.bfloat16)
     with pytest.raises(AssertionError):
         assert_goes_on_alike(first, second, 8)
+
+
+def _backward(model: Any, breaks: bool) -> None:
+    hidden = model[0](torch.ones(2, 7))
+    with contextlib.suppress(MemoryError):
+        model[1:](Breaks.apply(hidden) if breaks else hidden).sum().backward()
+
+
+@pytest.mark.parametrize("breaks", [False, True], ids=["whole", "half-way"])
+@pytest.mark.parametrize("owner", [4, None])
+@pytest.mark.parametrize("closed", [0, 1])
+@every
+def test_asked_for_after_a_backward_that_the_model_zeroed(
+    case: Case, closed: int, owner: int | None, breaks: bool
+) -> None:
+    """Zeros are assigned where the open micro-batch's gradients were: they are none of it."""
+    runs = []
+    for asks in (True, False):
+        model = small_model()
+        opt = FusedAccumOptimizer(case.make(model.parameters(), lr=0.1), owner)
+        for _ in range(closed if owner else 0):
+            _backward(model, False)
+            opt.step()
+            opt.zero_grad()
+        _backward(model, breaks)
+        model.zero_grad()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            if asks:
+                get_optimizer_state_dict(model, opt)
+            else:
+                opt.zero_grad()
+        lost = ["discards the whole window: 1 closed" in str(w.message) for w in caught]
+        assert lost == [True] * (closed if owner else 0)
+        assert opt.micro_batches == 0 and opt.param_groups[0]["lr"] == 0.1
+        for i in range(8):
+            loss(model, batches(8)[i]).backward()
+            opt.step()
+            opt.zero_grad()
+        runs.append(model)
+    for p, q in zip(runs[0].parameters(), runs[1].parameters(), strict=True):
+        assert equal_bits(p.detach(), q.detach())
+
+
+@every
+def test_zeros_at_a_rate_of_zero_are_an_update_of_the_loop(case: Case) -> None:
+    """A warm-up that starts at 0 looks the same; a backward that raised is refused there."""
+    model = small_model()
+    opt = FusedAccumOptimizer(case.make(model.parameters(), lr=0.0), 2)
+    for i in range(2):
+        _backward(model, False)
+        for p in model.parameters():
+            p.grad = torch.zeros_like(p)
+        opt.step()
+        assert opt.window_closed == (i == 1)
+    opt.zero_grad()
+    opt.state.clear()
+    _backward(model, True)
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    with pytest.raises(RuntimeError, match="raised before it reached"):
+        opt.step()

@@ -6,6 +6,7 @@ backwards; the reference is torch.optim in float64 on the exact weighted mean.
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 
 import pytest
@@ -264,3 +265,28 @@ def test_plain_bf16_accumulation_is_not() -> None:
         float((m.params[0].grad.double() - exact).norm() / exact.norm()) for m in (ours, plain)
     ]
     assert error[0] < 1e-6 < 1e-3 < error[1]
+
+
+@pytest.mark.parametrize("how", ["load", "add_param_group", "detach", "load-detach"])
+def test_the_first_update_is_not_dampened_after_a_skipped_window(how: str) -> None:
+    options = {"lr": 0.25, "momentum": 0.75, "dampening": 0.5}
+    ours = Gradients([torch.ones(3)])
+    exact = Gradients([torch.ones(3, dtype=torch.float64)])
+    opt = FusedAccumOptimizer(torch.optim.SGD(ours.parameters(), **options), 1)
+    plain = torch.optim.SGD(exact.parameters(), **options)
+    ours.backward([torch.full((3,), torch.nan)])
+    opt.step()
+    opt.zero_grad()
+    if "load" in how:
+        opt.load_state_dict(copy.deepcopy(opt.state_dict()))
+    if "detach" in how:
+        opt = FusedAccumOptimizer(opt.detach(), 1)
+    if how == "add_param_group":
+        opt.add_param_group({"params": [torch.nn.Parameter(torch.ones(5))]})
+    for value in (1.0, 2.0):
+        for model, optimizer in ((ours, opt), (exact, plain)):
+            model.backward([torch.full((3,), value)])
+            optimizer.step()
+            optimizer.zero_grad()
+        got, expected = ours.params[0].double(), exact.params[0]
+        torch.testing.assert_close(got, expected, rtol=1e-6, atol=0.0)

@@ -131,6 +131,8 @@ def closure_step(world: World, seeds: Any) -> str:
         raise Unspecified("which of the two raises")
     grads, text = _grads(world, seeds)
     world.oracle.backward(grads)
+    if world.oracle.expected.error and (world.oracle.has_arrivals or world.oracle.has_assigned):
+        raise Unspecified("whether step() refuses from now on")
     if not world.oracle.expected.error:
         world.oracle.step()
     return f"opt.step(lambda: {text})"

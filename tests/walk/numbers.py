@@ -182,15 +182,32 @@ def half_step(values: Tensor, dtype: torch.dtype) -> Tensor:
     return (values.abs() * (1 + info.eps)).clamp(min=info.tiny) * (info.eps / 2)
 
 
-def unsure(kind: str, group: Options, state: Options, grad: Tensor) -> Tensor:
-    """Where a rule is not continuous (Lion's sign, Muon's bf16), and by how much it may jump."""
+def unsure(
+    kind: str, group: Options, state: Options, grad: Tensor, errors: tuple[Tensor, Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Where a rule is not continuous (Lion's sign, Muon's bf16), and by how much it may jump.
+
+    Args:
+        kind, group, state, grad: the update that is to come.
+        errors: the largest of `grad`, and of the momentum before.
+
+    Returns:
+        The jumps, and the largest error of the momentum afterwards.
+    """
     zero = torch.zeros_like(grad, dtype=torch.float64)
     if kind == "lion":
-        beta = group["betas"][0]
-        mixed = state.get("exp_avg", zero) * beta + grad * (1 - beta)
-        return torch.where(mixed.abs() < 1e-4, 2 * group["lr"], zero)
+        momentum = state.get("exp_avg", zero)
+
+        def mixed(beta: float) -> tuple[Tensor, Tensor]:
+            parts = momentum * beta, grad * (1 - beta)
+            rounded = ROUNDINGS * U * (parts[0].abs() + parts[1].abs()) + TINY
+            return parts[0] + parts[1], errors[1] * beta + errors[0] * (1 - beta) + rounded
+
+        value, error = mixed(group["betas"][0])
+        # A sign that may be another one, or that of zero.
+        return torch.where(value.abs() <= error, 2 * group["lr"], zero), mixed(group["betas"][1])[1]
     if kind == "muon":
         # Its Newton-Schulz steps run in bf16, whatever the gradient is.
         rows, columns = grad.shape
-        return zero + 0.15 * group["lr"] * max(1.0, rows / columns) ** 0.5
-    return zero
+        return zero + 0.15 * group["lr"] * max(1.0, rows / columns) ** 0.5, zero
+    return zero, zero

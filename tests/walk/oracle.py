@@ -93,6 +93,9 @@ class Oracle(Window):
 
     def _forget_by_model(self) -> None:
         """The loop's window is discarded, if there is a gradient whose end can be seen."""
+        is_begun = self.weighted is not None or self.clip is not None
+        if is_begun and not self.broken and all(slot.acc is None for slot in self.slots):
+            raise Unspecified("a window without gradients, after one whose gradients still showed")
         weighted = self.weighted or self.broken
         if self.broken or any(slot.acc or slot.grad for slot in self.slots):
             self._forget()
@@ -187,6 +190,8 @@ class Oracle(Window):
         if any(not slot.is_attached and slot.grad is not None for slot in self.slots):
             raise Unspecified("in the parameter's dtype")
         self._check_not_zero()
+        if self.micro_batches and not all(bool(g.value.isfinite().all()) for g in grads):
+            raise Unspecified("an infinite norm makes zeros of what closed micro-batches brought")
         coef, relative = self.update.torch_clip([(g.value, g.error) for g in grads], max_norm)
         for grad in grads:
             grad.error = grad.error * coef + (grad.value * coef).abs() * relative
@@ -220,11 +225,11 @@ class Oracle(Window):
             slot.grad is not None and slot.acc is None for slot in self.slots
         )
         snapshot._notice()
+        snapshot.is_whole &= not any(param.hides_remainder for param in self.update.params)
         if not snapshot.micro_batches and not snapshot.has_arrivals:
-            # Zeros of zero_grad(set_to_none=False) are not saved: torch saves no gradients at all.
-            snapshot.is_whole &= all(slot.acc is None for slot in snapshot.slots)
-            for slot in snapshot.slots:
-                slot.acc = None
+            for slot in snapshot.slots:  # only zeros of zero_grad(set_to_none=False) are saved
+                if slot.acc is not None and bool(slot.acc.value.any()):
+                    snapshot.is_whole, slot.acc = False, None
         for slot in snapshot.slots:
             slot.is_known = slot.is_known and slot.grad is slot.acc
             if slot.acc is None:
@@ -243,7 +248,7 @@ class Oracle(Window):
         for slot, mine in zip(result.slots, self.slots, strict=True):
             slot.needs_grad = mine.needs_grad
             slot.is_known &= slot.needs_grad or slot.acc is None
-            slot.is_attached = slot.is_attached or mine.is_attached or mine.needs_grad
+            slot.is_attached = mine.is_attached or mine.needs_grad
         result.steps, result.max_norm, result.skip = self.steps, self.max_norm, self.skip
         result.warned, result.window_closed = self.warned, None
         result.update.norm_is_known = False

@@ -26,6 +26,9 @@ class Param:
         drift: largest difference that the optimizer's states still bring in, per update.
         moved: whether the last call may have changed it.
         blur: largest error that it has had: what decay has put into states.
+        hides_remainder: whether a zero or a number that is not finite was written over a split
+            master, whose remainder counts again when another value is written.
+        momentum_error: largest difference of Lion's momentum.
     """
 
     exact: torch.nn.Parameter
@@ -36,6 +39,8 @@ class Param:
     drift: Tensor
     moved: bool = False
     blur: float = 0.0
+    hides_remainder: bool = False
+    momentum_error: Tensor | None = None
 
     @property
     def value(self) -> Tensor:
@@ -127,14 +132,20 @@ class Update:
         norm, _ = self.returned = self.norm_of(grads)
         return (max_norm / (norm + 1e-6)).clamp(max=1.0), 2 * NORM_RTOL
 
-    def run(self, grads: list[Pair | None], max_norm: float | None, skip: bool) -> None:
-        """One update with the mean gradients; None: the parameter is not touched."""
+    def run(
+        self, grads: list[Pair | None], max_norm: float | None, skip: bool, overflow: bool
+    ) -> None:
+        """One update with the mean gradients; None: the parameter is not touched.
+
+        `overflow`: whether a scaled micro-batch was not finite, which skips it.
+        """
         there = [pair for pair in grads if pair is not None]
         if not there:
             return
         coef, relative = torch.ones((), dtype=torch.float64), 0.0
         self.norm_is_known = True
         norm, error = self.norm_of(there)
+        norm = norm * torch.nan if overflow else norm
         self.norm = (norm, error) if skip or max_norm is not None else None
         if skip and not bool(norm.isfinite()):
             self.skipped += 1
@@ -153,8 +164,12 @@ class Update:
                     continue
                 grad = pair[0] * coef
                 errors[i] = pair[1] * coef + grad.abs() * relative
+                state = self.plain.state.get(param.exact, {})
+                if param.momentum_error is None:
+                    param.momentum_error = torch.zeros_like(errors[i])
+                inexact = errors[i], param.momentum_error
+                jumps[i], param.momentum_error = unsure(self.kind, group, state, grad, inexact)
                 errors[i] = errors[i] * OPTIMIZERS[self.kind].sensitivity(group)
-                jumps[i] = unsure(self.kind, group, self.plain.state.get(param.exact, {}), grad)
                 param.exact.grad = grad.to(param.exact.dtype)
         self.plain.step()
         for i, error in errors.items():
@@ -165,7 +180,7 @@ class Update:
             param.drift = _finite(param.drift + error + ROUNDINGS * U * moved)
             rounded = ROUNDINGS * U * (before[i].abs() + 2 * moved) + TINY
             param.error = _finite(param.error + rounded + param.drift + jumps[i])
-            param.moved = True
+            param.moved, param.hides_remainder = True, False
 
     # --- somebody writes ---
 
@@ -175,7 +190,9 @@ class Update:
         differs = written != shown
         new = torch.where(differs, written.double(), param.value)
         error = torch.where(differs, torch.zeros_like(param.error), param.error)
-        if param.kind == "split":  # it keeps its remainder, which coupled decay puts into states
+        if param.kind == "split":
+            param.hides_remainder |= bool(((written == 0) | ~written.isfinite()).any())
+            # It keeps its remainder, which coupled decay puts into states
             error = torch.where(differs, half_step(new, param.dtype), error)
             group = next(
                 g

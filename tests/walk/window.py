@@ -257,10 +257,8 @@ class Window:
         grads = [
             None if s.acc is None else (s.acc.value * mean, s.acc.error * mean) for s in self.slots
         ]
-        if self.overflow:
-            grads = [pair and (pair[0] * torch.nan, pair[1]) for pair in grads]
         clip = self.max_norm if self.clip is None else self.clip
-        self.update.run(grads, clip, self.skip or self.scaled)
+        self.update.run(grads, clip, self.skip or self.scaled, self.overflow)
         self.window_closed = True
         goes_on = not self.counts and not self.weighted
         self._start()

@@ -228,8 +228,9 @@ class World:
                 param.exact.data.copy_(shown)
                 param.error = torch.zeros_like(param.error)
         update.skipped, update.norm, update.norm_is_known = 0, None, True
-        expected, slots = self.oracle.expected, self.oracle.slots
+        expected, slots, is_whole = self.oracle.expected, self.oracle.slots, self.oracle.is_whole
         self.oracle = Oracle(update, steps, max_norm, skip)
+        self.oracle.is_whole = is_whole
         for slot, old in zip(self.oracle.slots, slots, strict=True):
             slot.needs_grad = slot.is_attached = old.needs_grad
         self.oracle.expected, self.oracle.scaled = expected, self.config.scaled

@@ -174,3 +174,20 @@ def test_a_parameter_frozen_at_a_load_is_accumulated_when_it_is_not_any_more() -
     assert fresh.grad is not None and fresh.grad.tolist() == [3.0] * 3
     again.step()
     assert fresh.tolist() == [-4.0] * 3
+
+
+@pytest.mark.parametrize("model", [True, False])
+def test_an_assigned_gradient_that_is_removed_again_takes_the_window_along(model: bool) -> None:
+    """The sum that it was added to is not that of the closed micro-batches any more."""
+    p, q = one(), one()
+    opt = sgd(p, q, n=3)
+    ((p + q) * 2.0).sum().backward()
+    opt.step()
+    p.grad = torch.ones(3)
+    opt.clip_grad_norm_(1e-3)  # takes it over
+    for each in (p, q) if model else (p,):
+        each.grad = None
+    with pytest.warns(RuntimeWarning, match="discards the whole window: 1 closed"):
+        ((p + q) * 3.0).sum().backward()
+    opt.flush()
+    assert p.tolist() == q.tolist() == [-2.0] * 3

@@ -220,3 +220,19 @@ def test_wrong_use_of_a_link() -> None:
     assert opt.micro_batches == 0
     scaler.step(opt)  # nothing was lost
     assert opt.micro_batches == 1
+
+
+@pytest.mark.parametrize("how", ["step", "flush"])
+def test_a_parameter_that_was_unfrozen_is_divided_by_the_scale_too(how: str) -> None:
+    """Its first gradient comes before the wrapper has a hook on it."""
+    p = torch.nn.Parameter(torch.ones(3), requires_grad=False)
+    scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
+    opt = FusedAccumOptimizer(torch.optim.SGD([p], lr=1.0), 1, grad_scaler=scaler)
+    p.requires_grad_(True)
+    scaler.scale(p.sum() * 2.0).backward()
+    if how == "step":
+        scaler.step(opt)
+        scaler.update()
+    else:
+        opt.flush()
+    assert p.tolist() == [-1.0] * 3

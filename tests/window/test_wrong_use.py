@@ -370,3 +370,18 @@ def test_lbfgs() -> None:
         FusedAccumOptimizer(torch.optim.LBFGS(model.parameters()), max_grad_norm=1.0)
     with pytest.raises(TypeError, match="closure"):
         FusedAccumOptimizer(torch.optim.LBFGS(model.parameters())).step()
+
+
+def test_the_models_zero_grad_recovers_before_a_block_and_a_setting_too() -> None:
+    model = small_model()
+    opt = FusedAccumOptimizer(torch.optim.SGD(model.parameters(), lr=0.1))
+    for i in range(2):
+        with pytest.raises(MemoryError):
+            model[3:](Explodes.apply(model[:3](torch.ones(2, 7)))).sum().backward()
+        model.zero_grad()
+        if i == 0:
+            with opt.micro_batch(weight=3.0):
+                pass
+            opt.zero_grad()
+        else:
+            opt.gradient_accumulation_steps = 2
