@@ -143,12 +143,8 @@ class Collector:
             raise
         self.backwards.begin(task)
 
-        def finish() -> None:
-            self.flush()
-            self.backwards.end(task)
-
-        Variable._execution_engine.queue_callback(finish)
-        self.engines.end()
+        Variable._execution_engine.queue_callback(self.flush)
+        self.engines.end(lambda: self.backwards.end(task))
 
     @property
     def is_broken(self) -> bool:

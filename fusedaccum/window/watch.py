@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import gc
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any, NoReturn, Protocol
 
@@ -118,11 +118,15 @@ class Watch:
         if found is not None:
             self._fail(found)
 
-    def end(self) -> None:
+    def end(self, ended: Callable[[], None]) -> None:
         """Have the end of this backward see whether somebody writes `p.grad` after we did.
 
         To be called when our own callback is queued. Those of engines are queued later, when the
         last gradient has arrived, and a callback that is queued by a callback runs after all.
+
+        Args:
+            ended: called when all of that is over. Before it a backward of another thread, which
+                would take `p.grad` away, must not begin.
 
         Raises:
             RuntimeError: from the backward. The window is marked.
@@ -144,10 +148,13 @@ class Watch:
         def compare() -> None:
             self._n_ending -= 1
             kept, self._kept = self._kept, []
-            for slot, version in kept:
-                grad = slot.param.grad
-                if grad is None or grad is not slot.grad or grad._version != version:
-                    self._fail(_WRITTEN.format(tuple(slot.shape)))
+            try:
+                for slot, version in kept:
+                    grad = slot.param.grad
+                    if grad is None or grad is not slot.grad or grad._version != version:
+                        self._fail(_WRITTEN.format(tuple(slot.shape)))
+            finally:
+                ended()
 
         queue(remember)
 
