@@ -121,7 +121,9 @@ def test_finalize(timed: Run, shape: str) -> None:
     """Norm of the partial sums, clip coefficient, skip flag, step counts, the rule's scalars."""
     form = make("fused_backend", shape, Plan())
     assert isinstance(form, Operations)
-    form.add_last(cases.gradients(shape, BF16, DEVICE))
+    grads = cases.gradients(shape, BF16, DEVICE)
+    form.add(grads, 0)
+    form.add_last(grads)
     timed(lambda: form.finalize(1.0))
     assert form.scalars.steps.max() >= 1
 

@@ -51,7 +51,7 @@ class Operations(Ours):
         device, n_tensors = params[0].device, len(params)
         rule, self.group = rule or plan.rule(), group or plan.group()
         self.backend = backends.get(plan.backend, device)
-        self.accs = [torch.empty_like(p, dtype=torch.float32) for p in params]
+        self.accs = [torch.zeros_like(p, dtype=torch.float32) for p in params]
         counts = [count_chunks(p.numel()) for p in params]
         self.cells = [sum(counts[:i]) for i in range(n_tensors)]
         self.partials = torch.zeros(sum(counts), dtype=torch.float32, device=device)
