@@ -15,6 +15,13 @@ class Keep(Enum):
     SPLIT = "split"  # An int16 remainder and the bf16 parameter are an fp32 number together.
     FP32 = "fp32"  # An fp32 master beside the parameter.
 
+    def __init__(self, value: str) -> None:
+        # Of what is kept beside the parameter; None where nothing is.
+        self.master_dtype = {"split": torch.int16, "fp32": torch.float32}.get(value)
+
+    # Enum's own hashes the name, in Python; updates look a `Keep` up for every parameter.
+    __hash__ = object.__hash__
+
     @classmethod
     def of(
         cls, master_weights: str | None, dtype: torch.dtype, is_stochastic: bool = False
@@ -46,8 +53,3 @@ class Keep(Enum):
                 'number is a bfloat16), but the model has float16 ones; use None or "fp32"'
             )
         return cls.FP32
-
-    @property
-    def master_dtype(self) -> torch.dtype | None:
-        """Of what is kept beside the parameter; None where nothing is."""
-        return {Keep.SPLIT: torch.int16, Keep.FP32: torch.float32}.get(self)

@@ -60,6 +60,11 @@ class Rule:
     states: tuple[str, ...]
     initial: tuple[tuple[str, Callable[[Group], Any]], ...]
 
+    @property
+    def has_starts(self) -> bool:
+        """Whether something starts as another number than zero."""
+        return bool(self.initial or self.family.memory)
+
     def starts(self, group: Group) -> dict[str, float]:
         """What those of its states and numbers start as that do not start as zero."""
         named = (*self.initial, *self.family.memory)

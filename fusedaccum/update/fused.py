@@ -16,7 +16,7 @@ from ..rules.rule import Rule, sign
 from ..window.collector import Collector
 from ..window.slots import Slot
 from .masters import Master, Masters
-from .states import States
+from .states import RuleState, States
 
 # What is still to do of an update, given what makes the accumulated sum the mean.
 Apply = Callable[[Correction], None]
@@ -44,12 +44,11 @@ class FusedStep:
         self._masters, self._states = masters, states
         self._seed = seed
 
-    def bind(self, slot: Slot, rule: Rule, group: dict[str, Any]) -> Master:
+    def bind(self, slot: Slot, rule: Rule, group: dict[str, Any]) -> tuple[Master, RuleState]:
         """Have a parameter's master and states in their buffers, and show them."""
         master = self._masters[slot]
         master.refresh()
-        self._states.bind(slot, rule, group)
-        return master
+        return master, self._states.bind(slot, rule, group)
 
     def prepare(self, max_norm: float | None, partials: Tensor | None, skip: bool) -> Apply | None:
         """See `Updater.prepare`; None where there is nothing to update."""
@@ -66,21 +65,16 @@ class FusedStep:
                 slot = self._collector.slots.get(param)
                 if slot is None or not slot.fill:
                     continue
-                master = self.bind(slot, rule, group)
+                master, own = self.bind(slot, rule, group)
                 keep = master.keep
                 step = steps.get((rule.name, slot.dtype, keep))
                 if step is None:
                     step = steps[rule.name, slot.dtype, keep] = Step(rule, keep, [], scalars)
-                tensor = StepTensor(
-                    param,
-                    slot.acc,
-                    self._states[slot].tensors,
-                    row=slot.row,
-                    group=group_index,
-                    master=master.tensor if master.is_kept else None,
-                    key=tensor_key(self._seed, position) if keep is Keep.STOCHASTIC else 0,
+                kept = master.tensor if master.is_kept else None
+                key = tensor_key(self._seed, position) if keep is Keep.STOCHASTIC else 0
+                step.tensors.append(
+                    StepTensor(param, slot.acc, own.tensors, slot.row, group_index, kept, key)
                 )
-                step.tensors.append(tensor)
                 updated.append(slot)
         if not updated:
             return None

@@ -30,9 +30,10 @@ class RuleState:
         step: its step count, 0-d, on the device; None until the states are there.
         knows_step: whether a checkpoint told its step count.
         numbers: the 0-d states that `state[param]` shows, by torch's names.
+        shown: all that `state[param]` was made to show.
     """
 
-    __slots__ = ("knows_step", "numbers", "starts", "step", "tensors")
+    __slots__ = ("knows_step", "numbers", "shown", "starts", "step", "tensors")
 
     def __init__(self) -> None:
         self.tensors: tuple[Tensor, ...] = ()
@@ -40,6 +41,7 @@ class RuleState:
         self.step: Tensor | None = None
         self.knows_step = False
         self.numbers: dict[str, Tensor] = {}
+        self.shown: dict[str, Tensor] = {}
 
 
 class States(dict[Slot, RuleState]):
@@ -146,13 +148,16 @@ class States(dict[Slot, RuleState]):
 
         It shows all of them or none: what raises before leaves `state` as it was.
         """
-        scalars = self.scalars
         own, state = self[slot], self._optimizer.state[slot.param]
         if own.step is not None and len(own.tensors) == len(rule.states):
-            bound = dict(zip(rule.states, own.tensors, strict=True)) | own.numbers
-            if all(state.get(name) is tensor for name, tensor in bound.items()):
-                self._start_later(slot, rule, group)
+            for name, tensor in own.shown.items():
+                if state.get(name) is not tensor:
+                    break
+            else:
+                if rule.has_starts:
+                    self._start_later(own, state, rule.starts(group))
                 return own
+        scalars = self.scalars
         is_foreign = False  # whether it comes from a plain run, or from a checkpoint
         shown: dict[str, Tensor] = {}
         for name in rule.states:
@@ -184,17 +189,17 @@ class States(dict[Slot, RuleState]):
         own.starts = rule.starts(group)
         own.tensors = tensors
         own.numbers = {name: number for number, name, _ in numbers}
-        own.step = step
+        own.shown, own.step = shown, step
         return own
 
-    def _start_later(self, slot: Slot, rule: Rule, group: Group) -> None:
+    @staticmethod
+    def _start_later(own: RuleState, state: dict[str, Any], starts: dict[str, float]) -> None:
         """Let what starts as a hyper-parameter start as what that is now (ASGD's and Rprop's rate),
         where every update so far was skipped. That shows on the device alone."""
-        own, starts = self[slot], rule.starts(group)
         if starts == own.starts:
             return
         assert own.step is not None
         for name, start in starts.items():
-            value = self._optimizer.state[slot.param][name]
+            value = state[name]
             value.copy_(torch.where(own.step == 0, start, value))
         own.starts = starts
