@@ -7,6 +7,7 @@ the torch backend runs where there are no compiled loops.
 from __future__ import annotations
 
 import ast
+import copy
 import math
 from functools import cache
 from types import SimpleNamespace
@@ -63,8 +64,9 @@ def as_torch(module: str, dtype: torch.dtype = torch.float32) -> SimpleNamespace
     body: list[ast.stmt] = []
     for node in text.read(module).body:
         if isinstance(node, ast.FunctionDef):
-            node.decorator_list = []
-            body.append(node)
+            plain = copy.copy(node)
+            plain.decorator_list = []
+            body.append(plain)
         elif isinstance(node, ast.Assign) and _is_constant(node.value):
             body.append(node)
     namespace: dict[str, Any] = {"tl": _language(dtype)}

@@ -100,6 +100,7 @@ def register_rule(
         step_key=step_key,
         family=family,
     )
+    _check_scalars(rule.family)
     return add(optimizer_class, rule, when)
 
 
@@ -125,7 +126,7 @@ def make_rule(
     step_key: str | None = "step",
     family: str | None = None,
 ) -> Rule:
-    """A rule that is known to be sound; see `register_rule`, which takes the same."""
+    """A rule; see `register_rule`, which takes the same and also runs the scalars function once."""
     module = kernels if isinstance(kernels, str) else kernels.__name__
     starts = dict.fromkeys(states, 0.0) if not isinstance(states, Mapping) else dict(states)
     memory = memory or {}
@@ -141,7 +142,6 @@ def make_rule(
         step_key=step_key,
         kernels=module,
     )
-    _check_scalars(shared)
     # What starts as zero is not named: `Rule.starts` is about what depends on the group.
     initial = tuple((key, _start(value)) for key, value in starts.items() if value != 0.0)
     return Rule(name, shared, tuple(starts), initial)

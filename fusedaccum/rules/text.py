@@ -14,8 +14,9 @@ from functools import cache
 from pathlib import Path
 
 
+@cache
 def read(module: str) -> ast.Module:
-    """A module's syntax tree, a new one. Triton need not be there.
+    """A module's syntax tree, which is not to be changed. Triton need not be there.
 
     Raises:
         LookupError: if the module has no source file.
