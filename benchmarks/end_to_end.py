@@ -8,6 +8,7 @@ those. All loops run in turns in one process; a tax is of two times of the same 
 from __future__ import annotations
 
 import argparse
+import copy
 import gc
 import json
 import sys
@@ -94,7 +95,7 @@ def gate(make: type[Loop], model: nn.Module, vocabulary: int, plan: Plan) -> dic
         Wrong: if a loop that claims to be exact is not, or a loss differs.
     """
     device = next(model.parameters()).device
-    loop, twin = make(model, plan), Loop(model, plan).model
+    loop, twin = make(model, plan), copy.deepcopy(model)
     params: list[Tensor] = list(twin.parameters())
     for param in params:
         # Some operations make fp32 gradients of bf16 weights (rms_norm on a CPU): unrounded, as

@@ -7,6 +7,7 @@ each, then `update`. `Floor` is the forward and backward alone, which every loop
 from __future__ import annotations
 
 import copy
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import ClassVar
 
@@ -21,7 +22,7 @@ from fusedaccum.bench.ours import Wrapper
 from . import decoder
 
 
-class Loop:
+class Loop(ABC):
     """One way to train.
 
     Attributes:
@@ -36,20 +37,21 @@ class Loop:
     def __init__(self, model: nn.Module, plan: Plan) -> None:
         self.model, self.plan = copy.deepcopy(model), plan
 
+    @abstractmethod
     def micro_batch(self, ids: Tensor, index: int) -> Tensor:
         """Forward, backward and accumulation of the index-th of N; returns the loss."""
-        raise NotImplementedError
 
+    @abstractmethod
     def update(self) -> None:
         """Clip and step."""
 
+    @abstractmethod
     def grads(self) -> list[Tensor]:
         """The mean gradient, after the last micro-batch and before `update()`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def values(self) -> list[Tensor]:
         """The parameters as precisely as they are kept."""
-        raise NotImplementedError
 
     def window(self, batches: Sequence[Tensor]) -> Tensor:
         """A whole window; returns the mean loss."""
@@ -74,6 +76,15 @@ class Floor(Loop):
         for param in self.params:
             param.grad = None
         return loss.detach()
+
+    def update(self) -> None:
+        """Nothing."""
+
+    def grads(self) -> list[Tensor]:
+        return []
+
+    def values(self) -> list[Tensor]:
+        return [p.detach() for p in self.params]
 
 
 class Plain(Loop):

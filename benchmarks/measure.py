@@ -67,7 +67,7 @@ class Rows:
     def refuse(self, name: str, error: Exception) -> None:
         """No number for this variant, and why; a lack of memory is no fault of its own."""
         kept = self.skipped if isinstance(error, torch.OutOfMemoryError) else self.refused
-        kept[name] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+        kept[name] = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
 
     def add(self, timed: Samples, digits: int, **columns: Any) -> None:
         """A row of the group `self.groups`."""

@@ -5,8 +5,9 @@ from __future__ import annotations
 import collections
 import sys
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -31,7 +32,7 @@ class Broken(AssertionError):
         self.how = how
 
 
-class Trap:
+class Trap(ABC):
     """Raises once, somewhere in the operation. `fired` and `where` say whether, and where."""
 
     def __init__(self) -> None:
@@ -52,10 +53,9 @@ class Trap:
             if self.fired:
                 raise Broken("swallowed", f"what was raised at {self.where} did not come out")
 
-    @contextmanager
-    def armed(self, run: Run) -> Iterator[None]:
-        raise NotImplementedError
-        yield
+    @abstractmethod
+    def armed(self, run: Run) -> AbstractContextManager[None]:
+        """Let it raise inside this block."""
 
     def again(self) -> Trap | None:
         """One that raises at the very same place, if that has to be said."""

@@ -9,6 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+# Elements: views into a flat buffer start at multiples of it, which are multiples of 32 bytes even
+# for 2-byte types.
+ALIGNMENT = 16
+
 SHARDED = (
     "Use the plain optimizer with the engine's own accumulation; for FSDP2, "
     "fully_shard(..., mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32)) reduces "

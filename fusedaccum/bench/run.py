@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..backends.tensors import ALIGNMENT
 from ..doctor import machine, output
 from ..doctor.checks import Wrong, threads
 from . import gate, shapes, timing
@@ -25,8 +26,6 @@ WINDOW = "window"
 # Samples of each form, and shares of the time: the window is what counts.
 ROUNDS = {"cpu": 40, "cuda": 100}
 OPERATION_SHARE, WINDOW_SHARE = 0.12, 0.52
-# A parameter is laid out at a multiple of so many elements.
-PADDING = 16
 Call = Callable[[], object]
 BUSY = (
     "this machine has other work to do: torch's threads wait for each other then, and native forms "
@@ -251,7 +250,7 @@ def check_memory(device: torch.device, dtype: torch.dtype, plan: Plan, sizes: Sh
         ValueError: with what it needs and what there is.
     """
     n = shapes.count(sizes)
-    needed = (n + PADDING * len(sizes)) * bytes_needed(dtype, plan)
+    needed = (n + ALIGNMENT * len(sizes)) * bytes_needed(dtype, plan)
     free = machine.memory_bytes(device) if device.type in ("cpu", "cuda") else 0
     if free and needed > free:
         fits = int(0.9 * n * free / needed)

@@ -43,7 +43,7 @@ from .malformed import refuse_malformed
 
 
 def _indexed(optimizer: Optimizer, collector: Collector) -> dict[int, Slot]:
-    """Segments by torch's index of their parameter in a state dict."""
+    """Slots by torch's index of their parameter in a state dict."""
     params = [p for group in optimizer.param_groups for p in group["params"]]
     return {i: s for i, p in enumerate(params) if (s := collector.slots.get(p)) is not None}
 
@@ -254,6 +254,7 @@ def load(state_dict: StateDict, updater: Updater) -> None:
     unknown = list(accumulators) if collector.window.steps is None and not is_weighted else []
     arrived, in_zeros = set(extra.get("arrived", unknown)), set(extra.get("zeros", ()))
     going_on: dict[Tensor, tuple[Tensor, bool]] = {}
+    zeroed: set[Tensor] = set()
     for index, param in zip(ids, params, strict=True):
         param.grad = None
         slot = collector.slots.get(param)
@@ -269,7 +270,8 @@ def load(state_dict: StateDict, updater: Updater) -> None:
         accumulated = accumulators.get(index)
         if accumulated is not None:
             going_on[param] = accumulated, index in arrived
-    zeroed = {param for index, param in zip(ids, params, strict=True) if index in in_zeros}
+        elif index in in_zeros:
+            zeroed.add(param)
     go_on(collector, going_on, zeroed, extra["window"] if extra else None)
-    if extra and collector.slots:
+    if extra:
         updater.states.scalars.skipped.fill_(extra.get("skipped_steps", 0))

@@ -13,8 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-# Elements. The start of every view is then a multiple of 32 bytes even for 2-byte types.
-ALIGNMENT = 16
+from ..backends.tensors import ALIGNMENT
 
 
 class Block:

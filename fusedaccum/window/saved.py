@@ -49,7 +49,8 @@ def go_on(
     zeros: Set[Tensor],
     numbers: Mapping[str, Any] | None,
 ) -> None:
-    """Go on with the window of a checkpoint, after the one that was open was discarded.
+    """Go on with the window of a checkpoint, after the one that was open was discarded and no
+    parameter shows a gradient.
 
     Args:
         collector: of the same parameters.
@@ -58,7 +59,7 @@ def go_on(
         numbers: what `window_numbers` gave; None for a checkpoint without a window.
     """
     for param, slot in collector.slots.items():
-        param.grad, slot.is_zero = None, False
+        slot.is_zero = False
         if param in accumulators:
             accumulated, has_arrived = accumulators[param]
             slot.restore(accumulated, Fill.CURRENT if has_arrived else Fill.EARLIER)
