@@ -75,8 +75,13 @@ class ByHand:
 
     def is_zeroed(self) -> bool:
         """Whether somebody wrote all sums of closed micro-batches that are shown, and they are
-        zeros now. Waits for them where they were written, and nowhere else."""
-        if not self._window.micro_batches:
+        zeros now. Waits for them where they were written, and nowhere else.
+
+        Where a loop has asked to clip what the last window left, that counts as a window too.
+        """
+        window = self._window
+        is_begun = window.micro_batches or (window.steps is None and window.max_norm is not None)
+        if not is_begun:
             return False
         may_be = (s for s in self._segments.values() if s.fill and s.numel and not s.is_zero)
         first = next(may_be, None)

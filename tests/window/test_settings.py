@@ -111,6 +111,21 @@ def test_a_clip_is_forgotten_with_its_window() -> None:
     assert p.tolist() == [-3.0] * 3
 
 
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_a_clip_of_what_a_loop_has_used_is_forgotten_when_that_is_zeroed(
+    set_to_none: bool,
+) -> None:
+    p = one(0.0)
+    opt = sgd(p)
+    give(p, 3.0)
+    opt.step()
+    opt.clip_grad_norm_(0.1)
+    torch.optim.SGD([p]).zero_grad(set_to_none)  # the model's, as far as we can see
+    give(p, 3.0)
+    opt.step()
+    assert p.tolist() == [-6.0] * 3
+
+
 def test_what_clipping_returns() -> None:
     root = 3**0.5
     p = one(0.0)
