@@ -252,6 +252,7 @@ class Oracle(Window):
         result.steps, result.max_norm, result.skip = self.steps, self.max_norm, self.skip
         result.warned, result.window_closed = self.warned, None
         result.update.norm_is_known = False
+        result.update.forget_origins()
         for param in result.update.params:
             param.moved = True
         result.expected = self.expected

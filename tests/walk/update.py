@@ -29,6 +29,8 @@ class Param:
         hides_remainder: whether a zero or a number that is not finite was written over a split
             master, whose remainder counts again when another value is written.
         momentum_error: largest difference of Lion's momentum.
+        origin: of an fp32 master, what showed before anybody wrote the parameter, with the precise
+            value and its error then: where that shows again, the master is still there.
     """
 
     exact: torch.nn.Parameter
@@ -41,6 +43,7 @@ class Param:
     blur: float = 0.0
     hides_remainder: bool = False
     momentum_error: Tensor | None = None
+    origin: tuple[Tensor, Tensor, Tensor] | None = None
 
     @property
     def value(self) -> Tensor:
@@ -146,6 +149,8 @@ class Update:
         self.norm_is_known = True
         norm, error = self.norm_of(there)
         norm = norm * torch.nan if overflow else norm
+        if not self.is_fused:  # a step of another package reads the masters before the skip
+            self.forget_origins(grads)
         self.norm = (norm, error) if skip or max_norm is not None else None
         if skip and not bool(norm.isfinite()):
             self.skipped += 1
@@ -172,6 +177,7 @@ class Update:
                 errors[i] = errors[i] * OPTIMIZERS[self.kind].sensitivity(group)
                 param.exact.grad = grad.to(param.exact.dtype)
         self.plain.step()
+        self.forget_origins(grads)
         for i, error in errors.items():
             param = self.params[i]
             if self.kind in ("adafactor", "muon") and error.numel():
@@ -187,7 +193,13 @@ class Update:
     def write(self, index: int, written: Tensor, shown: Tensor) -> None:
         """`written` (in the parameter's dtype) takes the place of `shown`."""
         param = self.params[index]
-        differs = written != shown
+        if param.kind == "fp32":
+            param.origin = param.origin or (shown.clone(), param.value.clone(), param.error)
+            differs = written != param.origin[0]
+            param.exact.data.copy_(param.origin[1])
+            param.error = param.origin[2]
+        else:
+            differs = written != shown
         new = torch.where(differs, written.double(), param.value)
         error = torch.where(differs, torch.zeros_like(param.error), param.error)
         if param.kind == "split":
@@ -204,6 +216,12 @@ class Update:
             param.blur = max(param.blur, float(error.max()) if error.numel() else 0.0)
         param.exact.data.copy_(new)
         param.error, param.moved = error, True
+
+    def forget_origins(self, grads: list[Pair | None] | None = None) -> None:
+        """What shows now is what the masters are of: of all, or of those with a gradient."""
+        for param, pair in zip(self.params, grads or self.params, strict=True):
+            if pair is not None:
+                param.origin = None
 
     def believe(self, index: int, value: Tensor) -> None:
         """Take a value that has been compared as the exact one, so that errors do not add up."""

@@ -167,6 +167,7 @@ class World:
         if self.masters == "split" and dtype is F16:
             raise Unspecified("no split master of fp16")
         if dtype != param.dtype:
+            oracle.update.forget_origins()
             self.specs[i] = replace(self.specs[i], dtype=dtype)
             self.shown[i] = self.shown[i].to(dtype)
             param.dtype = dtype
@@ -219,6 +220,7 @@ class World:
     def rewrap(self, steps: Any, max_norm: Any, skip: bool, masters: str | None) -> str:
         """A new wrapper of the plain optimizer, whose parameters are what they showed."""
         update = self.oracle.update
+        update.forget_origins()
         if self.kind.is_fused:
             self.masters = masters
         stochastic = self.config.stochastic
