@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from . import backends
@@ -19,6 +22,7 @@ from .update.updater import Updater
 from .window.advice import Advice
 from .window.collector import Collector
 from .window.grad_scaler import Scaling
+from .window.reducing import Reducing
 from .window.trouble import PART
 from .window.weights import Window
 
@@ -46,6 +50,10 @@ class Core:
         # The state that moves along, until the parts for moved parameters are complete.
         self._moving: dict[str, Any] | None = None
         self._build()
+        if options.process_group is not None:
+            from .distributed.reduction import broadcast
+
+            broadcast(self.collector.slots, options.process_group)
 
     def _build(self) -> None:
         """Accumulators, hooks and tables for the parameters as they are now."""
@@ -69,6 +77,7 @@ class Core:
             scaling=self.scaling,
             device=device,
             check=masters.check,
+            serve=partial(_serve, options, type(self.optimizer)),
         )
         self.updater = Updater(
             self.optimizer,
@@ -78,6 +87,13 @@ class Core:
             seed=options.seed,
         )
         self.collector.attach_groups(groups)
+        if options.process_group is not None:
+            from .distributed.reduction import Reduction
+
+            settings = _shared(options, type(self.optimizer))
+            self.collector.reduction = Reduction(
+                self.collector, options.process_group, settings=settings
+            )
 
     def change(self, name: str, value: Any, wrapper: type[Optimizer]) -> None:
         """Assign a setting.
@@ -101,7 +117,7 @@ class Core:
             self.collector.start_counting()
             self.window.steps = steps
             self.scaling.count_to(steps)
-        self.collector.wants_norm = options.wants_norm
+        self.collector.adder.wants_norm = options.wants_norm
         self.options = options
 
     # --- gradients ---
@@ -110,7 +126,7 @@ class Core:
         """Have every gradient in its accumulator, or raise before anything is updated."""
         self.check_usable()
         self.collector.check()
-        self.collector.engines.at_step()
+        self.collector.see_engines()
         self.check_params()
         self.collector.adopt_assigned()
 
@@ -184,6 +200,24 @@ class Core:
 
     # --- updates ---
 
+    def sums_so_far(self) -> Tensor:
+        """Partial sums of squares of what the coming update would use."""
+        self.collect()
+        if self.window.steps is None:
+            self.collector.reduction.complete(closes=False)
+        return self.collector.sums_of_squares()
+
+    def clip(self, max_norm: float) -> Tensor:
+        """See `FusedAccumOptimizer.clip_grad_norm_`."""
+        sums = self.sums_so_far()
+        self.window.max_norm = max_norm
+        reduction = self.collector.reduction
+        if reduction.is_average:
+            correction = reduction.correction(self.window)
+        else:
+            correction = self.window.correction_so_far(is_open=self.collector.has_arrivals)
+        return (sums.double().sum().sqrt() * correction).float()
+
     def evaluate(self, closure: Callable[[], Any]) -> Any:
         """Call the closure of a step()."""
         try:
@@ -212,12 +246,15 @@ class Core:
         self.collector.end_window()
         return loss
 
-    def update(self, closes: bool, hooks: AbstractContextManager[Any]) -> None:
+    def update(self, closes: bool, hooks: AbstractContextManager[Any]) -> bool:
         """One update; then the window is over. What raises before it begins changes nothing.
 
         Args:
             closes: whether the open micro-batch is closed with it.
             hooks: runs those of step().
+
+        Returns:
+            Whether there was a gradient, in this process or in another one of its group.
 
         Raises:
             RuntimeError: inside a micro_batch() block of a loop that owns the window.
@@ -232,14 +269,18 @@ class Core:
         with hooks as has_run:
             if has_run:
                 self.collector.adopt_assigned()
+            self.collector.reduction.complete(closes)
+            has_gradient = bool(self.collector.filled())
             skip, is_scaled = self.options.skip_nonfinite, self.scaling.takes_part
             apply = self.updater.prepare(max_norm, skip, is_scaled)
             with self.collector.trouble.unless_done("an update", PARTLY_UPDATED):
                 if closes:
                     self.collector.close_micro_batch()
-                apply(self.scaling.correction(self.window.correction()))
+                factor = self.collector.reduction.correction(self.window)
+                apply(self.scaling.correction(factor))
                 self.collector.end_window()
                 self.window_closed = True
+        return has_gradient
 
     # --- checkpoints ---
 
@@ -264,3 +305,29 @@ class Core:
         self.check_params(reattach=True)  # Accelerate moves the model, then loads state_dict()
         checkpoint.load(state_dict, self.updater)
         self._loading = None
+
+
+def _shared(options: Options, kind: type[Optimizer]) -> dict[str, Any]:
+    """The settings that the processes of a group must have in common, by name."""
+    names = (
+        "gradient_accumulation_steps", "max_grad_norm", "master_weights", "skip_nonfinite",
+        "stochastic_rounding", "seed", "fused_unscale",
+    )  # fmt: skip
+    return {"optimizer": kind.__name__} | {name: getattr(options, name) for name in names}
+
+
+def _serve(
+    options: Options,
+    kind: type[Optimizer],
+    collector: Collector,
+    modules: Sequence[DistributedDataParallel],
+) -> Reducing:
+    """Average instead of DDP; see `distributed.ddp.serve`."""
+    from .distributed import ddp
+
+    if options.process_group is not None:
+        raise ValueError(
+            "process_group= was given, and DistributedDataParallel (DDP) wraps parameters of this "
+            "optimizer, whose group is taken instead: leave out one of the two"
+        )
+    return ddp.serve(collector, modules, _shared(options, kind))

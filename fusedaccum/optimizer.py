@@ -101,6 +101,10 @@ class FusedAccumOptimizer(SharingOptimizer):
             divides by the scale, without a pass and without waiting for the device.
         bucket_cap_mb: MiB of micro-gradients that wait to be added in one launch, all that they
             take beside the accumulators. None: 128, but 64 on a CPU (benchmarks/README.md).
+        process_group: the processes that train the same model, where no DistributedDataParallel is
+            around it: gradients are averaged over them, and the parameters of the first one are
+            copied to all at once. None: DistributedDataParallel is found by itself, and its group
+            is taken.
 
     `gradient_accumulation_steps` may be assigned between windows (a batch size that grows);
     `max_grad_norm` and `skip_nonfinite` at any time, for the updates to come. The other settings
@@ -139,6 +143,7 @@ class FusedAccumOptimizer(SharingOptimizer):
         seed: int = 0,
         grad_scaler: torch.amp.GradScaler | None = None,
         fused_unscale: bool = False,
+        process_group: torch.distributed.ProcessGroup | None = None,
     ) -> None:
         options = Options(
             gradient_accumulation_steps,
@@ -151,6 +156,7 @@ class FusedAccumOptimizer(SharingOptimizer):
             seed,
             grad_scaler,
             fused_unscale,
+            process_group,
         ).checked(optimizer, FusedAccumOptimizer)
         self.optimizer = optimizer
         self._core = Core(optimizer, options)
@@ -161,7 +167,7 @@ class FusedAccumOptimizer(SharingOptimizer):
     skip_nonfinite = Setting(is_changeable=True)
     master_weights, backend, bucket_cap_mb = Setting(), Setting(), Setting()
     stochastic_rounding, seed = Setting(), Setting()
-    grad_scaler, fused_unscale = Setting(), Setting()
+    grad_scaler, fused_unscale, process_group = Setting(), Setting(), Setting()
     grad_scale, found_inf = HandedOver(), HandedOver()
 
     def add_param_group(self, param_group: Group) -> None:
@@ -280,6 +286,8 @@ class FusedAccumOptimizer(SharingOptimizer):
     def flush(self) -> None:
         """Update now with a partial window, divided by what really arrived. No window: no effect.
 
+        With more than one process all have to call it, also one without a micro-batch.
+
         Raises:
             RuntimeError: as `step()` does, and where the loop owns the window: `step()` it is then.
         """
@@ -292,8 +300,10 @@ class FusedAccumOptimizer(SharingOptimizer):
         core.collect()
         is_open = core.collector.has_arrivals
         core.window_closed = False
-        if is_open or core.window.micro_batches:
-            core.update(closes=is_open, hooks=self._hooks())
+        has_any = is_open or core.window.micro_batches > 0
+        if has_any or core.window.is_shared:
+            has_gradient = core.update(closes=is_open, hooks=self._hooks())
+            core.window_closed = has_any or has_gradient
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Start afresh; inside a window of N micro-batches keep what was accumulated.
@@ -315,13 +325,7 @@ class FusedAccumOptimizer(SharingOptimizer):
         Returns:
             The L2 norm of the mean gradient so far, 0-d fp32 on the device.
         """
-        max_norm = check_positive("max_norm", max_norm)
-        core = self._core
-        core.collect()
-        core.window.max_norm = max_norm
-        total = core.collector.sums_of_squares().double().sum()
-        correction = core.window.correction_so_far(is_open=core.collector.has_arrivals)
-        return (total.sqrt() * correction).float()
+        return self._core.clip(check_positive("max_norm", max_norm))
 
     def detach(self) -> Optimizer:
         """Remove every hook and give the plain optimizer and model back.
@@ -340,6 +344,7 @@ class FusedAccumOptimizer(SharingOptimizer):
                 "call flush() (or step()) to use them, or zero_grad() to discard them, first"
             )
         core.updater.states.release()
+        core.collector.reduction.detach()
         core.collector.attached.detach()
         return self.optimizer
 
@@ -385,8 +390,7 @@ class FusedAccumOptimizer(SharingOptimizer):
 
     def found_inf_per_device(self) -> dict[torch.device, Tensor]:
         """What a linked GradScaler asks, instead of unscaling `p.grad`: it is unscaled already."""
-        self._core.collect()
-        sums = self._core.collector.sums_of_squares()
+        sums = self._core.sums_so_far()
         return {sums.device: self._core.scaling.found_inf(sums)}
 
     def _hooks(self) -> AbstractContextManager[Any]:

@@ -6,12 +6,15 @@ import inspect
 import math
 import operator
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.optim import Optimizer
 
 from .rules import packages
+
+if TYPE_CHECKING:  # not every build of torch has it
+    from torch.distributed import ProcessGroup
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,7 @@ class Options:
     seed: int = 0
     grad_scaler: torch.amp.GradScaler | None = None
     fused_unscale: bool = False
+    process_group: ProcessGroup | None = None
 
     def checked(self, optimizer: object, wrapper: type[Optimizer]) -> Options:
         """The same settings, validated for an optimizer to wrap.
@@ -44,6 +48,7 @@ class Options:
             bucket = check_bucket(bucket)
         check_rounding(self.stochastic_rounding, self.seed, self.master_weights)
         check_scaler(self.grad_scaler, self.fused_unscale, steps)
+        check_group(self.process_group)
         given = {field.name: getattr(self, field.name) for field in fields(self)}
         own = {"gradient_accumulation_steps": steps, "max_grad_norm": max_norm}
         return Options(**{**given, **own, "bucket_cap_mb": bucket})
@@ -189,6 +194,22 @@ def check_scaler(grad_scaler: object, fused_unscale: object, steps: int | None) 
             f"already; got gradient_accumulation_steps={steps} and "
             f"grad_scaler={type(grad_scaler).__name__}"
         )
+
+
+def check_group(group: object) -> None:
+    """Validate `process_group`."""
+    if group is None:
+        return
+    advice = (
+        "process_group must be a torch.distributed.ProcessGroup that this process belongs to "
+        "(torch.distributed.group.WORLD, after init_process_group()), or None"
+    )
+    if not torch.distributed.is_available():
+        raise ValueError(f"{advice}; this build of torch has no torch.distributed")
+    if not isinstance(group, torch.distributed.ProcessGroup):
+        raise TypeError(f"{advice}, got {group!r} of type {type(group).__name__}")
+    if torch.distributed.get_rank(group) < 0:
+        raise ValueError(f"{advice}; got a group without this process")
 
 
 def check_positive_or_none(name: str, value: object) -> float | None:

@@ -35,9 +35,17 @@ class Block:
 
         With `zeroed` the flat tensor starts as zeros, else as whatever the memory held.
         """
+        shape, stride = self._sizes[index]
+        return self._flat(name, dtype, zeroed).as_strided(shape, stride, self._offsets[index])
+
+    def span(self, name: str, first: int, last: int, dtype: torch.dtype) -> Tensor:
+        """The part of the flat tensor `name` from one parameter to another, padding included."""
+        flat = self._flat(name, dtype, zeroed=False)
+        return flat[self._offsets[first] : [*self._offsets, self._numel][last + 1]]
+
+    def _flat(self, name: str, dtype: torch.dtype, zeroed: bool) -> Tensor:
         flat = self._flats.get((name, dtype))
         if flat is None:
             flat = torch.empty(self._numel, dtype=dtype, device=self.device)
             self._flats[name, dtype] = flat.zero_() if zeroed else flat
-        shape, stride = self._sizes[index]
-        return flat.as_strided(shape, stride, self._offsets[index])
+        return flat

@@ -15,13 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import Variable
+from torch.nn.parallel import DistributedDataParallel
 
-from ..backends import Add, Backend
-from ..backends.tensors import laid_out_like
+from ..backends import Backend
+from .adding import Adder
 from .backwards import Backwards, refuse_kind
 from .by_hand import ByHand
 from .grad_scaler import Scaling
 from .hooks import Attached
+from .reducing import Alone, Reducing
 from .slots import Fill, Slot
 from .sums import Sums
 from .trouble import BACKWARD_RAISED, PART, Trouble
@@ -41,6 +43,8 @@ class Collector:
         scaling: what a GradScaler does to the gradients.
         device: where the parameters are.
         check: raises for a dtype that cannot be served.
+        serve: takes over from DistributedDataParallel modules that were found around the
+            parameters: it averages instead of them, or raises ValueError.
 
     Attributes:
         attached: the parameters with their hooks.
@@ -50,6 +54,8 @@ class Collector:
         by_hand: what somebody does to gradients in between.
         engines: those that would write or replace what is ours.
         sums: their sums of squares.
+        adder: adds to the accumulators.
+        reduction: averages them over processes, if there are several.
     """
 
     def __init__(
@@ -62,14 +68,17 @@ class Collector:
         scaling: Scaling,
         device: torch.device,
         check: Callable[[torch.dtype], None],
+        serve: Callable[[Collector, Sequence[DistributedDataParallel]], Reducing],
     ) -> None:
         self.attached = Attached(self, device, check)
         self.slots: Mapping[Tensor, Slot] = self.attached.slots
         self.backend = backend
         self.window = window
-        self.wants_norm = wants_norm
         self.scaling = scaling
         self.sums = Sums(backend, self.attached)
+        self.adder = Adder(backend, window, scaling, self.sums, wants_norm)
+        self.reduction: Reducing = Alone()
+        self._serve = serve
         self.trouble = Trouble()
         self.backwards = Backwards()
         self.by_hand = ByHand(self.slots, window, self.backwards)
@@ -113,7 +122,8 @@ class Collector:
         elif grad is None and (self.window.steps is None or slot.fill is Fill.CURRENT):
             slot.fill = Fill.EMPTY  # somebody took it away: zero_grad(), or `p.grad = None`
         param.grad = None
-        if self._queue and self._queued_bytes + slot.nbytes > self._queue_bytes:
+        limit = min(self._queue_bytes, self.reduction.queue_bytes)
+        if self._queue and self._queued_bytes + slot.nbytes > limit:
             self.flush()
         slot.pending, slot.is_due = True, is_due
         self._queue.append(slot)
@@ -128,7 +138,7 @@ class Collector:
             RuntimeError: for a backward that cannot come out right. Nothing has changed then.
         """
         refuse_kind()
-        self.engines.begin()
+        self._meet(self.engines.begin())
         is_nested = self.backwards.enter(task)
         try:
             if is_nested or self.trouble.reason is not None:
@@ -138,13 +148,34 @@ class Collector:
             self._refuse_zeroed()
             self.window.check_arrival()
             self.scaling.begin(self.attached.device)
+            if len(self.backwards.threads) == 1:
+                self.reduction.begin()
         except BaseException:
             self.backwards.end(task)
             raise
         self.backwards.begin(task)
 
-        Variable._execution_engine.queue_callback(self.flush)
+        Variable._execution_engine.queue_callback(self._finish)
         self.engines.end(lambda: self.backwards.end(task))
+
+    def _finish(self) -> None:
+        """A backward has brought everything."""
+        self.flush()
+        if len(self.backwards.threads) == 1:
+            self.reduction.end()
+
+    def see_engines(self) -> None:
+        """The window is about to be used: see whether an engine has come, or left it empty."""
+        self._meet(self.engines.at_step())
+
+    def _meet(self, found: Sequence[DistributedDataParallel]) -> None:
+        """Average instead of the DistributedDataParallel modules that were found just now."""
+        if not found:
+            return
+        try:
+            self.reduction = self._serve(self, found)
+        except ValueError as error:
+            self.engines.fail(str(error))
 
     @property
     def is_broken(self) -> bool:
@@ -186,7 +217,8 @@ class Collector:
                 )
             else:
                 fresh.append((slot, grad))
-        self._add(fresh, self.window.scale())
+        self.adder.add(fresh, self.window.scale(), is_averaged=self.reduction.is_running)
+        self.reduction.added(slot for slot, _ in fresh)
 
     def adopt(self, assigned: list[tuple[Slot, Tensor]]) -> None:
         """Take gradients that did not come through the hook: somebody assigned `param.grad`.
@@ -200,48 +232,16 @@ class Collector:
         adding = [(s, g) for s, g in assigned if not (loop_owned or s.fill is Fill.CURRENT)]
         if adding:
             # Of a parameter that was unfrozen since, autograd kept it, and no hook saw a backward.
+            self.window.check_arrival(decides=False)
             self.scaling.begin(self.attached.device)
             self.backwards.count = max(self.backwards.count, 1)  # so that its removal is seen
         with self.trouble.unless_done("taking over gradients that were assigned to p.grad"):
             for slot, _ in replacing:
                 slot.fill = Fill.EMPTY
-            self._add(replacing, 1.0, is_scaled=False)
+            self.adder.add(replacing, 1.0, is_scaled=False)
             if adding:
-                self._add(adding, self.window.scale())
-
-    @torch.no_grad()
-    def _add(self, fresh: list[tuple[Slot, Tensor]], scale: float, is_scaled: bool = True) -> None:
-        """Accumulate gradients: the tensors that start a window, then the others.
-
-        `is_scaled`: whether they hold the scale of a GradScaler, if there is one.
-        """
-        window, scaling = self.window, self.scaling
-        is_last = window.steps is None or window.is_last or scaling.is_linked
-        with_sums = is_last and (self.wants_norm or scaling.needs_norm)
-        cells = self.sums.cells() if with_sums else None
-        # One for each Fill: what starts the window, what starts the micro-batch, what goes on.
-        parts: tuple[list[tuple[Slot, Tensor]], ...] = ([], [], [])
-        for slot, grad in fresh:
-            if slot.grad is None or slot.grad.dtype is not torch.float32:
-                slot.allocate()
-            if not (slot.is_contiguous and grad.is_contiguous()):
-                grad = laid_out_like(grad, slot.acc)
-            if grad.dtype is not slot.dtype and grad.dtype is not torch.float32:
-                grad = grad.float()
-            parts[slot.fill].append((slot, grad))
-        if not scaling.is_linked:  # the last two differ in what a GradScaler has to say
-            parts = (parts[0], parts[1] + parts[2], [])
-        for i, members in enumerate(parts):
-            if members:
-                pairs = [(s.acc, g) for s, g in members]
-                own_cells = [s.cell for s, _ in members]
-                control = scaling.control(i < 2) if is_scaled else None
-                self.backend.accumulate(Add(pairs, scale, i == 0, cells, own_cells, control))
-        for slot, _ in fresh:
-            slot.fill, slot.is_zero = Fill.CURRENT, False
-            slot.param.grad = shown = slot.grad
-            slot.has_sums |= with_sums
-            slot.sums_version = shown._version if with_sums and shown is not None else None
+                self.adder.add(adding, self.window.scale())
+                self.reduction.changed()
 
     # --- between backwards ---
 
@@ -363,6 +363,7 @@ class Collector:
             slot.fill = Fill.EARLIER if keeps and slot.fill else Fill.EMPTY
         self.scaling.end_window()
         self.window.reset()
+        self.reduction.reset()
 
     def start_counting(self) -> None:
         """The wrapper counts from now on, or to another number: sums of a loop are over."""
@@ -388,6 +389,7 @@ class Collector:
                 slot.show_zeros()
         self.scaling.reset()
         self.window.reset()
+        self.reduction.reset()
         self.backwards.forget()
         self.trouble.reason = None
 

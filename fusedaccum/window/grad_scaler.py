@@ -191,10 +191,10 @@ class Scaling:
             self._control[0, 1] = found_inf == 0
             self._found_inf = None
 
-    def correction(self, correction: float) -> Correction:
+    def correction(self, correction: float | Tensor) -> Correction:
         """The factor on the accumulated sum, and the overflow. Nothing is read on the host."""
         self.close_micro_batch()  # where the loop owns the window it was not
-        factor: float | Tensor = correction
+        factor = correction
         if self._divisor is not None:
             factor = correction * self._divisor.double().reciprocal()
         overflow = self._found_inf if self.overflow is None else self.overflow

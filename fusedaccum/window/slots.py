@@ -55,6 +55,7 @@ class Slot:
 
     Attributes:
         param: the parameter, where it always was.
+        block, position: the flat buffers that it has a part of, and its place in them.
         row: its row in the update's device tables.
         acc: its fp32 accumulator, part of a flat buffer, made when first needed.
         grad: the same memory as `acc`, the tensor that `param.grad` shows. It has a version
@@ -72,9 +73,10 @@ class Slot:
     """
 
     __slots__ = (
-        "__weakref__", "_block", "_position", "acc", "cell", "closed_version", "device", "dtype",
+        "__weakref__", "acc", "block", "cell", "closed_version", "device", "dtype",
         "fill", "grad", "has_sums", "hook", "is_contiguous", "is_due", "is_zero", "n_cells",
-        "nbytes", "node", "numel", "param", "pending", "row", "shape", "stride", "sums_version",
+        "nbytes", "node", "numel", "param", "pending", "position", "row", "shape", "stride",
+        "sums_version",
     )  # fmt: skip
 
     def __init__(self, param: Tensor, block: Block, position: int, row: int, cell: int) -> None:
@@ -84,7 +86,7 @@ class Slot:
         self.is_contiguous = param.is_contiguous()
         self.numel = param.numel()
         self.nbytes = self.numel * param.element_size()
-        self._block, self._position = block, position
+        self.block, self.position = block, position
         self.row, self.cell, self.n_cells = row, cell, count_chunks(self.numel)
         self.acc: Tensor = None  # type: ignore[assignment]  # see `allocate`
         self.grad: Tensor | None = None
@@ -98,7 +100,7 @@ class Slot:
     def allocate(self) -> None:
         """Make the accumulator. Its first use stores, so it is not zeroed."""
         if self.grad is None:
-            self.acc = self._block.view("acc", self._position, torch.float32, zeroed=False)
+            self.acc = self.block.view("acc", self.position, torch.float32, zeroed=False)
             # .data: the same memory with a version counter of its own.
             self.grad = self.acc.data
         elif self.grad.dtype is not torch.float32:
@@ -140,7 +142,7 @@ class Slot:
 
     def view(self, name: str, dtype: torch.dtype = torch.float32) -> Tensor:
         """This parameter's part of the flat buffer `name`, which starts as zeros."""
-        return self._block.view(name, self._position, dtype, zeroed=True)
+        return self.block.view(name, self.position, dtype, zeroed=True)
 
     @property
     def sums_are_current(self) -> bool:

@@ -2,8 +2,9 @@
 
 `p.grad` is the accumulator. DistributedDataParallel (DDP) averages each micro-gradient and copies
 the average over it; FSDP and DeepSpeed take it away. Where torch.distributed is in use, all objects
-are looked through once, in the first backward. An engine that comes later, or that nobody knows, is
-seen at the end of each backward, when it has written: that costs a look at one tensor.
+are looked through once, in the first backward: DDP is served, the others are refused. An engine
+that comes later, or that nobody knows, is seen at the end of each backward, when it has written:
+that costs a look at one tensor.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import gc
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
-from typing import Any, NoReturn, Protocol
+from typing import Any, NoReturn, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -23,12 +24,6 @@ from torch.nn.parallel import DistributedDataParallel
 from ..backends.tensors import SHARDED, is_dtensor
 from .engines import PLAIN, refuse_exchange
 from .trouble import Trouble
-
-REDUCE = (
-    "Leave the model unwrapped, wrap the optimizer with gradient_accumulation_steps=None, "
-    "broadcast the parameters from rank 0 once, and average between the last backward() and "
-    "step(): `for p in params: torch.distributed.all_reduce(p.grad); p.grad /= world_size`"
-)
 
 
 class Owned(Protocol):
@@ -81,42 +76,51 @@ class Watch:
         """The window is discarded."""
         self._n_ending = 0
 
-    def begin(self) -> None:
+    def begin(self) -> Sequence[DistributedDataParallel]:
         """A backward begins.
 
+        Returns:
+            DDP modules that were found just now: they have to be served, or to `fail`.
+
         Raises:
-            RuntimeError: for an engine that owns a parameter of ours, and for param groups in which
-                somebody replaced the parameters. The window is marked.
+            RuntimeError: for another engine that owns a parameter of ours, and for param groups in
+                which somebody replaced the parameters. The window is marked.
         """
         refuse_exchange(self._owner.slots, self._owner.groups)
-        if not self._looked and is_distributed():
-            self._look()
+        return self._look() if not self._looked and is_distributed() else ()
 
-    def at_step(self) -> None:
+    def at_step(self) -> Sequence[DistributedDataParallel]:
         """The window is about to be used; an engine that replaced parameters left it empty.
 
-        Raises:
-            RuntimeError: as `begin` does.
+        Returns, raises: as `begin` does.
         """
-        if is_distributed() and (not self._looked or self._is_empty()):
-            self._look()
+        if not is_distributed():
+            return ()
+        if not self._looked:
+            return self._look()
+        if self._is_empty():
+            self._look()  # what it may find of DDP is served already
+        return ()
 
     def note_ending(self) -> None:
         """Mark the window after a backward that raised at its end."""
         if self._n_ending:
+            self._looked = False
             self._trouble.note(_RAISED)
 
     def _is_empty(self) -> bool:
         return all(param.grad is None for param in self._owner.slots)
 
-    def _look(self) -> None:
-        found = _engine(self._owner.slots)
-        if found is not None:
+    def _look(self) -> Sequence[DistributedDataParallel]:
+        found = _engines(self._owner.slots)
+        if found:
             gc.collect()  # one that is only garbage has no say, and its hooks go with it
-            found = _engine(self._owner.slots)
-        self._looked = found is None
-        if found is not None:
-            self._fail(found)
+            found = _engines(self._owner.slots)
+        for engine in found:
+            if isinstance(engine, str):
+                self.fail(engine)
+        self._looked = True
+        return [engine for engine in found if not isinstance(engine, str)]
 
     def end(self, ended: Callable[[], None]) -> None:
         """Have the end of this backward see whether somebody writes `p.grad` after we did.
@@ -152,7 +156,7 @@ class Watch:
                 for slot, version in kept:
                     grad = slot.param.grad
                     if grad is None or grad is not slot.grad or grad._version != version:
-                        self._fail(_WRITTEN.format(tuple(slot.shape)))
+                        self.fail(_WRITTEN.format(tuple(slot.shape)))
             finally:
                 ended()
 
@@ -165,9 +169,15 @@ class Watch:
             RuntimeError: if there was one. The window is marked.
         """
         if slot.is_due:
-            self._fail(_TAKEN.format(tuple(slot.shape)))
+            self.fail(_TAKEN.format(tuple(slot.shape)))
 
-    def _fail(self, reason: str) -> NoReturn:
+    def fail(self, reason: str) -> NoReturn:
+        """Mark the window, and look for engines once more in the next one.
+
+        Raises:
+            RuntimeError: with the reason.
+        """
+        self._looked = False
         self._trouble.note(reason)
         raise RuntimeError(f"{reason}. Nothing was updated; zero_grad() discards the window")
 
@@ -182,11 +192,11 @@ def _parameters(module: Module) -> Iterator[Tensor]:
     return (p for p in vars(module).get("_parameters", {}).values() if p is not None)
 
 
-def _reason(module: Module) -> str | None:
-    """Why the parameters of `module` cannot be ours, if it is an engine."""
+def _engine(module: Module) -> DistributedDataParallel | str | None:
+    """DDP itself; of another engine why its parameters cannot be ours; None for other modules."""
     kind = type(module)
     if issubclass(kind, DistributedDataParallel) and "reducer" in vars(module):
-        return _DDP
+        return cast(DistributedDataParallel, module)
     fsdp = getattr(sys.modules.get("torch.distributed.fsdp"), "FullyShardedDataParallel", None)
     if fsdp is not None and issubclass(kind, fsdp):
         return _FSDP1
@@ -198,33 +208,29 @@ def _reason(module: Module) -> str | None:
     return None
 
 
-def _engine(slots: Mapping[Tensor, Owned]) -> str | None:
-    """Which engine has a parameter of `slots`, and what to do; None if there is none."""
+def _engines(slots: Mapping[Tensor, Owned]) -> list[DistributedDataParallel | str]:
+    """The DDP modules with a parameter of `slots`; of another engine why it cannot be, and what to
+    do."""
     held: set[Tensor] = set()
     sharded: set[torch.Size] = set()
+    found: list[DistributedDataParallel | str] = []
     for module in _modules():
-        reason = _reason(module)
-        if reason is not None and any(param in slots for param in Module.parameters(module)):
-            return reason
+        engine = _engine(module)
+        if engine is not None and any(param in slots for param in Module.parameters(module)):
+            found.append(engine)
         for param in _parameters(module):
             held.add(param)
             if is_dtensor(type(param)):
                 sharded.add(param.shape)
             else:
                 sharded.update(getattr(param, "_shapes", ()))  # FlatParameter
-    if not sharded:
-        return None
-    for param, slot in slots.items():
-        if param not in held and param.grad is None and slot.param.shape in sharded:
-            return _REPLACED.format(tuple(param.shape))
-    return None
+    if sharded and not any(isinstance(engine, str) for engine in found):
+        for param, slot in slots.items():
+            if param not in held and param.grad is None and slot.param.shape in sharded:
+                return [_REPLACED.format(tuple(param.shape))]
+    return found
 
 
-_DDP = (
-    "DistributedDataParallel (DDP) wraps parameters of this optimizer: it averages each "
-    "micro-gradient itself and would write that over p.grad, which is the accumulator. DDP is not "
-    f"supported yet. {REDUCE}"
-)
 _FSDP1 = (
     "FullyShardedDataParallel (FSDP1) wraps parameters of this optimizer: it moves their memory "
     f"and writes p.grad, which is the accumulator, itself. It is not supported. {SHARDED}"
@@ -236,8 +242,11 @@ _REPLACED = (
 )
 _WRITTEN = (
     "something else wrote p.grad, which is this optimizer's accumulator, at the end of a "
-    "backward() (a parameter of shape {}). DistributedDataParallel and engines like it do "
-    f"that: the average of one micro-gradient takes the place of the sum. {REDUCE}"
+    "backward() (a parameter of shape {}). DistributedDataParallel (DDP) does that where it was "
+    "made after the first backward(): the average of one micro-gradient takes the place of the sum."
+    " After zero_grad() the next backward() finds DDP and averages instead of it. Another engine "
+    "cannot be served: leave the model without it, and give process_group=torch.distributed.group"
+    ".WORLD to FusedAccumOptimizer, which then averages over processes itself"
 )
 _RAISED = (
     "a backward() raised at its end, where engines reduce what has arrived, so that the window may "

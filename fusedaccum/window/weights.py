@@ -6,6 +6,7 @@
 W_ref is known before the window ends: N times the first weight where the wrapper counts to N, so
 that the correction of a full, evenly weighted window is exactly 1; the first weight where the loop
 owns a weighted window. A loop that divides its own loss gets scale 1 and correction 1: the sum.
+Processes that average their sums need the same W_ref: that of weights of 1.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ class Window:
     is_inside: bool = False  # whether a micro_batch() block is being run
     max_norm: float | None = None  # what clip_grad_norm_() asked for, instead of the setting
     is_explicit: bool | None = None  # whether this window's micro-batches come with weights
+    is_shared: bool = False  # whether the sums are averaged over processes
 
     @property
     def is_weighted(self) -> bool:
@@ -42,15 +44,18 @@ class Window:
         """Whether the open micro-batch is the one that fills the window."""
         return self.steps is not None and self.micro_batches == self.steps - 1
 
-    def check_arrival(self) -> None:
-        """A backward begins: all micro-batches of a window have a weight, or none has.
+    def check_arrival(self, decides: bool = True) -> None:
+        """Gradients come: all micro-batches of a window have a weight, or none has.
+
+        Args:
+            decides: whether they say which of the two, where none has come before.
 
         Raises:
             RuntimeError: for a mixture.
         """
         explicit = self.weight is not None
         if self.is_explicit is None:
-            self.is_explicit = explicit
+            self.is_explicit = explicit if decides else None
         elif self.is_explicit is not explicit:
             here = "inside" if explicit else "outside"
             raise RuntimeError(
@@ -65,7 +70,7 @@ class Window:
             return 1.0
         weight = 1.0 if self.weight is None else self.weight
         if self.reference is None:
-            self.reference = weight * (self.steps or 1)
+            self.reference = (1.0 if self.is_shared else weight) * (self.steps or 1)
         return weight / self.reference
 
     def close_micro_batch(self) -> None:
@@ -89,10 +94,14 @@ class Window:
         """
         if not self.is_weighted or self.reference is None:
             return 1.0
+        total = self.total_so_far(is_open)
+        return self.reference / total if total else 1.0
+
+    def total_so_far(self, is_open: bool) -> float:
+        """The sum of weights, with that of the open micro-batch where it counts."""
         # A loop's own micro-batch is open inside its micro_batch() block alone, with a weight.
         weight = (0.0 if self.steps is None else 1.0) if self.weight is None else self.weight
-        total = self.total + (weight if is_open else 0.0)
-        return self.reference / total if total else 1.0
+        return self.total + (weight if is_open else 0.0)
 
     def saved(self) -> dict[str, Any]:
         """What a checkpoint has to tell of the window, beside its accumulators."""

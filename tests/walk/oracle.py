@@ -237,6 +237,7 @@ class Oracle(Window):
             elif slot.grad is not slot.acc:
                 slot.is_known = False
         for slot in self.slots:  # it may take up what was assigned
+            slot.by_save |= slot.needs_grad and not slot.is_attached
             slot.is_attached |= slot.needs_grad
             if slot.is_assigned:
                 slot.is_known = False

@@ -49,6 +49,7 @@ class Slot:
         arrived: whether the open micro-batch has brought a gradient.
         needs_grad: requires_grad.
         is_attached: whether the wrapper has seen it need a gradient.
+        by_save: whether a save may have been what saw that.
         is_pending: whether `grad` has not been taken up.
     """
 
@@ -58,6 +59,7 @@ class Slot:
     is_known: bool = True
     arrived: bool = False
     is_attached: bool = True
+    by_save: bool = False
     is_pending: bool = False
 
     def show(self, grad: Grad | None) -> None:

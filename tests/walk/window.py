@@ -157,7 +157,8 @@ class Window:
             raise Unspecified("a backward after one that raised")
         unseen = [slot for slot in used if not slot.is_attached]
         is_weighted = weight is not None or self.weight is not None
-        if unseen and self.weighted not in (None, is_weighted):
+        unsure = unseen or any(slot.by_save for slot in used)
+        if unsure and self.weighted not in (None, is_weighted):
             raise Unspecified("whether a resumed wrapper has a hook on what was frozen")
         if unseen and weight is None and any(slot.acc is not None for slot in unseen):
             raise Unspecified("what autograd itself adds to an accumulator")

@@ -34,6 +34,27 @@ def test_model_zero_grad_discards_the_weights_too() -> None:
     torch.testing.assert_close(model.params[0].detach(), torch.full((3,), -4.0))
 
 
+def test_an_unweighted_gradient_of_what_was_unfrozen_is_not_weighed_against_others() -> None:
+    """Autograd itself kept it, so that no hook could refuse the backward."""
+    model = Gradients([torch.zeros(3), torch.zeros(2)])
+    model.params[1].requires_grad_(False)
+    opt = FusedAccumOptimizer(torch.optim.SGD(model.parameters(), lr=1.0), 2)
+    with opt.micro_batch(weight=2):
+        model.backward([torch.ones(3), None])
+    opt.step()
+    model.params[1].requires_grad_(True)
+    model.backward([None, torch.ones(2)])
+    with pytest.raises(RuntimeError, match=r"outside micro_batch\(weight=\.\.\.\)"):
+        opt.step()
+    assert opt.micro_batches == 1
+    opt.zero_grad()  # which drops it, and keeps the window
+    with opt.micro_batch(weight=6):
+        model.backward([torch.zeros(3), torch.ones(2)])
+    opt.step()
+    torch.testing.assert_close(model.params[0].detach(), torch.full((3,), -0.25))
+    torch.testing.assert_close(model.params[1].detach(), torch.full((2,), -0.75))
+
+
 def test_a_micro_batch_without_a_gradient_keeps_its_weight() -> None:
     """Its gradient is zero: nothing was discarded."""
     model = Gradients([torch.zeros(3), torch.zeros(2)])

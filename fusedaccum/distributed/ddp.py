@@ -1,0 +1,148 @@
+"""DistributedDataParallel around our parameters: its reducer rests, and we average instead of it.
+
+DDP averages each micro-gradient and writes that over `p.grad`, which is the accumulator. So the
+hooks of its reducer are removed; its forward (buffers, `no_sync()`, devices) stays what it is.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.weak import WeakIdKeyDictionary
+
+from ..window.collector import Collector
+from ..window.reducing import Reducing
+from .reduction import Reduction
+
+# Who averages instead of each DDP's reducer.
+_served: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+class DdpReduction(Reduction):
+    """Averages instead of the reducers of DDP modules.
+
+    Args:
+        collector: has the accumulators.
+        modules: all of one process group.
+        settings: see `Reduction`.
+    """
+
+    def __init__(
+        self,
+        collector: Collector,
+        modules: Sequence[DistributedDataParallel],
+        settings: Mapping[str, Any],
+    ) -> None:
+        held = [weakref.ref(module) for module in modules]
+        params = {p for module in modules for p in _averaged(module).values()}
+
+        def is_due() -> bool:
+            alive = [module for ref in held if (module := ref()) is not None]
+            return all(module.require_backward_grad_sync for module in alive)
+
+        super().__init__(
+            collector,
+            modules[0].process_group,
+            is_served=params.__contains__,
+            is_due=is_due,
+            settings=settings,
+        )
+        token = object()
+        for module in modules:
+            _rest(module)
+            _served[module] = token
+        # Without us a DDP that rests would average nothing, and say nothing.
+        self._wake = weakref.finalize(self, _wake, held, token)
+        self._wake.atexit = False
+
+    def detach(self) -> None:
+        super().detach()
+        self._wake()
+
+
+def serve(
+    collector: Collector, modules: Sequence[DistributedDataParallel], settings: Mapping[str, Any]
+) -> Reducing:
+    """Average instead of DDP from now on; called in a backward, before a gradient was added.
+
+    Raises:
+        ValueError: for a DDP that does more than averaging, naming what, and the way round.
+    """
+    for module in modules:
+        if reason := _refusal(module, collector):
+            raise ValueError(
+                f"DistributedDataParallel (DDP) wraps parameters of this optimizer, {reason}"
+            )
+    return DdpReduction(collector, modules, settings)
+
+
+def _averaged(module: DistributedDataParallel) -> dict[str, Tensor]:
+    """The parameters that DDP's reducer would average, by name."""
+    return {
+        name: param
+        for name, param in module.module.named_parameters()
+        if param.requires_grad and name not in module.parameters_to_ignore
+    }
+
+
+def _refusal(module: DistributedDataParallel, collector: Collector) -> str | None:
+    """Why this DDP cannot be served, and what to do."""
+    others = [name for name, p in _averaged(module).items() if p not in collector.slots]
+    if others:
+        return (
+            f"and {len(others)} that it does not have ({', '.join(others[:3])}): nobody would "
+            "average those. Give all parameters of the model to one optimizer, freeze the others "
+            "(requires_grad_(False)) before DDP is made, or have DDP ignore them "
+            "(DistributedDataParallel._set_params_and_buffers_to_ignore_for_model)"
+        )
+    if module._comm_hooks:
+        return (
+            "with a communication hook, which would not run any more: gradients are averaged in "
+            "float32 here. Do not register one"
+        )
+    if module.mixed_precision is not None:
+        return (
+            "with mixed_precision=, which keeps parameters of its own for the forward: use "
+            "torch.autocast, or a model in bfloat16, whose masters are kept here"
+        )
+    if module._join_config.enable:
+        return (
+            "inside Join, where it would average what other processes have no gradient for. Leave "
+            "Join, and give the rank that has run out of data fewer micro-batches: flush() may "
+            "close a window early, also an empty one"
+        )
+    if getattr(module, "_use_python_reducer", False):
+        return (
+            'with torch._dynamo.config.optimize_ddp="python_reducer", which averages in the '
+            'compiled graph: set it to "ddp_optimizer", which is the default'
+        )
+    if getattr(module, "_delay_all_reduce_all_params", False):
+        return "with delay_all_reduce_named_params=, which takes p.grad away: leave that out"
+    return None
+
+
+def _rest(module: DistributedDataParallel) -> None:
+    """Have the reducer see no gradient any more."""
+    module._remove_autograd_hooks()
+    # A static graph reduces its first backward from a callback of its own.
+    module._static_graph_delay_allreduce_enqueued = True
+
+
+def _wake(held: Sequence[weakref.ref[DistributedDataParallel]], token: object) -> None:
+    """Give DDP a reducer again, unless another optimizer averages instead of it by now."""
+    for ref in held:
+        module: Any = ref()
+        if module is None or _served.get(module) is not token:
+            continue
+        del _served[module]
+        parameters, is_sparse = module._build_params_for_reducer()
+        names = module._build_debug_param_to_name_mapping(parameters)
+        module._ddp_init_helper(parameters, is_sparse, names, module.static_graph)
+        module._static_graph_delay_allreduce_enqueued = False
+        if module.static_graph:
+            module.reducer._set_static_graph()
+            module.logger._set_static_graph()

@@ -1,0 +1,238 @@
+"""Accumulators averaged over the processes of a group, while the last backward still runs.
+
+    p.grad   = mean over ranks r of sum_i (w_ri / W_ref) g_ri      (after the last backward)
+    update   = p.grad * W_ref / (mean over ranks of sum_i w_ri)
+
+Buckets of the flat accumulators are averaged in a fixed order, each as soon as its parameters have
+brought as many gradients as in the backwards before; then come the sums of weights, overflows and
+which parameters anybody used, in one small collective. An average may be averaged again, so a loop
+that reduces in every backward comes out right too. Only that small tensor is ever read on the host,
+and only where a parameter here had no gradient.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NoReturn
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from ..backends.mirror import Mirror
+from ..window.collector import Collector
+from ..window.slots import Fill, Slot
+from ..window.weights import Window
+from . import buckets
+from .agreement import disagreement
+from .buckets import Bucket
+
+BROKEN = (
+    "a reduction of gradients over {} processes was interrupted in this one: the others wait for "
+    "it, or their time ran out. Nothing was updated, and this process group cannot go on: end all "
+    "processes (torchrun does) and resume from the last checkpoint"
+)
+
+
+class Reduction:
+    """Averages what one collector accumulates.
+
+    Args:
+        collector: has the accumulators; only its parts are kept.
+        group: of processes, each of which has the same parameters.
+        is_served: whether a parameter is to be averaged; others stay as they are.
+        is_due: whether the loop wants an average at the end of this backward, where it owns the
+            window. Where the wrapper counts, the last micro-batch's does.
+        settings: by name; all processes must have the same.
+    """
+
+    def __init__(
+        self,
+        collector: Collector,
+        group: ProcessGroup,
+        *,
+        is_served: Callable[[Tensor], bool] = lambda param: True,
+        is_due: Callable[[], bool] = lambda: True,
+        settings: Mapping[str, Any],
+    ) -> None:
+        self.group = group
+        self.rank, self.world = dist.get_rank(group), dist.get_world_size(group)
+        self.queue_bytes: float = math.inf
+        self.is_running = self.is_average = False
+        self._window: Window = collector.window
+        self._slots = collector.slots
+        self._scaling, self._trouble = collector.scaling, collector.trouble
+        self._is_served, self._is_due = is_served, is_due
+        self._settings = settings
+        self._buckets: list[Bucket] = []
+        self._n_slots = -1  # when the buckets were made
+        self._bucket_of: dict[Slot, Bucket] = {}
+        self._next = 0  # the bucket to be started next
+        # How often each parameter arrives in a backward: in this one, and before.
+        self._arrivals: Counter[Slot] = Counter()
+        self._expected: Counter[Slot] = Counter()
+        self._numbers = Mirror(collector.attached.device)
+        self._sums: Tensor | None = None  # of the numbers, over the group
+        collector.window.is_shared = True
+
+    # --- in a backward; see `window.reducing.Reducing` ---
+
+    def begin(self) -> None:
+        self._arrivals.clear()
+        self.is_average = False
+        if self._window.is_last if self._window.steps is not None else self._is_due():
+            self._start()
+
+    def added(self, slots: Iterable[Slot]) -> None:
+        self.is_average = False
+        for slot in slots:
+            self._arrivals[slot] += 1
+            if not self.is_running or (bucket := self._bucket_of.get(slot)) is None:
+                continue
+            if bucket.work is not None:
+                self.fail(
+                    f"a parameter of shape {tuple(slot.shape)} got another gradient after its "
+                    f"bucket was on its way to the other processes: it had {self._expected[slot]} "
+                    "in each backward so far. Nothing was updated. A graph that grows has to do "
+                    "so before its last micro-batch"
+                )
+            if self._arrivals[slot] == self._expected[slot]:
+                bucket.waiting -= 1
+        if self.is_running:
+            self._start_ready()
+
+    def end(self) -> None:
+        for slot, n in self._arrivals.items():
+            self._expected[slot] = max(self._expected[slot], n)
+        if self.is_running:
+            self._finish(self._window.total_so_far(is_open=True), Fill.CURRENT)
+
+    # --- between backwards ---
+
+    def changed(self) -> None:
+        self.is_average = False
+
+    def complete(self, closes: bool) -> None:
+        self._check_whole()
+        if not self.is_average:
+            self._start()
+            self._finish(self._window.total_so_far(closes), Fill.EARLIER)
+
+    def correction(self, window: Window) -> float | Tensor:
+        if not self.is_average or self._sums is None:
+            return window.correction()
+        total, n_weighted, n_plain, steps, _ = self._sums[:5]
+        reference = float(window.steps or 1)
+        mean = torch.where(n_weighted > 0, reference * self.world / total, 1.0)
+        # Some processes give weights and others do not, or they count to different numbers.
+        is_mixed = ((n_weighted > 0) & (n_plain > 0)) | (steps != self.world * (window.steps or 0))
+        return torch.where(is_mixed, torch.nan, mean)
+
+    def reset(self) -> None:
+        self._check_whole()
+        self.is_average = False
+
+    def detach(self) -> None:
+        self._window.is_shared = False
+
+    def _check_whole(self) -> None:
+        if self.is_running:
+            raise RuntimeError(BROKEN.format(self.world))
+
+    def fail(self, reason: str) -> NoReturn:
+        """Mark the window.
+
+        Raises:
+            RuntimeError: with the reason.
+        """
+        self._trouble.note(reason)
+        raise RuntimeError(reason)
+
+    # --- the collectives, in the same order in every process ---
+
+    def _start(self) -> None:
+        """Have every bucket wait for its parameters."""
+        if len(self._slots) != self._n_slots:
+            self._make_buckets()
+        self.is_running, self.queue_bytes = True, buckets.BUCKET_BYTES
+        self._next = 0
+        for bucket in self._buckets:
+            bucket.waiting, bucket.work = len(bucket.slots), None
+
+    def _make_buckets(self) -> None:
+        served = [slot for param, slot in self._slots.items() if self._is_served(param)]
+        if reason := disagreement(self.group, self._settings, served):
+            self.fail(reason)
+        self._buckets = list(buckets.buckets_of(served, buckets.BUCKET_BYTES))
+        self._bucket_of = {slot: bucket for bucket in self._buckets for slot in bucket.slots}
+        self._n_slots = len(self._slots)
+
+    @torch.no_grad()
+    def _start_ready(self, everything: bool = False) -> None:
+        while self._next < len(self._buckets):
+            bucket = self._buckets[self._next]
+            if bucket.waiting and not everything:
+                return
+            self._next += 1
+            bucket.start(self.group)
+
+    @torch.no_grad()
+    def _finish(self, total: float, fill: Fill) -> None:
+        """Average all that is left, and share the numbers of the window.
+
+        Args:
+            total: the sum of this process's weights.
+            fill: of a parameter that only others had a gradient for.
+        """
+        with self._trouble.unless_done("averaging gradients over processes"):
+            self._start_ready(everything=True)
+            self._sums = self._add_numbers(total)
+            for bucket in self._buckets:
+                bucket.wait(self.world)
+            self._take_over(fill)
+            if self._scaling.overflow is not None:
+                self._scaling.overflow.copy_(self._sums[4])
+            self.is_running, self.is_average, self.queue_bytes = False, True, math.inf
+
+    def _add_numbers(self, total: float) -> Tensor:
+        """The sums over all processes of: the total weight, whether it is a weighted window,
+        whether it is one without, micro-batches per window, overflows, and for each parameter
+        whether it has a gradient; float64."""
+        window, served = self._window, list(self._bucket_of)
+        is_plain = not window.is_weighted and any(slot.fill for slot in served)
+        host = np.zeros(5 + len(served))
+        host[:4] = total, window.is_weighted, is_plain, window.steps or 0
+        host[5:] = [slot.fill is not Fill.EMPTY for slot in served]
+        sums = self._numbers.set(host).clone()
+        if self._scaling.overflow is not None:
+            sums[4] = self._scaling.overflow
+        dist.all_reduce(sums, group=self.group)
+        return sums
+
+    def _take_over(self, fill: Fill) -> None:
+        """The average is everybody's: show it, also where only others had a gradient."""
+        served = list(self._bucket_of)
+        used: list[float] | None = None
+        for i, slot in enumerate(served):
+            if slot.fill is Fill.EMPTY:
+                if used is None:
+                    assert self._sums is not None
+                    used = self._sums[5:].tolist()
+                if not used[i]:
+                    continue
+                slot.fill, slot.is_zero = fill, False
+                slot.param.grad = slot.grad
+            slot.sums_version = None
+
+
+@torch.no_grad()
+def broadcast(params: Iterable[Tensor], group: ProcessGroup) -> None:
+    """Give every process the parameters of the group's first one; collective."""
+    source = dist.get_global_rank(group, 0)
+    for param in params:
+        dist.broadcast(param.detach(), source, group)
+        torch.autograd.graph.increment_version(param)
