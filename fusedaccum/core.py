@@ -22,7 +22,7 @@ from .update.updater import Updater
 from .window.advice import Advice
 from .window.collector import Collector
 from .window.grad_scaler import Scaling
-from .window.reducing import Reducing
+from .window.reducing import Parts, Reducing
 from .window.trouble import PART
 from .window.weights import Window
 
@@ -87,13 +87,14 @@ class Core:
             seed=options.seed,
         )
         self.collector.attach_groups(groups)
-        if options.process_group is not None:
+        if options.process_group is None:
+            self.collector.engines.meet_ddp()
+        else:
             from .distributed.reduction import Reduction
 
             settings = _shared(options, type(self.optimizer))
-            self.collector.reduction = Reduction(
-                self.collector, options.process_group, settings=settings
-            )
+            engines = self.collector.engines
+            engines.reduction = Reduction(engines.parts, options.process_group, settings=settings)
 
     def change(self, name: str, value: Any, wrapper: type[Optimizer]) -> None:
         """Assign a setting.
@@ -126,7 +127,7 @@ class Core:
         """Have every gradient in its accumulator, or raise before anything is updated."""
         self.check_usable()
         self.collector.check()
-        self.collector.see_engines()
+        self.collector.engines.at_step()
         self.check_params()
         self.collector.adopt_assigned()
 
@@ -319,7 +320,7 @@ def _shared(options: Options, kind: type[Optimizer]) -> dict[str, Any]:
 def _serve(
     options: Options,
     kind: type[Optimizer],
-    collector: Collector,
+    parts: Parts,
     modules: Sequence[DistributedDataParallel],
 ) -> Reducing:
     """Average instead of DDP; see `distributed.ddp.serve`."""
@@ -330,4 +331,4 @@ def _serve(
             "process_group= was given, and DistributedDataParallel (DDP) wraps parameters of this "
             "optimizer, whose group is taken instead: leave out one of the two"
         )
-    return ddp.serve(collector, modules, _shared(options, kind))
+    return ddp.serve(parts, modules, _shared(options, kind))

@@ -11,29 +11,31 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
+from torch.nn import Module
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.weak import WeakIdKeyDictionary
 
-from ..window.collector import Collector
-from ..window.reducing import Reducing
+from ..window.reducing import Parts, Reducing
 from .reduction import Reduction
 
 # Who averages instead of each DDP's reducer.
 _served: WeakIdKeyDictionary = WeakIdKeyDictionary()
+# DDP modules whose reducer sees nothing.
+_resting: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
 class DdpReduction(Reduction):
     """Averages instead of the reducers of DDP modules.
 
     Args:
-        collector: has the accumulators.
+        parts: of a collector.
         modules: all of one process group.
         settings: see `Reduction`.
     """
 
     def __init__(
         self,
-        collector: Collector,
+        parts: Parts,
         modules: Sequence[DistributedDataParallel],
         settings: Mapping[str, Any],
     ) -> None:
@@ -45,13 +47,13 @@ class DdpReduction(Reduction):
             return all(module.require_backward_grad_sync for module in alive)
 
         super().__init__(
-            collector,
+            parts,
             modules[0].process_group,
             is_served=params.__contains__,
             is_due=is_due,
             settings=settings,
         )
-        token = object()
+        self._token = token = object()
         for module in modules:
             _rest(module)
             _served[module] = token
@@ -59,13 +61,16 @@ class DdpReduction(Reduction):
         self._wake = weakref.finalize(self, _wake, held, token)
         self._wake.atexit = False
 
+    def is_instead_of(self, modules: Sequence[Module]) -> bool:
+        return all(_served.get(module) is self._token for module in modules)
+
     def detach(self) -> None:
         super().detach()
         self._wake()
 
 
 def serve(
-    collector: Collector, modules: Sequence[DistributedDataParallel], settings: Mapping[str, Any]
+    parts: Parts, modules: Sequence[DistributedDataParallel], settings: Mapping[str, Any]
 ) -> Reducing:
     """Average instead of DDP from now on; called in a backward, before a gradient was added.
 
@@ -73,11 +78,11 @@ def serve(
         ValueError: for a DDP that does more than averaging, naming what, and the way round.
     """
     for module in modules:
-        if reason := _refusal(module, collector):
+        if reason := _refusal(module, parts):
             raise ValueError(
                 f"DistributedDataParallel (DDP) wraps parameters of this optimizer, {reason}"
             )
-    return DdpReduction(collector, modules, settings)
+    return DdpReduction(parts, modules, settings)
 
 
 def _averaged(module: DistributedDataParallel) -> dict[str, Tensor]:
@@ -89,9 +94,9 @@ def _averaged(module: DistributedDataParallel) -> dict[str, Tensor]:
     }
 
 
-def _refusal(module: DistributedDataParallel, collector: Collector) -> str | None:
+def _refusal(module: DistributedDataParallel, parts: Parts) -> str | None:
     """Why this DDP cannot be served, and what to do."""
-    others = [name for name, p in _averaged(module).items() if p not in collector.slots]
+    others = [name for name, p in _averaged(module).items() if p not in parts.slots]
     if others:
         return (
             f"and {len(others)} that it does not have ({', '.join(others[:3])}): nobody would "
@@ -120,6 +125,14 @@ def _refusal(module: DistributedDataParallel, collector: Collector) -> str | Non
             'with torch._dynamo.config.optimize_ddp="python_reducer", which averages in the '
             'compiled graph: set it to "ddp_optimizer", which is the default'
         )
+    is_queued = module.static_graph and module._static_graph_delay_allreduce_enqueued
+    if is_queued and not module._has_rebuilt_buckets and module not in _resting:
+        _rest(module)
+        return (
+            "with static_graph=True, and was made after it: its first backward() averages in a way "
+            "that cannot be stopped any more. Call zero_grad() and go on, as from now on it is "
+            "served; or make DDP before the FusedAccumOptimizer"
+        )
     if getattr(module, "_delay_all_reduce_all_params", False):
         return "with delay_all_reduce_named_params=, which takes p.grad away: leave that out"
     return None
@@ -128,6 +141,7 @@ def _refusal(module: DistributedDataParallel, collector: Collector) -> str | Non
 def _rest(module: DistributedDataParallel) -> None:
     """Have the reducer see no gradient any more."""
     module._remove_autograd_hooks()
+    _resting[module] = True
     # A static graph reduces its first backward from a callback of its own.
     module._static_graph_delay_allreduce_enqueued = True
 
@@ -138,7 +152,7 @@ def _wake(held: Sequence[weakref.ref[DistributedDataParallel]], token: object) -
         module: Any = ref()
         if module is None or _served.get(module) is not token:
             continue
-        del _served[module]
+        del _served[module], _resting[module]
         parameters, is_sparse = module._build_params_for_reducer()
         names = module._build_debug_param_to_name_mapping(parameters)
         module._ddp_init_helper(parameters, is_sparse, names, module.static_graph)

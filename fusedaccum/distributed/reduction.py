@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NoReturn
 
 import numpy as np
@@ -22,9 +22,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
+from torch.nn import Module
 
 from ..backends.mirror import Mirror
-from ..window.collector import Collector
+from ..window.reducing import Parts
 from ..window.slots import Fill, Slot
 from ..window.weights import Window
 from . import buckets
@@ -42,7 +43,7 @@ class Reduction:
     """Averages what one collector accumulates.
 
     Args:
-        collector: has the accumulators; only its parts are kept.
+        parts: of the collector.
         group: of processes, each of which has the same parameters.
         is_served: whether a parameter is to be averaged; others stay as they are.
         is_due: whether the loop wants an average at the end of this backward, where it owns the
@@ -52,7 +53,7 @@ class Reduction:
 
     def __init__(
         self,
-        collector: Collector,
+        parts: Parts,
         group: ProcessGroup,
         *,
         is_served: Callable[[Tensor], bool] = lambda param: True,
@@ -63,9 +64,7 @@ class Reduction:
         self.rank, self.world = dist.get_rank(group), dist.get_world_size(group)
         self.queue_bytes: float = math.inf
         self.is_running = self.is_average = False
-        self._window: Window = collector.window
-        self._slots = collector.slots
-        self._scaling, self._trouble = collector.scaling, collector.trouble
+        self._slots, self._window, self._scaling, self._trouble, device = parts
         self._is_served, self._is_due = is_served, is_due
         self._settings = settings
         self._buckets: list[Bucket] = []
@@ -75,9 +74,13 @@ class Reduction:
         # How often each parameter arrives in a backward: in this one, and before.
         self._arrivals: Counter[Slot] = Counter()
         self._expected: Counter[Slot] = Counter()
-        self._numbers = Mirror(collector.attached.device)
+        self._numbers = Mirror(device)
         self._sums: Tensor | None = None  # of the numbers, over the group
-        collector.window.is_shared = True
+        parts.window.is_shared = True
+
+    def is_instead_of(self, modules: Sequence[Module]) -> bool:
+        """See `window.reducing.Reducing`, also for the others."""
+        return False
 
     # --- in a backward; see `window.reducing.Reducing` ---
 

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import Variable
-from torch.nn.parallel import DistributedDataParallel
 
 from ..backends import Backend
 from .adding import Adder
@@ -23,11 +22,11 @@ from .backwards import Backwards, refuse_kind
 from .by_hand import ByHand
 from .grad_scaler import Scaling
 from .hooks import Attached
-from .reducing import Alone, Reducing
+from .reducing import Parts, Reducing
 from .slots import Fill, Slot
 from .sums import Sums
 from .trouble import BACKWARD_RAISED, PART, Trouble
-from .watch import Watch, may_reduce
+from .watch import Serve, Watch, may_reduce
 from .weights import Window
 
 
@@ -43,8 +42,7 @@ class Collector:
         scaling: what a GradScaler does to the gradients.
         device: where the parameters are.
         check: raises for a dtype that cannot be served.
-        serve: takes over from DistributedDataParallel modules that were found around the
-            parameters: it averages instead of them, or raises ValueError.
+        serve: see `Watch`.
 
     Attributes:
         attached: the parameters with their hooks.
@@ -52,10 +50,9 @@ class Collector:
         trouble: why the open window cannot be used, if it cannot.
         backwards: those that are running, and how many there were in the open micro-batch.
         by_hand: what somebody does to gradients in between.
-        engines: those that would write or replace what is ours.
+        engines: those that would write or replace what is ours, and what averages over processes.
         sums: their sums of squares.
         adder: adds to the accumulators.
-        reduction: averages them over processes, if there are several.
     """
 
     def __init__(
@@ -68,7 +65,7 @@ class Collector:
         scaling: Scaling,
         device: torch.device,
         check: Callable[[torch.dtype], None],
-        serve: Callable[[Collector, Sequence[DistributedDataParallel]], Reducing],
+        serve: Serve,
     ) -> None:
         self.attached = Attached(self, device, check)
         self.slots: Mapping[Tensor, Slot] = self.attached.slots
@@ -77,17 +74,21 @@ class Collector:
         self.scaling = scaling
         self.sums = Sums(backend, self.attached)
         self.adder = Adder(backend, window, scaling, self.sums, wants_norm)
-        self.reduction: Reducing = Alone()
-        self._serve = serve
         self.trouble = Trouble()
         self.backwards = Backwards()
         self.by_hand = ByHand(self.slots, window, self.backwards)
-        self.engines = Watch(self.attached, self.trouble)
+        parts = Parts(self.slots, window, scaling, self.trouble, device)
+        self.engines = Watch(self.attached, parts, serve)
         self._bucket_bytes = bucket_bytes
         self._queue_bytes = bucket_bytes
         self._queue: list[Slot] = []
         self._queued_bytes = 0
         self._n_fitted = 0
+
+    @property
+    def reduction(self) -> Reducing:
+        """What averages over processes."""
+        return self.engines.reduction
 
     def attach(self, named_params: Iterable[tuple[str, Tensor]]) -> None:
         """See `Attached.attach`."""
@@ -138,7 +139,7 @@ class Collector:
             RuntimeError: for a backward that cannot come out right. Nothing has changed then.
         """
         refuse_kind()
-        self._meet(self.engines.begin())
+        self.engines.begin()
         is_nested = self.backwards.enter(task)
         try:
             if is_nested or self.trouble.reason is not None:
@@ -163,19 +164,6 @@ class Collector:
         self.flush()
         if len(self.backwards.threads) == 1:
             self.reduction.end()
-
-    def see_engines(self) -> None:
-        """The window is about to be used: see whether an engine has come, or left it empty."""
-        self._meet(self.engines.at_step())
-
-    def _meet(self, found: Sequence[DistributedDataParallel]) -> None:
-        """Average instead of the DistributedDataParallel modules that were found just now."""
-        if not found:
-            return
-        try:
-            self.reduction = self._serve(self, found)
-        except ValueError as error:
-            self.engines.fail(str(error))
 
     @property
     def is_broken(self) -> bool:

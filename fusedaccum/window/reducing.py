@@ -7,13 +7,27 @@ processes of a group.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from typing import Protocol
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple, Protocol
 
+import torch
 from torch import Tensor
+from torch.nn import Module
 
+from .grad_scaler import Scaling
 from .slots import Slot
+from .trouble import Trouble
 from .weights import Window
+
+
+class Parts(NamedTuple):
+    """What of a collector is averaged, and what that has to know."""
+
+    slots: Mapping[Tensor, Slot]
+    window: Window
+    scaling: Scaling
+    trouble: Trouble
+    device: torch.device
 
 
 class Reducing(Protocol):
@@ -31,6 +45,9 @@ class Reducing(Protocol):
     queue_bytes: float
     is_running: bool
     is_average: bool
+
+    def is_instead_of(self, modules: Sequence[Module]) -> bool:
+        """Whether these DDP modules rest because of this."""
 
     def begin(self) -> None:
         """A backward begins, and it is inside no other."""
@@ -66,6 +83,9 @@ class Alone:
 
     rank, world = 0, 1
     queue_bytes, is_running, is_average = math.inf, False, False
+
+    def is_instead_of(self, modules: Sequence[Module]) -> bool:
+        return False
 
     def begin(self) -> None:
         pass

@@ -12,6 +12,7 @@ from __future__ import annotations
 import gc
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from itertools import islice
 from typing import Any, NoReturn, Protocol, cast
 
@@ -23,7 +24,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..backends.tensors import SHARDED, is_dtensor
 from .engines import PLAIN, refuse_exchange
-from .trouble import Trouble
+from .reducing import Alone, Parts, Reducing
+
+Serve = Callable[[Parts, Sequence[DistributedDataParallel]], Reducing]
 
 
 class Owned(Protocol):
@@ -63,11 +66,18 @@ class Watch:
 
     Args:
         owner: has the parameters.
-        trouble: of the open window.
+        parts: what DDP modules that are found have to do with.
+        serve: makes what averages instead of them, or raises ValueError with the reason.
+
+    Attributes:
+        parts: as given.
+        reduction: what averages over processes.
     """
 
-    def __init__(self, owner: Owner, trouble: Trouble) -> None:
-        self._owner, self._trouble = owner, trouble
+    def __init__(self, owner: Owner, parts: Parts, serve: Serve) -> None:
+        self._owner, self.parts, self._serve = owner, parts, serve
+        self._trouble = parts.trouble
+        self.reduction: Reducing = Alone()
         self._looked = False
         self._kept: list[tuple[Owned, int]] = []
         self._n_ending = 0  # backwards whose gradients are all here and that have not returned
@@ -76,31 +86,36 @@ class Watch:
         """The window is discarded."""
         self._n_ending = 0
 
-    def begin(self) -> Sequence[DistributedDataParallel]:
+    def meet_ddp(self) -> None:
+        """Average instead of DDP modules that are there as the optimizer is made: with a static
+        graph, DDP queues its reduction before a gradient arrives. One that cannot be served is
+        refused by the first backward, until which much may change."""
+        if not is_distributed():
+            return
+        found = [e for e in _engines(self._owner.slots) if not isinstance(e, str)]
+        if found:
+            with suppress(ValueError):
+                self.reduction = self._serve(self.parts, found)
+
+    def begin(self) -> None:
         """A backward begins.
 
-        Returns:
-            DDP modules that were found just now: they have to be served, or to `fail`.
-
         Raises:
-            RuntimeError: for another engine that owns a parameter of ours, and for param groups in
-                which somebody replaced the parameters. The window is marked.
+            RuntimeError: for an engine that owns a parameter of ours and cannot be served, and for
+                param groups in which somebody replaced the parameters. The window is marked.
         """
         refuse_exchange(self._owner.slots, self._owner.groups)
-        return self._look() if not self._looked and is_distributed() else ()
+        if not self._looked and is_distributed():
+            self._look()
 
-    def at_step(self) -> Sequence[DistributedDataParallel]:
+    def at_step(self) -> None:
         """The window is about to be used; an engine that replaced parameters left it empty.
 
-        Returns, raises: as `begin` does.
+        Raises:
+            RuntimeError: as `begin` does.
         """
-        if not is_distributed():
-            return ()
-        if not self._looked:
-            return self._look()
-        if self._is_empty():
-            self._look()  # what it may find of DDP is served already
-        return ()
+        if is_distributed() and (not self._looked or self._is_empty()):
+            self._look()
 
     def note_ending(self) -> None:
         """Mark the window after a backward that raised at its end."""
@@ -111,7 +126,7 @@ class Watch:
     def _is_empty(self) -> bool:
         return all(param.grad is None for param in self._owner.slots)
 
-    def _look(self) -> Sequence[DistributedDataParallel]:
+    def _look(self) -> None:
         found = _engines(self._owner.slots)
         if found:
             gc.collect()  # one that is only garbage has no say, and its hooks go with it
@@ -119,8 +134,13 @@ class Watch:
         for engine in found:
             if isinstance(engine, str):
                 self.fail(engine)
+        modules = [engine for engine in found if not isinstance(engine, str)]
+        if modules and not self.reduction.is_instead_of(modules):
+            try:
+                self.reduction = self._serve(self.parts, modules)
+            except ValueError as error:
+                self.fail(str(error))
         self._looked = True
-        return [engine for engine in found if not isinstance(engine, str)]
 
     def end(self, ended: Callable[[], None]) -> None:
         """Have the end of this backward see whether somebody writes `p.grad` after we did.

@@ -126,8 +126,11 @@ class Oracle(Window):
             if slot.arrived:
                 self._remove([slot])
         else:
-            if all(s.acc is None and s.grad is None for s in self.slots if s is not slot):
+            others = [s for s in self.slots if s is not slot]
+            if all(s.acc is None and s.grad is None for s in others):
                 self._forget_by_model()
+            elif all(s.acc is None for s in others) and (self.weighted or self.clip is not None):
+                raise Unspecified("all of a window removed, beside what another one left to show")
             slot.acc, slot.arrived = None, False
         slot.hide()
 
