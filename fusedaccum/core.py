@@ -51,9 +51,9 @@ class Core:
         self._moving: dict[str, Any] | None = None
         self._build()
         if options.process_group is not None:
-            from .distributed.reduction import broadcast
+            from .distributed import reduction
 
-            broadcast(self.collector.slots, options.process_group)
+            reduction.broadcast(self.collector.slots, options.process_group)
 
     def _build(self) -> None:
         """Accumulators, hooks and tables for the parameters as they are now."""

@@ -7,6 +7,7 @@ import importlib
 import os
 import traceback
 import warnings
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 
-def _work(rank: int, world: int, module: str, cases: list[str], folder: str) -> None:
+def _work(rank: int, world: int, module: str, cases: Sequence[str], folder: str) -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
@@ -39,7 +40,7 @@ def _work(rank: int, world: int, module: str, cases: list[str], folder: str) -> 
     dist.destroy_process_group()
 
 
-def run(module: str, cases: list[str], world: int, folder: Path) -> list[dict[str, Any]]:
+def run(module: str, cases: Sequence[str], world: int, folder: Path) -> list[dict[str, Any]]:
     """Run functions of a module in each process of a group.
 
     Args:
@@ -49,11 +50,25 @@ def run(module: str, cases: list[str], world: int, folder: Path) -> list[dict[st
         folder: for what they exchange.
 
     Returns:
-        For each process, what each case returned; the traceback where it raised.
+        For each process, what each case returned; the traceback where it raised. One that died
+        has the results from before, if there are any.
     """
-    mp.start_processes(
-        _work, (world, module, cases, str(folder)), nprocs=world, start_method="spawn"
-    )
-    return [
-        torch.load(folder / f"results-{world}-{rank}", weights_only=False) for rank in range(world)
-    ]
+    processes = mp.start_processes(
+        _work, (world, module, cases, str(folder)), nprocs=world, join=False, start_method="spawn"
+    ).processes
+    for process in processes:
+        process.join()
+    paths = [folder / f"results-{world}-{rank}" for rank in range(world)]
+    return [torch.load(path, weights_only=False) if path.exists() else {} for path in paths]
+
+
+def agreeing(results: list[dict[str, Any]]) -> Callable[[str], Any]:
+    """What a case returned, which must be the same in all processes."""
+
+    def of(case: str) -> Any:
+        first = results[0][case]
+        assert isinstance(first, dict), first
+        assert all(result[case] == first for result in results)
+        return first
+
+    return of

@@ -36,7 +36,9 @@ def disagreement(
     for rank, other in enumerate(everyone):
         name = next((n for n in {**first, **other} if first.get(n) != other.get(n)), None)
         if name is not None:
-            found.append(f"{name} is {first.get(name)!r} on rank 0, {other.get(name)!r} on {rank}")
+            found.append(
+                f"{name} is {first.get(name)!r} on rank 0, {other.get(name)!r} on rank {rank}"
+            )
     if not found:
         return None
     return (

@@ -99,20 +99,20 @@ def _refusal(module: DistributedDataParallel, parts: Parts) -> str | None:
     others = [name for name, p in _averaged(module).items() if p not in parts.slots]
     if others:
         return (
-            f"and {len(others)} that it does not have ({', '.join(others[:3])}): nobody would "
-            "average those. Give all parameters of the model to one optimizer, freeze the others "
-            "(requires_grad_(False)) before DDP is made, or have DDP ignore them "
+            f"and {len(others)} parameters that it does not have ({', '.join(others[:3])}): nobody "
+            "would average those. Give all parameters of the model to one optimizer, freeze the "
+            "others (requires_grad_(False)) before DDP is made, or have DDP ignore them "
             "(DistributedDataParallel._set_params_and_buffers_to_ignore_for_model)"
-        )
-    if module._comm_hooks:
-        return (
-            "with a communication hook, which would not run any more: gradients are averaged in "
-            "float32 here. Do not register one"
         )
     if module.mixed_precision is not None:
         return (
             "with mixed_precision=, which keeps parameters of its own for the forward: use "
             "torch.autocast, or a model in bfloat16, whose masters are kept here"
+        )
+    if module._comm_hooks:
+        return (
+            "with a communication hook, which would not run any more: gradients are averaged in "
+            "float32 here. Do not register one"
         )
     if module._join_config.enable:
         return (

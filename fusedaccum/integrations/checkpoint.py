@@ -24,6 +24,7 @@ from ..update.updater import Updater
 from ..window.collector import Collector
 from ..window.saved import go_on, open_accumulators, window_numbers, zeros
 from ..window.slots import PARAM_DTYPES, Fill, Slot
+from ..window.watch import place
 from .entries import (
     IS_OPEN,
     KEY,
@@ -99,6 +100,7 @@ def save(inner: StateDict, updater: Updater) -> StateDict:
         "masters": masters,
         "skipped_steps": updater.states.skipped,
     }
+    extra["rank"], extra["world"] = place()
     return {**inner, "state": state, KEY: extra}
 
 
@@ -173,6 +175,14 @@ def check(state_dict: StateDict, updater: Updater) -> None:
     if not extra:
         return
     is_open = extra["window"]["micro_batches"] > 0 or accumulators
+    rank, world = extra.get("rank", 0), extra.get("world", 1)
+    if is_open and (rank, world) != place():
+        own, of_all = place()
+        raise ValueError(
+            f"the checkpoint was saved inside a window by rank {rank} of {world} processes, this "
+            f"is rank {own} of {of_all}: until the last micro-batch each process accumulates by "
+            "itself. Save between windows (window_closed), or a file per rank for as many ranks"
+        )
     if is_open and extra["gradient_accumulation_steps"] != window.steps:
         raise ValueError(
             "the checkpoint was saved inside a window of gradient_accumulation_steps="

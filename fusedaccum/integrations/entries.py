@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..window.slots import Fill, Slot
+from ..window.watch import place
 
 VERSION = 1
 KEY = "fusedaccum"
@@ -21,10 +22,11 @@ MICRO_BATCHES = "window_micro_batches"
 # Whether a window is open, with or without a closed micro-batch.
 IS_OPEN = "window_is_open"
 # Numbers of an open window, 0-d. "window_step" is the parameter's step count when it was saved,
-# "window_fill" its `Fill`, "window_weight" that of the open micro-batch.
+# "window_fill" its `Fill`, "window_weight" that of the open micro-batch; "window_rank" and
+# "window_world" say which of how many processes it is of.
 NUMBERS = (
     "window_total", "window_reference", "window_is_explicit", "window_overflow", "window_steps",
-    "window_step", "window_fill", "window_weight",
+    "window_step", "window_fill", "window_weight", "window_rank", "window_world",
 )  # fmt: skip
 OURS = frozenset((MASTER, GRAD, MICRO_BATCHES, IS_OPEN, *NUMBERS))
 
@@ -80,6 +82,7 @@ def open_window(slot: Slot, window: StateDict, steps: int | None, step: float | 
         -1.0 if step is None else step,
         slot.fill,
         -1.0 if weight is None else weight,
+        *place(),
     )
     return {GRAD: slot.grad, **dict(zip(NUMBERS, map(number, values), strict=True))}
 
@@ -142,6 +145,8 @@ def _add_window(extra: StateDict, index: Any, entry: StateDict) -> None:
             "weight": None if weight < 0 else weight,
         },
     }
+    extra["rank"] = int(values.get("window_rank", 0))
+    extra["world"] = int(values.get("window_world", 1))
     extra.setdefault("accumulators", {})[index] = entry[GRAD]
     if "window_fill" in values:
         arrived = extra.setdefault("arrived", [])

@@ -53,12 +53,19 @@ def is_distributed() -> bool:
     return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
+def place() -> tuple[int, int]:
+    """This process's rank, and how many processes there are."""
+    if not is_distributed():
+        return 0, 1
+    return torch.distributed.get_rank(), torch.distributed.get_world_size()
+
+
 def may_reduce() -> bool:
     """Whether somebody may have reduced `p.grad` over processes unseen.
 
     `torch.distributed.all_reduce` moves no version counter.
     """
-    return is_distributed() and torch.distributed.get_world_size() > 1
+    return place()[1] > 1
 
 
 class Watch:
