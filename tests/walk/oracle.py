@@ -211,8 +211,8 @@ class Oracle(Window):
             return
         if self.clip is not None:
             raise Unspecified("whether the next update is clipped")
-        if None in (steps, self.steps) and any(slot.grad is not None for slot in self.slots):
-            raise Unspecified("whose sum it is that p.grad still shows")
+        if None in (steps, self.steps) and any(slot.grad or slot.acc for slot in self.slots):
+            raise Unspecified("whose sum it is that p.grad still shows, or hides")
         self.steps = steps
 
     # --- checkpoints ---
