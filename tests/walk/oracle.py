@@ -96,10 +96,10 @@ class Oracle(Window):
         is_begun = self.weighted is not None or self.clip is not None
         if is_begun and not self.broken and all(slot.acc is None for slot in self.slots):
             raise Unspecified("a window without gradients, after one whose gradients still showed")
-        weighted = self.weighted or self.broken
+        has_more = self.weighted or self.broken or self.clip is not None
         if self.broken or any(slot.acc or slot.grad for slot in self.slots):
             self._forget()
-            self.by_model = bool(weighted)
+            self.by_model = bool(has_more)
 
     def _remove(self, slots: list[Slot]) -> None:
         for slot in slots:
