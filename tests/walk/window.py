@@ -42,7 +42,7 @@ class Window:
         self.destroyed = False  # model.zero_grad(set_to_none=False) zeroed the accumulators
         self.removed = False  # somebody removed all that the open micro-batch had brought
         self.used = False  # the loop's sum has been used and goes on
-        self.by_model = False  # model.zero_grad() discarded weights or a clip, which no call has seen
+        self.by_model = False  # model.zero_grad() discarded weights or a clip, unseen by any call
         for slot in self.slots:
             slot.arrived = False
 
