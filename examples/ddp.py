@@ -111,7 +111,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             optimizer.step()  # (*) after every micro-batch; the n-th one updates
             optimizer.zero_grad()
         if rank == 0 and (update + 1) % max(1, updates // 4) == 0:
-            norm = float(optimizer.grad_norm)  # of the mean over all processes
+            norm = optimizer.grad_norm  # of the mean over all processes
+            assert norm is not None
             print(f"update {update + 1:4d}  loss {loss.item():.3f}  gradient norm {norm:.3f}")
 
     # Between windows every process holds the same, so that one of them saves it.
