@@ -15,16 +15,6 @@ GRAD_DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # 0, 1, around a block of the step and of the accumulation, and a prime beyond one chunk.
 SIZES = [0, 1, 1023, 1024, 1025, 2047, 2048, 2049, 10_007]
 assert SIZES[-1] > CHUNK
-# Parameter dtype and how its precise value is kept.
-LAYOUTS = [
-    (torch.float32, "none"),
-    (torch.bfloat16, "split"),
-    (torch.bfloat16, "fp32"),
-    (torch.bfloat16, "none"),
-    (torch.bfloat16, "stochastic"),
-    (torch.float16, "fp32"),
-    (torch.float16, "none"),
-]
 
 
 @dataclass(frozen=True)

@@ -52,11 +52,6 @@ def mean_bound(magnitudes: Tensor, n: int) -> Tensor:
 # rounded at most 512 + 12 + 1 times; half of that is the norm's, and u for the last rounding.
 NORM_RTOL = gamma(512 + 13) / 2 + U
 
-# The reference rules in float64 against torch.optim in float64: the same formulas, other orders of
-# operations: a few roundings of 2**-53 per step over ten steps.
-REFERENCE_RTOL = 1e-13
-REFERENCE_ATOL = 1e-15
-
 # One fused step in fp32 against the reference in float64, relative to |param| + |step|.
 STEP_ROUNDINGS = 16
 

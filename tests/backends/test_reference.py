@@ -3,61 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import pytest
 import torch
 
 from fusedaccum.backends import reference
-from fusedaccum.rules import registry
+from fusedaccum.doctor import rules
 from fusedaccum.rules.as_torch import as_torch
-from fusedaccum.rules.rule import sign
 from tests import tolerances
 from tests.cases import CASES, Case, case_id
 
 
-@pytest.fixture
-def double() -> Iterator[None]:
-    """float64 for torch's 0-d states too, which have the default dtype."""
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
-
-
 @pytest.mark.parametrize("case", CASES, ids=case_id)
-def test_rule_is_torchs(case: Case, double: None) -> None:
-    param = torch.randn(257, dtype=torch.float64)
-    theirs = param.clone().requires_grad_()
-    optimizer = case.make([theirs])
-    group = optimizer.param_groups[0]
-    rule = registry.select(optimizer, group)
-    assert rule is not None and rule.name == case.rule
-    text = as_torch(rule.family.kernels, torch.float64)
-    states = tuple(torch.full_like(param, rule.start(name, group)) for name in rule.states)
-    memory = tuple(float(start(group)) for _, start in rule.family.memory)
-    for step in range(1, 11):
-        grad = torch.randn(257, dtype=torch.float64)
-        theirs.grad = grad.clone()
-        optimizer.step()
-        hyper = rule.family.hyper(group)
-        assert len(hyper) == rule.family.n_hyper
-        scalars_of = getattr(text, f"{rule.family.name}_scalars")
-        scalars, memory = scalars_of(hyper, step, memory)
-        assert len(scalars) == rule.family.n_scalars
-        param, states = getattr(text, rule.name)(param, sign(group) * grad, states, scalars)
-        torch.testing.assert_close(
-            param,
-            theirs.detach(),
-            rtol=tolerances.REFERENCE_RTOL,
-            atol=tolerances.REFERENCE_ATOL,
-        )
-    for name, state in zip(rule.states, states, strict=True):
-        torch.testing.assert_close(
-            state,
-            optimizer.state[theirs][name],
-            rtol=tolerances.REFERENCE_RTOL,
-            atol=tolerances.REFERENCE_ATOL,
-        )
+def test_rule_is_torchs(case: Case) -> None:
+    """Parameters and states, by the doctor's check with more options."""
+    rules.check(case.rule, case.kind, dict(case.options)).run()
 
 
 def test_another_rule_differs() -> None:
