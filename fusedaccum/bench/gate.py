@@ -9,12 +9,13 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
-from torch.nn.utils import clip_grad_norm_
 
 from ..doctor.checks import U, Wrong, host, normal
+from ..doctor.judge import Judge
 from .forms import Form, Plan, build
 
 # Primes, one element, a chunk of 8,192 and its neighbours, and one that takes all threads.
@@ -78,11 +79,10 @@ def _gate(
 ) -> Gate:
     start = random(shapes, like, seed=60)
     (form,) = build([kind], start, plan)
-    exact = [host(p).requires_grad_() for p in start]
-    optimizer = plan.plain(exact)
-    grad_error = 0.0
+    judge = Judge(start, plan.plain, plan.max_norm if is_whole else None)
+    n = 1 if form.loss_is_divided else plan.n
     for window in range(2):
-        means = [torch.zeros_like(p) for p in exact]
+        means = judge.zeros()
         for index in range(plan.n):
             seed = 61 + window * plan.n + index
             grads = random(shapes, like, seed=seed, offset=window)
@@ -90,68 +90,43 @@ def _gate(
                 for grad in grads:
                     grad /= plan.n
             for mean, grad in zip(means, grads, strict=True):
-                mean += host(grad) / (1 if form.loss_is_divided else plan.n)
+                mean += host(grad) / n
             if is_whole:
                 form.micro_batch(grads, index)
             elif 0 < index == plan.n - 1:
                 form.add_last(grads)
             else:
                 form.add(grads, index)
-        own = [host(grad) for grad in form.grads()]
-        grad_error = max(grad_error, _relative(own, means, means))
-        for param, grad in zip(exact, own, strict=True):
-            param.grad = grad
-        if is_whole:
-            if plan.max_norm is not None:
-                clip_grad_norm_(exact, plan.max_norm)
-            form.update()
-        else:
-            form.step()
-        optimizer.step()
-    kept = [host(value) for value in form.values()]
-    right = [p.detach() for p in exact]
-    moved = [p - host(old) for p, old in zip(right, start, strict=True)]
-    found = Gate(grad_error, _relative(kept, right, moved))
+        judge.update(means, form.grads())
+        (form.update if is_whole else form.step)()
     if form.is_exact:
-        _require_exact(form, plan, found, kept, right, moved)
-    return found
+        require_exact(judge, form, plan)
+    return Gate(judge.grad_error, judge.update_error(form.values()))
 
 
-def _require_exact(
-    form: Form,
-    plan: Plan,
-    found: Gate,
-    kept: Sequence[Tensor],
-    right: Sequence[Tensor],
-    moved: Sequence[Tensor],
-) -> None:
-    """Raise if the form is off; negated comparisons, so that NaN is refused."""
-    allowed = GRAD_ROUNDINGS_PER_MICRO_BATCH * (plan.n + 4) * U
-    if not found.grad_error <= allowed:
-        raise Wrong(f"mean gradient off by {found.grad_error:.1e} (allowed {allowed:.1e})")
-    for param, value, wanted, change in zip(form.params, kept, right, moved, strict=True):
-        off = (value - wanted).abs()
-        bound = UPDATE_ROUNDINGS * U * (wanted.abs() + change.abs() + plan.lr)
-        if not bool((off <= bound).all()):
-            worst = int((off / bound).nan_to_num(nan=torch.inf).argmax())
-            raise Wrong(
-                f"parameter off by {float(off.flatten()[worst]):.1e} after two updates (allowed "
-                f"{float(bound.flatten()[worst]):.1e}), where it moved by "
-                f"{float(change.abs().flatten()[worst]):.1e}"
-            )
-        half = torch.finfo(param.dtype).eps / 2 * 1.01 * value.abs() + 2.0**-25
-        if not bool(((host(param) - value).abs() <= half).all()):
-            raise Wrong("parameter is not its precise value rounded")
+class Trained(Protocol):
+    """What can be judged: a form, or a training loop."""
+
+    params: list[Tensor]
+
+    def values(self) -> list[Tensor]:
+        """The parameters as precisely as they are kept."""
 
 
-def _relative(got: Sequence[Tensor], right: Sequence[Tensor], of: Sequence[Tensor]) -> float:
-    """L2 norm of got - right, relative to that of `of`."""
-    differences = [a - b for a, b in zip(got, right, strict=True)]
-    return _norm(differences) / _norm(of)
+def require_exact(judge: Judge, trained: Trained, plan: Plan, noise: float = 0.0) -> None:
+    """Raise if what claims to be exact is off.
 
-
-def _norm(tensors: Sequence[Tensor]) -> float:
-    return float(torch.stack([t.square().sum() for t in tensors]).sum().sqrt())
+    Args:
+        noise: relative error that the gradients themselves have from one run to the next.
+    """
+    allowed = GRAD_ROUNDINGS_PER_MICRO_BATCH * (plan.n + 4) * U + noise
+    if not judge.grad_error <= allowed:  # so that NaN is refused
+        raise Wrong(f"mean gradient off by {judge.grad_error:.1e} (allowed {allowed:.1e})")
+    bounds = [
+        UPDATE_ROUNDINGS * (right.detach().abs() + change.abs() + plan.lr)
+        for right, change in zip(judge.exact, judge.changes(), strict=True)
+    ]
+    judge.require(trained.params, trained.values(), bounds)
 
 
 def random(

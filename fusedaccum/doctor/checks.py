@@ -157,6 +157,7 @@ def require_between(what: str, got: Tensor, low: Tensor, high: Tensor) -> None:
     wrong = ~((low <= got) & (got <= high))
     if not bool(wrong.any()):
         return
+    got, low, high, wrong = (t.flatten() for t in (got, low, high, wrong))
     middle = (low + high) / 2
     errors = torch.where(wrong, (got - middle).abs(), torch.zeros_like(got))
     worst = int(errors.nan_to_num(nan=torch.inf).argmax())

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.utils import clip_grad_norm_
 
 from .. import FusedAccumOptimizer
 from . import checks
 from .checks import Check, Wrong, host, normal
+from .judge import Judge, Make
 from .sums import short
 
 N, MAX_NORM = 4, 1.0
 WEIGHTS = (3.0, 5.0, 2.0)  # of a window that flush() closes: one fewer than N
 SHAPES = ((33, 31), (1,), (8193,), (127,), (300, 257))
-Make = Callable[[Iterable[Tensor]], torch.optim.Optimizer]
 
 
 def adamw(params: Iterable[Tensor]) -> torch.optim.Optimizer:
@@ -89,57 +89,36 @@ def _window(
 
     def run() -> None:
         params = _params(device, dtype)
-        exact = [host(p).requires_grad_() for p in params]
-        start = [p.detach().clone() for p in exact]
-        ours, theirs = _wrap(params, make, backend), make(exact)
-        moved = [torch.zeros_like(p) for p in start]
+        ours, judge = _wrap(params, make, backend), Judge(params, make, MAX_NORM)
         for window in range(2):
-            own = weights if weights and window else (1.0,) * N
-            is_weighted = own is weights
-            means = [torch.zeros_like(p) for p in start]
+            is_weighted = weights is not None and window == 1
+            own = weights if weights and is_weighted else (1.0,) * N
+            means = judge.zeros()
             for i, weight in enumerate(own):
                 grads = _grads(device, dtype, 40 + N * window + i)
                 for mean, grad in zip(means, grads, strict=True):
                     mean += host(grad) * (weight / sum(own))
-                if is_weighted:
-                    with ours.micro_batch(weight=weight):
-                        deliver(params, grads)
-                else:
+                with ours.micro_batch(weight=weight) if is_weighted else nullcontext():
                     deliver(params, grads)
                 ours.step()
             ours.flush()
-            old = [p.detach().clone() for p in exact]
-            for param, mean in zip(exact, means, strict=True):
-                param.grad = mean
-            norm = float(clip_grad_norm_(exact, MAX_NORM))
-            theirs.step()
+            norm = judge.update(means)
             assert ours.grad_norm is not None
             relative = (checks.SUM_ROUNDINGS / 2 + N + 4) * checks.U
             checks.require_number(f"norm {window}", float(ours.grad_norm), norm, relative)
-            for total, new, before in zip(moved, exact, old, strict=True):
-                total += (new.detach() - before).abs()
             ours.zero_grad()
-        _require_params(ours, params, exact, moved)
+        kept = ours.state_dict()["state"]
+        values = [kept[i].get("master_param", param) for i, param in enumerate(params)]
+        # Both windows' roundings: N + 4 of the mean, which a normalised step doubles at most; those
+        # of the norm, in the clip coefficient; 16 in each of two updates.
+        of_mean = 2 * (N + 4) + checks.SUM_ROUNDINGS / 2
+        allowed = [
+            of_mean * moved + 2 * checks.STEP_ROUNDINGS * (right.detach().abs() + moved)
+            for right, moved in zip(judge.exact, judge.moved, strict=True)
+        ]
+        judge.require(params, values, allowed)
 
     return run
-
-
-def _require_params(
-    ours: FusedAccumOptimizer, params: list[Tensor], exact: list[Tensor], moved: list[Tensor]
-) -> None:
-    """Both windows' roundings: N + 4 of the mean, which a normalised step doubles at most; those
-    of the norm, in the clip coefficient; 16 in each of two updates."""
-    kept = ours.state_dict()["state"]
-    for i, (param, right, change) in enumerate(zip(params, exact, moved, strict=True)):
-        right = right.detach()
-        mean = (2 * (N + 4) + checks.SUM_ROUNDINGS / 2) * change
-        allowed = (mean + 2 * checks.STEP_ROUNDINGS * (right.abs() + change)) * checks.U
-        master = kept[i].get("master_param", param)
-        checks.require_close("precise parameter", host(master), right, allowed)
-        # A split master's parameter is the nearest too, but a tie goes up and not to even.
-        half = torch.finfo(param.dtype).eps / 2 * right.abs() + 2.0**-25
-        if param.dtype != torch.float32:
-            checks.require_close("parameter", host(param), right, half * 1.01 + allowed)
 
 
 def _nan_window(device: torch.device, backend: str | None) -> None:

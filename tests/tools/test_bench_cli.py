@@ -182,7 +182,7 @@ def test_the_gate_refuses(kind: type[Form]) -> None:
 
 @pytest.mark.parametrize("optimizer", forms.OPTIMIZERS)
 def test_the_gate_refuses_any_optimizer_that_does_not_step(optimizer: str) -> None:
-    with pytest.raises(Wrong, match="parameter off by"):
+    with pytest.raises(Wrong, match="precise parameter of"):
         gate.gate(Skipped, Plan(optimizer, 3), torch.empty(0, dtype=torch.bfloat16), SMALL)
 
 
