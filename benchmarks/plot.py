@@ -18,9 +18,9 @@ import re
 import sys
 import textwrap
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from .forms import is_exact
 from .measure import ROOT, Row
@@ -45,17 +45,44 @@ OPERATIONS = {
     "accumulate": "later micro-batch",
     "accumulate_last_norm": "last one, with the norm",
     "norm": "norm alone",
-    "step": "step",
+    "step": "AdamW, {}",
+}
+LABELS = {
+    "n": "N, micro-batches per window (dotted: sums in bf16)",
+    "tokens": "tokens per micro-batch (dotted: sums in bf16)",
 }
 Group = list[Row]
 
 
-def style(variant: str) -> tuple[str, str]:
-    """Colour and marker."""
-    return STYLES.get(variant.removesuffix("_graph"), OTHER)
+class Panel(NamedTuple):
+    """Rows of a figure of lines, and the column that is its x axis."""
+
+    title: str
+    x: str
+    rows: list[Row]
+
+
+def style(variant: str) -> dict[str, Any]:
+    """How a variant is drawn: a dotted line for sums in bf16."""
+    color, marker = STYLES.get(variant.removesuffix("_graph"), OTHER)
+    return {
+        "label": variant,
+        "color": color,
+        "marker": marker,
+        "linestyle": "-" if is_exact(variant) else ":",
+        "zorder": 3 if variant.startswith("fused") else 2,
+    }
 
 
 # --- rows ---
+
+
+def by(rows: Iterable[Row], column: str) -> dict[Any, list[Row]]:
+    """Rows by the value of a column, in the order in which it first comes."""
+    found: dict[Any, list[Row]] = defaultdict(list)
+    for row in rows:
+        found[row[column]].append(row)
+    return found
 
 
 def groups(folder: Path) -> list[Group]:
@@ -69,10 +96,8 @@ def groups(folder: Path) -> list[Group]:
     found: list[Group] = []
     for path in sorted(folder.glob("*.json"), key=age):
         rows = json.loads(path.read_text("utf-8"))
-        members: dict[int, Group] = defaultdict(list)
-        for row in rows if isinstance(rows, list) else ():
-            members[row["group"]].append(row | {"file": path.name})
-        found += members.values()
+        if isinstance(rows, list):
+            found += by((row | {"file": path.name} for row in rows), "group").values()
     return found
 
 
@@ -104,8 +129,8 @@ def conditions(rows: Sequence[Row]) -> str:
 # --- drawing ---
 
 
-def finish(figure: Any, rows: Sequence[Row], path: Path) -> None:
-    """Print the conditions beneath and save."""
+def finish(figure: Any, rows: Sequence[Row], path: Path) -> bool:
+    """Print the conditions beneath and save; True."""
     width = figure.get_size_inches()[0]
     text = textwrap.fill(
         conditions(rows), int(width * 19), break_long_words=False, break_on_hyphens=False
@@ -116,57 +141,7 @@ def finish(figure: Any, rows: Sequence[Row], path: Path) -> None:
     figure.text(0.01, 0.06 / height, text, fontsize=6.5, color="#555555", va="bottom")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None, dpi=110)
-
-
-def label_ends(axes: Any, ends: Sequence[tuple[float, str]]) -> None:
-    """Name lines at their right ends, apart from each other."""
-    low, high = axes.get_ylim()
-    step, last = (high - low) / 19, float("-inf")
-    for y, variant in sorted(ends):
-        last = max(y, last + step)
-        axes.annotate(
-            variant,
-            (1.02, last),
-            xycoords=("axes fraction", "data"),
-            color=style(variant)[0] if style(variant) != OTHER else "#777777",
-            fontsize=8,
-            va="center",
-            annotation_clip=False,
-        )
-
-
-def lines(axes: Any, rows: Sequence[Row], x: str, columns: tuple[str, str, str]) -> None:
-    """A line per variant, with bars from p20 to p80."""
-    members: dict[str, list[Row]] = defaultdict(list)
-    for row in sorted(rows, key=lambda row: row[x]):
-        members[row["variant"]].append(row)
-    low, middle, high = columns
-    ends = []
-    for variant, own in members.items():
-        color, marker = style(variant)
-        y = [row[middle] for row in own]
-        bars = [
-            [max(0.0, row[middle] - row[low]) for row in own],
-            [max(0.0, row[high] - row[middle]) for row in own],
-        ]
-        axes.errorbar(
-            [row[x] for row in own],
-            y,
-            yerr=bars,
-            color=color,
-            marker=marker,
-            markersize=5,
-            linewidth=1.8 if variant.startswith("fused") else 1.2,
-            linestyle="-" if is_exact(variant) else ":",
-            elinewidth=0.8,
-            capsize=2,
-        )
-        ends.append((y[-1], variant))
-    axes.set_xscale("log", base=2)
-    ticks = sorted({row[x] for row in rows})
-    axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
-    axes.minorticks_off()
-    label_ends(axes, ends)
+    return True
 
 
 def panels(plt: Any, titles: Sequence[str], *, width: float, height: float) -> tuple[Any, Any]:
@@ -175,63 +150,45 @@ def panels(plt: Any, titles: Sequence[str], *, width: float, height: float) -> t
         1, len(titles), figsize=(width * len(titles), height), squeeze=False
     )
     for panel, title in zip(axes[0], titles, strict=True):
-        panel.set_title(title, fontsize=9, loc="left")
+        panel.set_title(title.replace("_", " "), fontsize=9, loc="left")
         panel.spines[["top", "right"]].set_visible(False)
         panel.tick_params(labelsize=8)
     return figure, axes[0]
 
 
-def share(plt: Any, found: Sequence[Group], path: Path) -> bool:
-    """Bytes that the operation needs, per time, as a share of the copy's rate."""
-    chosen = newest((g for g in found if g[0]["operation"] in OPERATIONS and not compiles(g)),
-                    "shape", "operation", "dtype")  # fmt: skip
-    extra = newest((g for g in found if g[0]["operation"] in OPERATIONS and compiles(g)),
-                   "shape", "operation", "dtype")  # fmt: skip
-    shapes = sorted({shape for shape, *_ in chosen})
-    if not shapes:
-        return False
-    figure, axes = panels(plt, [title(shape) for shape in shapes], width=5.4, height=3.6)
-    used: list[Row] = []
-    handles: dict[str, Any] = {}
-    for axis, shape in zip(axes, shapes, strict=True):
-        keys = [key for op in OPERATIONS for key in sorted(chosen) if key[:2] == (shape, op)]
-        for y, key in enumerate(reversed(keys)):
-            rows = [r for r in chosen[key] if is_form(r["variant"])]
-            rows += [r for r in extra.get(key, ()) if r["variant"] == "compiled"]
-            needed = min(row["bytes"] for row in rows)
-            used += rows
-            for row in rows:
-                color, marker = style(row["variant"])
-                # A row's own bytes would flatter a form that moves more than it has to.
-                scale = 100 * row["copy_share"] * needed / row["bytes"]
-                values = [scale * row["p50_ms"] / row[p] for p in ("p80_ms", "p50_ms", "p20_ms")]
-                axis.plot(values[::2], [y, y], color=color, linewidth=1, alpha=0.7)
-                (handles[row["variant"]],) = axis.plot(
-                    values[1], y, marker=marker, color=color, linestyle="", markersize=7,
-                    zorder=3 if row["variant"].startswith("fused") else 2,
-                )  # fmt: skip
-        names = [
-            f"AdamW, {dtype}" if op == "step" else OPERATIONS[op] for _, op, dtype in reversed(keys)
-        ]
-        axis.set_yticks(range(len(keys)), names)
-        axis.set_ylim(-0.6, len(keys) - 0.4)
-        axis.axvline(100, color="#999999", linewidth=0.8, zorder=0)
-        axis.set_xlim(0, 1.04 * axis.get_xlim()[1])
-        axis.grid(axis="y", color="#EEEEEE", zorder=0)
-        axis.set_xlabel("% of an fp32 copy's rate, counting the bytes that are needed", fontsize=8)
-    known = [name for name in STYLES if name in handles]
-    other = [name for name in handles if name not in STYLES]
+def legend(axes: Sequence[Any]) -> None:
+    """Name what the panels show, beside the last one."""
+    found: dict[str, Any] = {}
+    for axis in axes:
+        handles, names = axis.get_legend_handles_labels()
+        found |= dict(zip(names, handles, strict=True))
+    known = sorted(found, key=lambda name: [*STYLES, name].index(name))
     axes[-1].legend(
-        [handles[name] for name in known + other], known + other, fontsize=7, frameon=False,
+        [found[name] for name in known], known, fontsize=7, frameon=False,
         loc="center left", bbox_to_anchor=(1.0, 0.5),
     )  # fmt: skip
-    finish(figure, used, path)
-    return True
 
 
-def title(shape: str) -> str:
-    """A shape's name for people."""
-    return shape.replace("_", " ")
+def lines(plt: Any, wanted: Sequence[Panel], column: str, label: str, path: Path) -> bool:
+    """A figure of lines with bars from p20 to p80; `column` lacks these. False without panels."""
+    if not wanted:
+        return False
+    figure, axes = panels(plt, [panel.title for panel in wanted], width=4.9, height=3.8)
+    for axis, panel in zip(axes, wanted, strict=True):
+        for variant, rows in by(sorted(panel.rows, key=lambda r: r[panel.x]), "variant").items():
+            low, y, high = ([row[column.format(p)] for row in rows] for p in (20, 50, 80))
+            bars = [[b - a for a, b in zip(*pair, strict=True)] for pair in ((low, y), (y, high))]
+            x = [row[panel.x] for row in rows]
+            axis.errorbar(x, y, yerr=bars, markersize=5, capsize=2, **style(variant))
+        axis.axhline(0, color="#999999", linewidth=0.8, zorder=0)
+        axis.set_xscale("log", base=2)
+        ticks = sorted(by(panel.rows, panel.x))
+        axis.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
+        axis.minorticks_off()
+        axis.set_xlabel(LABELS[panel.x], fontsize=8)
+        axis.set_ylabel(label, fontsize=8)
+    legend(axes)
+    return finish(figure, [row for panel in wanted for row in panel.rows], path)
 
 
 def compiles(group: Group) -> bool:
@@ -244,6 +201,42 @@ def is_form(variant: str) -> bool:
     return variant not in CEILINGS and is_exact(variant)
 
 
+def share(plt: Any, found: Sequence[Group], path: Path) -> bool:
+    """Bytes that the operation needs, per time, as a share of the copy's rate."""
+    single = [group for group in found if group[0]["operation"] in OPERATIONS]
+    chosen, extra = (
+        newest((g for g in single if compiles(g) is own), "shape", "operation", "dtype")
+        for own in (False, True)
+    )
+    shapes = sorted({shape for shape, *_ in chosen})
+    if not shapes:
+        return False
+    figure, axes = panels(plt, shapes, width=5.4, height=3.6)
+    used: list[Row] = []
+    for axis, shape in zip(axes, shapes, strict=True):
+        keys = [key for op in OPERATIONS for key in sorted(chosen) if key[:2] == (shape, op)][::-1]
+        for y, key in enumerate(keys):
+            rows = [r for r in chosen[key] if is_form(r["variant"])]
+            rows += [r for r in extra.get(key, ()) if r["variant"] == "compiled"]
+            needed = min(row["bytes"] for row in rows)
+            used += rows
+            for row in rows:
+                # A row's own bytes would flatter a form that moves more than it has to.
+                scale = 100 * row["copy_share"] * needed / row["bytes"]
+                low, middle, high = (scale * row["p50_ms"] / row[f"p{p}_ms"] for p in (80, 50, 20))
+                bars = [[middle - low], [high - middle]]
+                look = style(row["variant"]) | {"linestyle": ""}
+                axis.errorbar([middle], [y], xerr=bars, markersize=7, **look)
+        axis.set_yticks(range(len(keys)), [OPERATIONS[op].format(dtype) for _, op, dtype in keys])
+        axis.set_ylim(-0.6, len(keys) - 0.4)
+        axis.axvline(100, color="#999999", linewidth=0.8, zorder=0)
+        axis.set_xlim(0, 1.04 * axis.get_xlim()[1])
+        axis.grid(axis="y", color="#EEEEEE", zorder=0)
+        axis.set_xlabel("% of an fp32 copy's rate, counting the bytes that are needed", fontsize=8)
+    legend(axes)
+    return finish(figure, used, path)
+
+
 def cycle(plt: Any, found: Sequence[Group], path: Path) -> bool:
     """Time of a window against N, for shapes that have more than one N in a file."""
     windows = [g for g in found if g[0]["operation"] == "window" and not compiles(g)]
@@ -253,17 +246,8 @@ def cycle(plt: Any, found: Sequence[Group], path: Path) -> bool:
         members = [g for key, g in by_file.items() if key[:2] == (shape, file)]
         if len(members) > 1:
             chosen[shape] = [row for g in members for row in g if row["variant"] not in CEILINGS]
-    if not chosen:
-        return False
-    shapes = sorted(chosen)
-    figure, axes = panels(plt, [title(shape) for shape in shapes], width=5.4, height=3.8)
-    for axis, shape in zip(axes, shapes, strict=True):
-        axis.set_ylim(0, 1.08 * max(row["p50_ms"] for row in chosen[shape]))
-        lines(axis, chosen[shape], "n", ("p20_ms", "p50_ms", "p80_ms"))
-        axis.set_xlabel("N, micro-batches per window (dotted: sums in bf16)", fontsize=8)
-        axis.set_ylabel("ms per window, clipped AdamW", fontsize=8)
-    finish(figure, [row for shape in shapes for row in chosen[shape]], path)
-    return True
+    found_panels = [Panel(shape, "n", rows) for shape, rows in sorted(chosen.items())]
+    return lines(plt, found_panels, "p{}_ms", "ms per window, clipped AdamW", path)
 
 
 def training(found: Sequence[Group]) -> list[Group]:
@@ -278,32 +262,18 @@ def training(found: Sequence[Group]) -> list[Group]:
 
 def tax(plt: Any, found: Sequence[Group], path: Path) -> bool:
     """The accumulation tax against the micro-batch size at one N, and against N at one size."""
-    own = training(found)
-    rows = [row for group in own for row in group if row["variant"] != "floor"]
+    rows = [row for group in training(found) for row in group if row["variant"] != "floor"]
     sweeps = []
-    for x, fixed, heading, label in (
-        ("tokens", "n", "N = {:,}", "tokens per micro-batch"),
-        ("n", "tokens", "micro-batches of {:,} tokens", "N, micro-batches per window"),
+    for x, fixed, heading in (
+        ("tokens", "n", "N = {:,}"),
+        ("n", "tokens", "micro-batches of {:,} tokens"),
     ):
-        by: dict[int, list[Row]] = defaultdict(list)
-        for row in rows:
-            by[row[fixed]].append(row)
-        longest = max(by.values(), key=lambda m: len({row[x] for row in m}), default=[])
-        if len({row[x] for row in longest}) > 1:
-            sweeps.append((heading.format(longest[0][fixed]), x, label, longest))
-    if not sweeps:
-        return False
-    figure, axes = panels(plt, [sweep[0] for sweep in sweeps], width=4.9, height=3.8)
-    for axis, (_, x, label, members) in zip(axes, sweeps, strict=True):
-        values = [row["tax_p50"] for row in members]
-        low, high = min(0.0, *values), max(values)
-        axis.set_ylim(low - 0.08 * (high - low), high + 0.08 * (high - low))
-        axis.axhline(0, color="#999999", linewidth=0.8, zorder=0)
-        lines(axis, members, x, ("tax_p20", "tax_p50", "tax_p80"))
-        axis.set_xlabel(label, fontsize=8)
-        axis.set_ylabel("% above forward and backward alone", fontsize=8)
-    finish(figure, [row for sweep in sweeps for row in sweep[3]], path)
-    return True
+        value, longest = max(
+            by(rows, fixed).items(), key=lambda m: len(by(m[1], x)), default=(0, [])
+        )
+        if len(by(longest, x)) > 1:
+            sweeps.append(Panel(heading.format(value), x, longest))
+    return lines(plt, sweeps, "tax_p{}", "% above forward and backward alone", path)
 
 
 def memory(plt: Any, found: Sequence[Group], path: Path) -> bool:
@@ -314,10 +284,10 @@ def memory(plt: Any, found: Sequence[Group], path: Path) -> bool:
     group = max(own, key=lambda g: (-g[0]["tokens"], g[0]["n"]))
     rows = [row for row in group if row["variant"] != "floor_again"][::-1]
     head = rows[0]
-    name = f"{title(head['shape'])}, micro-batches of {head['tokens']:,} tokens, N = {head['n']}"
+    name = f"{head['shape']}, micro-batches of {head['tokens']:,} tokens, N = {head['n']}"
     figure, (axis,) = panels(plt, [name], width=6.4, height=2.7)
     for y, row in enumerate(rows):
-        color = style(row["variant"])[0]
+        color = style(row["variant"])["color"]
         rest, peak = row["rest_per_parameter"], row["peak_per_parameter"]
         axis.barh(y, peak, color=color, alpha=0.3, height=0.62)
         axis.barh(y, rest, color=color, height=0.62)
@@ -329,16 +299,10 @@ def memory(plt: Any, found: Sequence[Group], path: Path) -> bool:
         "bytes per parameter: between windows, and (pale) at the peak, activations included",
         fontsize=8,
     )
-    finish(figure, rows, path)
-    return True
+    return finish(figure, rows, path)
 
 
-FIGURES: dict[str, Callable[[Any, Sequence[Group], Path], bool]] = {
-    "share": share,
-    "cycle": cycle,
-    "tax": tax,
-    "memory": memory,
-}
+FIGURES = {"share": share, "cycle": cycle, "tax": tax, "memory": memory}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

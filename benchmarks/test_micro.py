@@ -19,11 +19,11 @@ from fusedaccum import functional
 from fusedaccum.bench import gate as gates
 from fusedaccum.bench.forms import Form, Plan
 from fusedaccum.bench.ours import Operations
-from fusedaccum.doctor import machine
+from fusedaccum.doctor import machine, rules
 from fusedaccum.rules.builtin import RULES
 
 from . import cases
-from .forms import FORMS, RIVALS, Missing, held
+from .forms import FORMS, Missing, held
 
 pytest.importorskip("pytest_benchmark")
 
@@ -36,10 +36,19 @@ SHAPES = [
     if DEVICE.type == "cuda" or cases.count(shapes()) <= 130e6
 ]
 EAGER = [name for name in FORMS if name != "compiled"]
-STEPPING = [name for name in EAGER if FORMS[name].has_operations]
-# Rivals sum gradients as plain bf16 does.
-OPERATIONS = [name for name in STEPPING if name not in RIVALS]
-
+Grads = list[Tensor]
+OPERATIONS: dict[str, Callable[[Any, Grads], object]] = {
+    "accumulate_first": lambda form, grads: form.add(grads, 0),
+    "accumulate": lambda form, grads: form.add(grads, 1),
+    "accumulate_last_norm": lambda form, grads: form.add_last(grads),
+    "finalize": lambda form, grads: form.finalize(1.0),  # ours alone
+    "step": lambda form, grads: form.step(),
+}
+# A param group of every rule; torch has no Lion.
+GROUPS = {
+    name: kind([torch.zeros(1, requires_grad=True)], **options).param_groups[0]
+    for name, (kind, options) in rules.OPTIMIZERS.items()
+} | {"lion": {"lr": 1e-4, "betas": (0.9, 0.99), "weight_decay": 0.0}}
 Run = Callable[[Callable[[], object]], None]
 
 
@@ -83,22 +92,18 @@ def make(name: str, shape: str, plan: Plan, *, std: float = 1.0) -> Form:
     return form
 
 
-@pytest.mark.parametrize("name", OPERATIONS)
-@pytest.mark.parametrize("index", [0, 1], ids=["first", "later"])
+@pytest.mark.parametrize("name", [name for name in EAGER if FORMS[name].has_operations])
+@pytest.mark.parametrize("operation", OPERATIONS)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_accumulate(timed: Run, shape: str, index: int, name: str) -> None:
+def test_operation(timed: Run, shape: str, operation: str, name: str) -> None:
+    """A step is AdamW without clipping, each form's own."""
+    if operation == "finalize" and FORMS[name] is not Operations:
+        pytest.skip("finalize is an operation of fusedaccum")
     form, grads = make(name, shape, Plan()), cases.gradients(shape, BF16, DEVICE)
     form.add(grads, 0)
-    timed(lambda: form.add(grads, index))
-    assert gates.is_finite(form)
-
-
-@pytest.mark.parametrize("name", OPERATIONS)
-@pytest.mark.parametrize("shape", SHAPES)
-def test_accumulate_last_norm(timed: Run, shape: str, name: str) -> None:
-    form, grads = make(name, shape, Plan()), cases.gradients(shape, BF16, DEVICE)
-    form.add(grads, 0)
-    timed(lambda: form.add_last(grads))
+    if operation == "finalize":
+        form.add_last(grads)
+    timed(lambda: OPERATIONS[operation](form, grads))
     assert gates.is_finite(form)
 
 
@@ -116,47 +121,6 @@ def test_norm(timed: Run, shape: str, name: str) -> None:
     timed(calls[name])
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-def test_finalize(timed: Run, shape: str) -> None:
-    """Norm of the partial sums, clip coefficient, skip flag, step counts, the rule's scalars."""
-    form = make("fused_backend", shape, Plan())
-    assert isinstance(form, Operations)
-    grads = cases.gradients(shape, BF16, DEVICE)
-    form.add(grads, 0)
-    form.add_last(grads)
-    timed(lambda: form.finalize(1.0))
-    assert form.scalars.steps.max() >= 1
-
-
-def _defaults(kind: type[torch.optim.Optimizer], **options: Any) -> dict[str, Any]:
-    """A param group as that optimizer makes it."""
-    optimizer = kind([torch.zeros(1, requires_grad=True)], **options)
-    return optimizer.param_groups[0]
-
-
-RULE_GROUPS: dict[str, Callable[[], dict[str, Any]]] = {
-    "adam": lambda: _defaults(torch.optim.AdamW),
-    "adam_amsgrad": lambda: _defaults(torch.optim.AdamW, amsgrad=True),
-    "nadam": lambda: _defaults(torch.optim.NAdam),
-    "radam": lambda: _defaults(torch.optim.RAdam),
-    "adamax": lambda: _defaults(torch.optim.Adamax),
-    "adagrad": lambda: _defaults(torch.optim.Adagrad),
-    "rmsprop": lambda: _defaults(torch.optim.RMSprop),
-    "rmsprop_momentum": lambda: _defaults(torch.optim.RMSprop, momentum=0.9),
-    "rmsprop_centered": lambda: _defaults(torch.optim.RMSprop, centered=True),
-    "rmsprop_centered_momentum": lambda: _defaults(
-        torch.optim.RMSprop, centered=True, momentum=0.9
-    ),
-    "adadelta": lambda: _defaults(torch.optim.Adadelta),
-    "asgd": lambda: _defaults(torch.optim.ASGD),
-    "rprop": lambda: _defaults(torch.optim.Rprop),
-    "sgd": lambda: _defaults(torch.optim.SGD),
-    "sgd_momentum": lambda: _defaults(torch.optim.SGD, momentum=0.9),
-    "sgd_nesterov": lambda: _defaults(torch.optim.SGD, momentum=0.9, nesterov=True),
-    "lion": lambda: {"lr": 1e-4, "betas": (0.9, 0.99), "weight_decay": 0.0},
-}
-
-
 @pytest.mark.parametrize("dtype", [BF16, torch.float32], ids=["bf16", "fp32"])
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("shape", SHAPES)
@@ -166,23 +130,13 @@ def test_rule(timed: Run, shape: str, rule: str, dtype: torch.dtype) -> None:
     if held * cases.count(cases.SHAPES[shape]()) > 0.9 * machine.memory_bytes(DEVICE):
         pytest.skip("does not fit")
     params = cases.random(cases.SHAPES[shape](), dtype, DEVICE, seed=1)
-    form = Operations(params, Plan(), RULES[rule], RULE_GROUPS[rule]())
+    form = Operations(params, Plan(), RULES[rule], GROUPS[rule])
     grads = cases.gradients(shape, dtype, DEVICE)
     form.micro_batch(grads, 0)
     form.micro_batch(grads, form.plan.n - 1)
     before = form.values()[-1].clone()
     timed(form.update)
     assert gates.is_finite(form) and not torch.equal(before, form.values()[-1])
-
-
-@pytest.mark.parametrize("name", STEPPING)
-@pytest.mark.parametrize("shape", SHAPES)
-def test_step(timed: Run, shape: str, name: str) -> None:
-    """AdamW without clipping, each form's own."""
-    form, grads = make(name, shape, Plan()), cases.gradients(shape, BF16, DEVICE)
-    form.add(grads, 0)
-    timed(form.step)
-    assert gates.is_finite(form)
 
 
 @pytest.mark.parametrize("name", EAGER)
