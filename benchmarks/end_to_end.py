@@ -21,21 +21,21 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.utils import clip_grad_norm_
 
 from fusedaccum.bench import timing
 from fusedaccum.bench.forms import Plan
+from fusedaccum.bench.gate import require_exact
 from fusedaccum.bench.timing import Samples
 from fusedaccum.doctor import output
-from fusedaccum.doctor.checks import Wrong
+from fusedaccum.doctor.checks import Wrong, host
+from fusedaccum.doctor.judge import Judge, relative
 
 from . import decoder
-from .loops import LOOPS, Loop
+from .loops import FLOOR, LOOPS, Loop
 from .measure import Row, Rows
 from .memory import footprint
 from .run import numbers, warn_if_busy
 
-FLOOR = "floor"
 # Longest sequence; larger micro-batches hold several.
 MAX_LENGTH = 2048
 # Per device: the model, micro-batch sizes in tokens, N.
@@ -43,11 +43,6 @@ DEFAULTS: dict[str, tuple[str, list[int], list[int]]] = {
     "cpu": ("llama_11m", [512, 1024, 2048], [1, 4, 8]),
     "cuda": ("llama_1b", [512, 2048, 8192], [1, 4, 8, 16]),
 }
-# Of the mean gradient, an fp32 sum; and of the worst element's step, in learning rates: where the
-# mean gradient nearly cancels, AdamW magnifies its rounding. A missed element is off by 1.
-MAX_GRAD_ERROR, MAX_UPDATE_ERROR = 1e-6, 0.05
-# Half a unit in the last of bf16's 8 bits.
-MAX_ROUNDING = 2.0**-8
 # Two losses of the same weights and tokens.
 MAX_LOSS_ERROR = 1e-5
 
@@ -88,8 +83,8 @@ def gate(make: type[Loop], model: nn.Module, vocabulary: int, plan: Plan) -> dic
     """Run two windows beside AdamW in float64, whose gradients are of the loop's own weights.
 
     Returns:
-        Errors, as columns of a row: of the mean gradient, relative, and of the weights, in
-        learning rates; and `noise`, how far two backwards of the same micro-batch are apart.
+        Errors, as columns of a row: of the mean gradient and of the updates, relative; of the
+        losses; and `noise`, how far two backwards of the same micro-batch are apart.
 
     Raises:
         Wrong: if a loop that claims to be exact is not, or a loss differs.
@@ -101,68 +96,37 @@ def gate(make: type[Loop], model: nn.Module, vocabulary: int, plan: Plan) -> dic
         # Some operations make fp32 gradients of bf16 weights (rms_norm on a CPU): unrounded, as
         # the exact loops see them.
         param.grad_dtype = None
-    exact = [p.detach().double().requires_grad_() for p in params]
-    optimizer = plan.plain(exact)
-    noise = grad_error = loss_error = 0.0
+    judge = Judge(loop.params, plan.plain, plan.max_norm)
+    noise = loss_error = 0.0
 
-    def grads(ids: Tensor) -> tuple[Tensor, list[Tensor]]:
+    def exact(ids: Tensor) -> tuple[Tensor, list[Tensor]]:
         loss = decoder.loss(twin, ids)
-        return loss.detach(), [g.double() for g in torch.autograd.grad(loss, params)]
+        return loss.detach(), [host(g) for g in torch.autograd.grad(loss, params)]
 
     # Of the ways to compute attention, the one whose backward is the same in each run.
     with sdpa_kernel(SDPBackend.MATH):
         for window in range(2):
             with torch.no_grad():
-                for param, own in zip(params, loop.params, strict=True):
-                    param.copy_(own)
+                torch._foreach_copy_(params, loop.params)
             ids = batches(plan.n, 32, vocabulary, device, seed=window)
-            first, second = grads(ids[0])[1], grads(ids[0])[1]
-            noise = max(noise, _distance(first, second))
-            means = [torch.zeros_like(p) for p in exact]
+            (_, first), (_, second) = exact(ids[0]), exact(ids[0])
+            noise = max(noise, relative(first, second, second))
+            means = judge.zeros()
             for index, tokens in enumerate(ids):
-                loss, found = grads(tokens)
+                loss, found = exact(tokens)
                 torch._foreach_add_(means, found, alpha=1 / plan.n)
                 own_loss = loop.micro_batch(tokens, index)
                 loss_error = max(loss_error, float((own_loss - loss).abs() / loss.abs()))
-            if make is not LOOPS[FLOOR]:
-                grad_error = max(grad_error, _distance(loop.grads(), means))
-                loop.update()
-            for param, mean in zip(exact, means, strict=True):
-                param.grad = mean
-            if plan.max_norm is not None:
-                clip_grad_norm_(exact, plan.max_norm)
-            optimizer.step()
-    errors = {"grad_error": grad_error, "noise": noise, "loss_error": loss_error}
+            judge.update(means, loop.grads() or means)
+            loop.update()
     if not loss_error <= max(MAX_LOSS_ERROR, noise):
         raise Wrong(f"loss off by {loss_error:.1e}")
-    if make is LOOPS[FLOOR]:
-        return errors
-    values = [value.double() for value in loop.values()]
-    rounding = max(
-        float(((p.detach().double() - v).abs() / v.abs().clamp(min=1e-30)).max())
-        for p, v in zip(loop.params, values, strict=True)
-    )
-    errors["update_error"] = (
-        max(float((v - e.detach()).abs().max()) for v, e in zip(values, exact, strict=True))
-        / plan.lr
-    )
-    # AdamW's first steps are of the gradient's sign: they can only be judged where two backwards
-    # agree to the bit.
-    is_right = grad_error <= MAX_GRAD_ERROR + 4 * noise and rounding <= MAX_ROUNDING
-    if make.is_exact and not (
-        is_right and (noise > 0 or errors["update_error"] <= MAX_UPDATE_ERROR)
-    ):
-        raise Wrong(
-            f"mean gradient off by {grad_error:.1e}, parameters by {errors['update_error']:.1e} "
-            f"learning rates, their rounding by {rounding:.1e}"
-        )
+    if make.is_exact:
+        require_exact(judge, loop, plan, 4 * noise)
+    errors = {"grad_error": judge.grad_error, "noise": noise, "loss_error": loss_error}
+    if make is not LOOPS[FLOOR]:
+        errors["update_error"] = judge.update_error(loop.values())
     return errors
-
-
-def _distance(found: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
-    """Relative L2 distance of two lists of tensors."""
-    apart = sum(float((a.double() - b).square().sum()) for a, b in zip(found, exact, strict=True))
-    return float((apart / sum(float(b.square().sum()) for b in exact)) ** 0.5)
 
 
 # --- time ---

@@ -1,13 +1,12 @@
 """Training loops around the forms of `fusedaccum.bench`: a real forward and backward.
 
 A loop makes a window of N micro-batches in the two calls that a `Form` has too: `micro_batch` for
-each, then `update`. `Floor` is the forward and backward alone, which every loop pays for.
+each, then `update`. `Loop` itself is the forward and backward alone, which every loop pays for.
 """
 
 from __future__ import annotations
 
 import copy
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import ClassVar
 
@@ -22,36 +21,49 @@ from fusedaccum.bench.ours import Wrapper
 from . import decoder
 
 
-class Loop(ABC):
-    """One way to train.
+class Loop:
+    """Forward and backward; gradients are freed, nothing is accumulated.
 
     Attributes:
         is_exact: whether it sums in fp32 and steps fp32-precise weights.
         precision: the same in words.
+        loss_is_divided: whether it divides the loss by N.
     """
 
-    is_exact: ClassVar[bool] = True
-    precision: ClassVar[str]
-    params: list[Tensor]
+    is_exact: ClassVar[bool] = False
+    precision: ClassVar[str] = "no accumulation, no update"
+    loss_is_divided: ClassVar[bool] = False
 
     def __init__(self, model: nn.Module, plan: Plan) -> None:
         self.model, self.plan = copy.deepcopy(model), plan
+        self.params: list[Tensor] = list(self.model.parameters())
 
-    @abstractmethod
     def micro_batch(self, ids: Tensor, index: int) -> Tensor:
         """Forward, backward and accumulation of the index-th of N; returns the loss."""
+        self.before(index)
+        loss = decoder.loss(self.model, ids)
+        (loss / self.plan.n if self.loss_is_divided else loss).backward()
+        self.after()
+        return loss.detach()
 
-    @abstractmethod
+    def before(self, index: int) -> None:
+        """What comes before a forward."""
+
+    def after(self) -> None:
+        """What comes after a backward."""
+        for param in self.params:
+            param.grad = None
+
     def update(self) -> None:
         """Clip and step."""
 
-    @abstractmethod
     def grads(self) -> list[Tensor]:
         """The mean gradient, after the last micro-batch and before `update()`."""
+        return [p.grad for p in self.params if p.grad is not None]
 
-    @abstractmethod
     def values(self) -> list[Tensor]:
         """The parameters as precisely as they are kept."""
+        return [p.detach() for p in self.params]
 
     def window(self, batches: Sequence[Tensor]) -> Tensor:
         """A whole window; returns the mean loss."""
@@ -60,48 +72,18 @@ class Loop(ABC):
         return torch.stack(losses).mean()
 
 
-class Floor(Loop):
-    """Forward and backward; gradients are freed, nothing is accumulated."""
-
-    is_exact = False
-    precision = "no accumulation, no update"
-
-    def __init__(self, model: nn.Module, plan: Plan) -> None:
-        super().__init__(model, plan)
-        self.params = list(self.model.parameters())
-
-    def micro_batch(self, ids: Tensor, index: int) -> Tensor:
-        loss = decoder.loss(self.model, ids)
-        loss.backward()
-        for param in self.params:
-            param.grad = None
-        return loss.detach()
-
-    def update(self) -> None:
-        """Nothing."""
-
-    def grads(self) -> list[Tensor]:
-        return []
-
-    def values(self) -> list[Tensor]:
-        return [p.detach() for p in self.params]
-
-
 class Plain(Loop):
     """What most people run: everything in bf16."""
 
-    is_exact = False
     precision = forms.Plain.precision
+    loss_is_divided = True
 
     def __init__(self, model: nn.Module, plan: Plan) -> None:
         super().__init__(model, plan)
-        self.params = list(self.model.parameters())
         self.optimizer = plan.best(self.params)
 
-    def micro_batch(self, ids: Tensor, index: int) -> Tensor:
-        loss = decoder.loss(self.model, ids)
-        (loss / self.plan.n).backward()
-        return loss.detach()
+    def after(self) -> None:
+        """The gradients stay."""
 
     def update(self) -> None:
         if self.plan.max_norm is not None:
@@ -109,21 +91,16 @@ class Plain(Loop):
         self.optimizer.step()
         self.optimizer.zero_grad()
 
-    def grads(self) -> list[Tensor]:
-        return [p.grad for p in self.params if p.grad is not None]
-
-    def values(self) -> list[Tensor]:
-        return [p.detach() for p in self.params]
-
 
 class FormLoop(Loop):
     """A loop whose model has a form's parameters, and whose update is the form's."""
 
+    is_exact = True
     make: ClassVar[type[Form]]
 
     def __init__(self, model: nn.Module, plan: Plan) -> None:
         super().__init__(model, plan)
-        self.form = self.make(list(self.model.parameters()), plan)  # type: ignore[call-arg]
+        self.form = self.make(self.params, plan)  # type: ignore[call-arg]
         self.params = self.form.params
         decoder.adopt(self.model, self.params)
 
@@ -142,14 +119,15 @@ class Native(FormLoop):
 
     make = forms.Native
     precision = forms.Native.precision
+    loss_is_divided = True
     form: forms.Native
 
-    def micro_batch(self, ids: Tensor, index: int) -> Tensor:
+    def before(self, index: int) -> None:
         if index == 0:
             torch._foreach_zero_(self.form.accs)
-        loss = decoder.loss(self.model, ids)
-        (loss / self.plan.n).backward()
-        return loss.detach()
+
+    def after(self) -> None:
+        """Autograd has added it."""
 
 
 class Fused(FormLoop):
@@ -159,17 +137,17 @@ class Fused(FormLoop):
     precision = Wrapper.precision
     form: Wrapper
 
-    def micro_batch(self, ids: Tensor, index: int) -> Tensor:
+    def before(self, index: int) -> None:
         # First, and not last, so that `p.grad` shows the mean when the window is over.
         self.form.optimizer.zero_grad()
-        loss = decoder.loss(self.model, ids)
-        loss.backward()
+
+    def after(self) -> None:
         self.form.optimizer.step()
-        return loss.detach()
 
 
+FLOOR = "floor"
 LOOPS: dict[str, type[Loop]] = {
-    "floor": Floor,
+    FLOOR: Loop,
     "plain_bf16": Plain,
     "native_fp32": Native,
     "fused_hooks": Fused,

@@ -45,31 +45,22 @@ def errors(make: type[Loop], model: nn.Module) -> dict[str, float]:
 @pytest.mark.parametrize("make", [Native, Fused])
 def test_exact_loops_pass(make: type[Loop], model: nn.Module) -> None:
     found = errors(make, model)
-    assert found["grad_error"] <= end_to_end.MAX_GRAD_ERROR
-    assert found["update_error"] <= end_to_end.MAX_UPDATE_ERROR
-    assert found["noise"] == 0.0  # or the two bounds would not be the gate's
+    assert found["grad_error"] < 1e-6 and found["update_error"] < 1e-3
+    assert found["noise"] == 0.0  # or the bound would not be the gate's
 
 
 def test_plain_bf16_passes_with_its_error(model: nn.Module) -> None:
-    assert errors(Plain, model)["grad_error"] > 100 * end_to_end.MAX_GRAD_ERROR
+    assert errors(Plain, model)["grad_error"] > 1e-4
 
 
 class NotDivided(Native):
     """Sums instead of averaging; AdamW without clipping would hide it."""
 
-    def micro_batch(self, ids: Tensor, index: int) -> Tensor:
-        if index == 0:
-            torch._foreach_zero_(self.form.accs)
-        loss = decoder.loss(self.model, ids)
-        loss.backward()
-        return loss.detach()
+    loss_is_divided = False
 
 
 class OneMissing(Fused):
     """Reads the second micro-batch twice and the third never."""
-
-    def window(self, batches: Any) -> Tensor:
-        raise AssertionError("the gate calls micro_batch")
 
     def micro_batch(self, ids: Tensor, index: int) -> Tensor:
         self.kept = ids if index != 2 else self.kept
