@@ -5,12 +5,12 @@ Every function returns a list of shapes; `SHAPES` names them for the command lin
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from fusedaccum.bench.gate import random as random
 from fusedaccum.bench.shapes import Shapes, gpt
 from fusedaccum.bench.shapes import count as count
 
@@ -83,27 +83,6 @@ SHAPES: dict[str, Callable[[], Shapes]] = {
 }
 # Where a gradient of these shapes starts in its memory, in elements.
 OFFSETS = {"unaligned": 1}
-
-
-def random(
-    shapes: Sequence[Sequence[int]],
-    dtype: torch.dtype,
-    device: torch.device,
-    *,
-    seed: int,
-    std: float = 1.0,
-    offset: int = 0,
-) -> list[Tensor]:
-    """Normal tensors of these shapes; each starts `offset` elements into its own memory.
-
-    With an offset of 1 they are contiguous and misaligned, as views of other tensors can be.
-    """
-    generator = torch.Generator(device).manual_seed(seed)
-    tensors = []
-    for shape in shapes:
-        memory = torch.empty(offset + math.prod(shape), dtype=dtype, device=device)
-        tensors.append(memory.normal_(std=std, generator=generator)[offset:].view(*shape))
-    return tensors
 
 
 def gradients(

@@ -29,6 +29,7 @@ from fusedaccum.bench.timing import Samples
 from fusedaccum.doctor import output
 from fusedaccum.doctor.checks import Wrong, host
 from fusedaccum.doctor.judge import Judge, relative
+from fusedaccum.doctor.output import column
 
 from . import decoder
 from .loops import FLOOR, LOOPS, Loop
@@ -204,8 +205,7 @@ class Run(Rows):
             p50, tax = timed.quantile(0.5), paired(timed.times, samples[FLOOR].times)
             rest, peak = memory[name]
             self.add(
-                timed,
-                3,
+                timed.columns(3, on_gpu=self.device.type == "cuda"),
                 operation="train_window",
                 variant=name,
                 shape=self.args.size,
@@ -236,10 +236,19 @@ class Run(Rows):
 # --- command ---
 
 
-HEADERS = [
-    "", "p20", "p50", "p80 ms", "tokens/s", "tax p20", "tax p50", "tax p80 %", "at rest",
-    "peak B/param", "error",
-]  # fmt: skip
+COLUMNS = {
+    "": column("variant"),
+    "p20": column("p20_ms", ".1f"),
+    "p50": column("p50_ms", ".1f"),
+    "p80 ms": column("p80_ms", ".1f"),
+    "tokens/s": column("tokens_per_s", ",.0f"),
+    "tax p20": column("tax_p20", ".2f"),
+    "tax p50": column("tax_p50", ".2f"),
+    "tax p80 %": column("tax_p80", ".2f"),
+    "at rest": column("rest_per_parameter", ".2f"),
+    "peak B/param": column("peak_per_parameter", ".1f"),
+    "error": column("grad_error", ".0e"),
+}
 
 
 def show(rows: Sequence[Row]) -> None:
@@ -249,19 +258,7 @@ def show(rows: Sequence[Row]) -> None:
         f"{head['model']}, {head['n_elements']:,} parameters, {head['tokens']} tokens in sequences "
         f"of {head['length']}, N={head['n']}, {head['samples']} samples, load {head['load']}"
     )
-    cells = [
-        [
-            row["variant"],
-            *(f"{row[name]:.1f}" for name in ("p20_ms", "p50_ms", "p80_ms")),
-            f"{row['tokens_per_s']:,.0f}",
-            *(f"{row[name]:.2f}" for name in ("tax_p20", "tax_p50", "tax_p80")),
-            f"{row['rest_per_parameter']:.2f}",
-            f"{row['peak_per_parameter']:.1f}",
-            "" if row["grad_error"] is None else f"{row['grad_error']:.0e}",
-        ]
-        for row in rows
-    ]
-    output.print_table(title, HEADERS, cells)
+    output.print_rows(title, rows, COLUMNS)
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:

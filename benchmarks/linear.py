@@ -16,11 +16,12 @@ from torch import Tensor
 
 from fusedaccum import functional
 from fusedaccum.bench.gate import Gate
+from fusedaccum.bench.race import Variant
 from fusedaccum.doctor.checks import Wrong
 
 from . import cases
 from .forms import Missing
-from .suites import Suite, Variant
+from .suites import Suite
 
 BF16 = torch.bfloat16
 # in × out features: a square projection and a feed-forward of TinyLlama and of an 8 B Llama.

@@ -8,40 +8,28 @@ import json
 import os
 import platform
 import re
-import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fusedaccum.bench.timing import Samples
 from fusedaccum.doctor import machine
 
 ROOT = Path(__file__).resolve().parent.parent
 Row = dict[str, Any]
 
 
-def _command(*arguments: str) -> str:
-    """What a command prints; nothing where it is missing or fails."""
-    try:
-        done = subprocess.run(
-            arguments, cwd=ROOT, capture_output=True, text=True, timeout=20, check=True
-        )
-    except (OSError, subprocess.SubprocessError):
-        return ""
-    return done.stdout.strip()
-
-
 def commit() -> str:
     """The commit of this checkout; without git, or with changes, a hash of the sources as well."""
+    paths = ("fusedaccum", "kernels", "benchmarks")
     sources = hashlib.sha256()
-    for folder in ("fusedaccum", "kernels", "benchmarks"):
+    for folder in paths:
         for path in sorted((ROOT / folder).rglob("*.py")):
             sources.update(path.read_bytes())
-    head = _command("git", "rev-parse", "--short=12", "HEAD")
-    paths = ("fusedaccum", "kernels", "benchmarks")
-    if head and not _command("git", "status", "--porcelain", "--", *paths):
+    git = ("git", "-C", str(ROOT))
+    head = machine.first_line(*git, "rev-parse", "--short=12", "HEAD")
+    if head and not machine.first_line(*git, "status", "--porcelain", "--", *paths):
         return head
     return f"{head}+sources.{sources.hexdigest()[:12]}".lstrip("+")
 
@@ -69,13 +57,13 @@ class Rows:
         kept = self.skipped if isinstance(error, torch.OutOfMemoryError) else self.refused
         kept[name] = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
 
-    def add(self, timed: Samples, digits: int, **columns: Any) -> None:
-        """A row of the group `self.groups`."""
+    def add(self, times: Row, **columns: Any) -> None:
+        """A row of the group `self.groups`, with the columns of its times."""
         self.rows.append(
             self.environment
             | {"group": self.groups}
             | columns
-            | timed.columns(digits, on_gpu=self.device.type == "cuda")
+            | times
             | {"load": round(os.getloadavg()[0], 2)}
         )
 

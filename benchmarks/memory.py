@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 import torch
@@ -20,15 +20,19 @@ class LiveBytes(TorchDispatchMode):
 
     For CPUs, which have no max_memory_allocated. Scratch memory inside an operation is not seen.
 
+    Args:
+        known: tensors that exist already and count from the start.
+
     Attributes:
         live: bytes alive now.
         peak: the most there were.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, known: Iterable[Tensor] = ()) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.live = self.peak = 0
         self._seen: dict[int, Any] = {}
+        self._count(list(known), are_new=True)
 
     def _count(self, tensors: Any, *, are_new: bool) -> None:
         for tensor in tree_leaves(tensors):

@@ -18,7 +18,9 @@ import torch
 
 from fusedaccum.bench.forms import Plan
 from fusedaccum.bench.run import BUSY
+from fusedaccum.bench.run import COLUMNS as BENCH
 from fusedaccum.doctor import machine, output
+from fusedaccum.doctor.output import column
 
 from . import cases, linear, suites
 from .forms import is_exact
@@ -124,14 +126,14 @@ def measure_all(args: argparse.Namespace) -> Suite:
     by_default = args.only is None and args.forms is None and device.type == "cuda"
     if args.only == "linear" or by_default:
         layers = ["linear_tiny"] if args.quick else [n for n in linear.LAYERS if n != "linear_tiny"]
-        suite.budget_s = args.budget or BUDGETS["linear"]
+        suite.race.budget_s = args.budget or BUDGETS["linear"]
         for layer, tokens in itertools.product(layers, [64] if args.quick else linear.TOKENS):
             linear.linear(suite, layer, tokens)
     with bar:
         for forms_of, shape, kind, n in work:
             bar.describe(f"{kind} {shape} {forms_of} N={n}")
             suite.plan = replace(suite.plan, n=n)
-            suite.budget_s = args.budget or BUDGETS[kind]
+            suite.race.budget_s = args.budget or BUDGETS[kind]
             KINDS[kind](suite, shape, forms_of)
             gc.collect()
             if device.type == "cuda":
@@ -139,7 +141,13 @@ def measure_all(args: argparse.Namespace) -> Suite:
     return suite
 
 
-HEADERS = ["", "B/elem", "p20", "p50", "p80 ms", "x copy", "GB/s", "% of copy", "host ms", "error"]
+COLUMNS: dict[str, output.Column] = {
+    "": column("variant"),
+    "B/elem": lambda row: f"{row['bytes'] / row['n_elements']:.0f}",
+    **{name: BENCH[name] for name in ("p20", "p50", "p80 ms", "x copy")},
+    "GB/s": lambda row: f"{row['bytes'] / row['p50_ms'] / 1e6:.1f}",
+    **{name: BENCH[name] for name in ("% of copy rate", "host ms", "grad error")},
+}
 
 
 def show(rows: Sequence[Row]) -> None:
@@ -150,20 +158,8 @@ def show(rows: Sequence[Row]) -> None:
         f"{head['operation']}, {head['shape']} ({head['n_elements']:,} {head['dtype']} elements), "
         f"N={head['n']}{tokens}, {head['samples']} samples, load {head['load']}"
     )
-    cells = [
-        [
-            row["variant"],
-            f"{row['bytes'] / row['n_elements']:.0f}",
-            *(f"{row[name]:.3f}" for name in ("p20_ms", "p50_ms", "p80_ms")),
-            f"{row['ratio']:.2f}",
-            f"{row['bytes'] / row['p50_ms'] / 1e6:.1f}",
-            f"{100 * row['copy_share']:.0f}",
-            "" if row["host_ms"] is None else f"{row['host_ms']:.3f}",
-            "" if row["grad_error"] is None else f"{row['grad_error']:.0e}",
-        ]
-        for row in sorted(rows, key=lambda r: (r["grad_error"] is not None, r["p50_ms"]))
-    ]
-    output.print_table(title, HEADERS, cells)
+    fastest = sorted(rows, key=lambda r: (r["grad_error"] is not None, r["p50_ms"]))
+    output.print_rows(title, fastest, COLUMNS)
 
 
 def judge(rows: Sequence[Row], device: str) -> list[str]:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 
 from fusedaccum import functional
-from fusedaccum.bench import gate, timing
+from fusedaccum.bench import gate
 from fusedaccum.bench.forms import Form, Native, Plan, build
+from fusedaccum.bench.race import Call, Ceiling, Race, Variant, copy, operations, windows
 from fusedaccum.bench.shapes import Shapes
 from fusedaccum.doctor import machine
 from fusedaccum.doctor.checks import Wrong
@@ -21,9 +22,13 @@ from . import cases
 from .forms import FORMS, RIVALS, held
 from .measure import Rows
 
-Call = tuple[Callable[[], object], int | None]
 BF16, FP32 = torch.bfloat16, torch.float32
 COPY = "copy"
+CEILINGS: dict[str, Ceiling] = {
+    COPY: copy,
+    "copy_again": copy,
+    "read_modify_write": lambda source, target: target.add_(1.0),
+}
 
 EAGER = ["native_fp32", "per_tensor_add", "foreach_add", "cast_add", "blocked_add"]
 # Of our norm as a pass of its own.
@@ -42,33 +47,15 @@ CYCLE = {
 GRAPHED = {"lora_500": ["fused_backend", "per_tensor_add", "foreach_add"]}
 
 
-@dataclass
-class Variant:
-    """One call to be timed.
-
-    Attributes:
-        run: the call.
-        moved: bytes per element that it must read and write.
-        gate: what the correctness check found; None for a ceiling.
-        form: whose call it is.
-    """
-
-    run: Callable[[], object]
-    moved: float
-    gate: gate.Gate | None = None
-    form: Form | None = None
-
-
 class Suite(Rows):
     """Measures and keeps the rows.
 
     Args:
         device: where.
         plan: N, and the optimizer's numbers.
-        rounds, budget_s: see `measure.interleave`; the budget is for each group of variants.
+        rounds, budget_s, tick: see `Race`.
         gate_shapes: what the correctness check runs on.
-        path: where the rows are saved, after each group.
-        tick: see `measure.interleave`.
+        name: of the file where the rows are saved, after each group.
     """
 
     def __init__(
@@ -84,12 +71,9 @@ class Suite(Rows):
     ) -> None:
         super().__init__(device, name)
         self.plan = plan
-        self.rounds, self.budget_s, self.tick = rounds, budget_s, tick
+        self.race = Race(device, CEILINGS, rounds, budget_s, tick, self.refuse)
         self.gate_shapes = gate_shapes
-        self.clock = timing.clock(device)
         self._gates: dict[tuple[str, torch.dtype, Plan], gate.Gate] = {}
-
-    # --- forms ---
 
     def gate(self, name: str, dtype: torch.dtype, plan: Plan) -> gate.Gate | None:
         """The form's correctness check, once per run; None and a remark where it is refused."""
@@ -130,15 +114,10 @@ class Suite(Rows):
 
     def variants(self, forms: dict[str, Form], call: Callable[[Form], Call]) -> dict[str, Variant]:
         """A variant of each form; `call` gives the callable and the bytes per element."""
-        found = {}
-        for name, form in forms.items():
-            run, moved = call(form)
-            assert moved is not None  # torch has a fused AdamW wherever this is run
-            own = self.gate(name, form.params[0].dtype, form.plan)
-            found[name] = Variant(run, moved, own, form)
-        return found
-
-    # --- time ---
+        return {
+            name: Variant(*call(form), self.gate(name, form.params[0].dtype, form.plan), form)
+            for name, form in forms.items()
+        }
 
     def time(
         self,
@@ -158,36 +137,11 @@ class Suite(Rows):
             n_elements: of all tensors; None: of `cases.SHAPES[shape]`.
         """
         n_elements = n_elements or cases.count(cases.SHAPES[shape]())
-        source, target = (torch.ones(n_elements, device=self.device) for _ in range(2))
-        copy = Variant(lambda: target.copy_(source), 8)
-        ceilings = {
-            COPY: copy,
-            "copy_again": copy,
-            "read_modify_write": Variant(lambda: target.add_(1.0), 8),
-        }
-        everything = ceilings | variants
-        samples = timing.interleave(
-            {name: variant.run for name, variant in everything.items()},
-            self.clock,
-            rounds=self.rounds,
-            budget_s=self.budget_s,
-            tick=self.tick,
-            refuse=self.refuse,
-        )
-        for name in list(samples):
-            form = everything[name].form
-            if form is not None and not gate.is_finite(form):
-                # It may have skipped its steps, and been fast by that.
-                self.refuse(name, Wrong("it holds NaN or Inf after it was timed"))
-                del samples[name]
         self.groups += 1
-        copy_ms = samples[COPY].quantile(0.5)
-        for name, timed in samples.items():
-            variant, p50 = everything[name], timed.quantile(0.5)
-            own = variant.gate
+        for name, variant, columns in self.race.run(variants, n_elements):
+            assert variant.moved is not None  # torch has a fused AdamW wherever this is run
             self.add(
-                timed,
-                5,
+                columns,
                 operation=operation,
                 variant=name,
                 shape=shape,
@@ -196,12 +150,8 @@ class Suite(Rows):
                 tokens=tokens,
                 n_elements=n_elements,
                 bytes=round(variant.moved * n_elements),
-                ratio=round(p50 / copy_ms, 4),
-                copy_share=round(variant.moved / 8 * copy_ms / p50, 4),
                 precision=variant.form.precision if variant.form else None,
-                grad_error=own.grad_error if own else None,
-                update_error=own.update_error if own else None,
-                gate_s=round(own.seconds, 2) if own else None,
+                gate_s=round(variant.gate.seconds, 2) if variant.gate else None,
             )
         self.save()
 
@@ -216,15 +166,7 @@ def micro(suite: Suite, shape: str, forms_of: str) -> None:
     grads = cases.gradients(shape, BF16, suite.device)
     forms = suite.build(MICRO[forms_of], params, plan)
 
-    def first(form: Form) -> Call:
-        return lambda: form.add(grads, 0), form.moved.first
-
-    def later(form: Form) -> Call:
-        return lambda: form.add(grads, 1), form.moved.later
-
-    def last_with_norm(form: Form) -> Call:
-        return lambda: form.add_last(grads), form.moved.later + form.moved.norm
-
+    first, later, last_with_norm, _ = operations(grads)
     suite.time("accumulate_first", shape, BF16, suite.variants(forms, first))
     variants = suite.variants(forms, later)
     if suite.device.type == "cuda":
@@ -296,10 +238,7 @@ def step(suite: Suite, shape: str, dtype: torch.dtype, names: Sequence[str]) -> 
     for form in forms.values():
         form.add(grads, 0)
 
-    def update(form: Form) -> Call:
-        return form.step, form.moved.step
-
-    suite.time("step", shape, dtype, suite.variants(forms, update))
+    suite.time("step", shape, dtype, suite.variants(forms, operations(grads)[-1]))
 
 
 def cycle(suite: Suite, shape: str, forms_of: str) -> None:
@@ -312,8 +251,4 @@ def cycle(suite: Suite, shape: str, forms_of: str) -> None:
         grad /= plan.n
     forms = suite.build(CYCLE[forms_of], params, plan)
 
-    def window(form: Form) -> Call:
-        arriving = divided if form.loss_is_divided else grads
-        return lambda: form.window(arriving), form.moved.window(plan.n)
-
-    suite.time("window", shape, BF16, suite.variants(forms, window))
+    suite.time("window", shape, BF16, suite.variants(forms, windows(grads, divided)))

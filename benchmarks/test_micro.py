@@ -17,10 +17,9 @@ from torch import Tensor
 
 from fusedaccum import functional
 from fusedaccum.bench import gate as gates
-from fusedaccum.bench.forms import Form, Plan
+from fusedaccum.bench.forms import OPTIMIZERS, Form, Plan
 from fusedaccum.bench.ours import Operations
-from fusedaccum.doctor import machine, rules
-from fusedaccum.rules.builtin import RULES
+from fusedaccum.doctor import machine
 
 from . import cases
 from .forms import FORMS, Missing, held
@@ -44,11 +43,6 @@ OPERATIONS: dict[str, Callable[[Any, Grads], object]] = {
     "finalize": lambda form, grads: form.finalize(1.0),  # ours alone
     "step": lambda form, grads: form.step(),
 }
-# A param group of every rule; torch has no Lion.
-GROUPS = {
-    name: kind([torch.zeros(1, requires_grad=True)], **options).param_groups[0]
-    for name, (kind, options) in rules.OPTIMIZERS.items()
-} | {"lion": {"lr": 1e-4, "betas": (0.9, 0.99), "weight_decay": 0.0}}
 Run = Callable[[Callable[[], object]], None]
 
 
@@ -121,17 +115,12 @@ def test_norm(timed: Run, shape: str, name: str) -> None:
     timed(calls[name])
 
 
-@pytest.mark.parametrize("dtype", [BF16, torch.float32], ids=["bf16", "fp32"])
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_rule(timed: Run, shape: str, rule: str, dtype: torch.dtype) -> None:
-    """`finalize` and the step of every rule."""
-    held = 2 + 2 + 4 + 4 * len(RULES[rule].states) + 6
-    if held * cases.count(cases.SHAPES[shape]()) > 0.9 * machine.memory_bytes(DEVICE):
-        pytest.skip("does not fit")
-    params = cases.random(cases.SHAPES[shape](), dtype, DEVICE, seed=1)
-    form = Operations(params, Plan(), RULES[rule], GROUPS[rule])
-    grads = cases.gradients(shape, dtype, DEVICE)
+def test_optimizer(timed: Run, shape: str, optimizer: str) -> None:
+    """`finalize` and the step of every optimizer, fusedaccum's."""
+    form = make("fused_backend", shape, Plan(optimizer))
+    grads = cases.gradients(shape, BF16, DEVICE)
     form.micro_batch(grads, 0)
     form.micro_batch(grads, form.plan.n - 1)
     before = form.values()[-1].clone()

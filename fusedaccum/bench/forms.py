@@ -68,15 +68,16 @@ class Plan:
         """Whether torch has a fused step, which reads and writes everything once."""
         return self.optimizer in FUSED.get(device.type, ())
 
+    def _of_nothing(self) -> torch.optim.Optimizer:
+        return self.plain([torch.zeros(1, dtype=torch.float32, device="cpu", requires_grad=True)])
+
     def group(self) -> dict[str, Any]:
         """A param group of the optimizer."""
-        one = torch.zeros(1, dtype=torch.float32, device="cpu", requires_grad=True)
-        return self.plain([one]).param_groups[0]
+        return self._of_nothing().param_groups[0]
 
     def rule(self) -> Rule:
         """Our rule for it."""
-        one = torch.zeros(1, dtype=torch.float32, device="cpu", requires_grad=True)
-        optimizer = self.plain([one])
+        optimizer = self._of_nothing()
         rule = registry.select(optimizer, optimizer.param_groups[0])
         assert rule is not None
         return rule
@@ -184,17 +185,6 @@ def leaves(params: Iterable[Tensor]) -> list[Tensor]:
 SCRATCH = 1 << 18
 
 
-def blocked_add_(
-    accs: Sequence[Tensor], grads: Sequence[Tensor], alpha: float, scratch: Tensor
-) -> None:
-    """`acc += alpha * grad` in blocks that are cast into `scratch` and added from there."""
-    block = scratch.numel()
-    for acc, grad in zip(accs, grads, strict=True):
-        pairs = zip(acc.view(-1).split(block), grad.view(-1).split(block), strict=True)
-        for a, g in pairs:
-            a.add_(scratch[: g.numel()].copy_(g), alpha=alpha)
-
-
 def nbytes(tensors: Iterable[Any]) -> int:
     """Bytes of tensors, each memory once; step counts are left out."""
     found = {t.data_ptr(): t.nbytes for t in tensors if isinstance(t, Tensor) and t.dim()}
@@ -281,7 +271,10 @@ class Blocks(Native):
         self.scratch = self.accs[0].new_empty(SCRATCH)
 
     def accumulate(self, grads: Sequence[Tensor]) -> None:
-        blocked_add_(self.accs, grads, 1 / self.plan.n, self.scratch)
+        for acc, grad in zip(self.accs, grads, strict=True):
+            pairs = zip(acc.view(-1).split(SCRATCH), grad.view(-1).split(SCRATCH), strict=True)
+            for a, g in pairs:
+                a.add_(self.scratch[: g.numel()].copy_(g), alpha=1 / self.plan.n)
 
 
 class Plain(Form):

@@ -6,6 +6,7 @@ on the form's own gradients, so that no cancellation of theirs is held against i
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -14,7 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ..doctor.checks import U, Wrong, host, normal
+from ..doctor.checks import U, Wrong, host
 from ..doctor.judge import Judge
 from .forms import Form, Plan, build
 
@@ -77,7 +78,7 @@ def _gate(
     shapes: Sequence[Sequence[int]],
     is_whole: bool,
 ) -> Gate:
-    start = random(shapes, like, seed=60)
+    start = random(shapes, like.dtype, like.device, seed=60)
     (form,) = build([kind], start, plan)
     judge = Judge(start, plan.plain, plan.max_norm if is_whole else None)
     n = 1 if form.loss_is_divided else plan.n
@@ -85,7 +86,7 @@ def _gate(
         means = judge.zeros()
         for index in range(plan.n):
             seed = 61 + window * plan.n + index
-            grads = random(shapes, like, seed=seed, offset=window)
+            grads = random(shapes, like.dtype, like.device, seed=seed, offset=window)
             if form.loss_is_divided:
                 for grad in grads:
                     grad /= plan.n
@@ -130,16 +131,24 @@ def require_exact(judge: Judge, trained: Trained, plan: Plan, noise: float = 0.0
 
 
 def random(
-    shapes: Sequence[Sequence[int]], like: Tensor, *, seed: int, offset: int = 0
+    shapes: Sequence[Sequence[int]],
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    seed: int,
+    std: float = 1.0,
+    offset: int = 0,
 ) -> list[Tensor]:
-    """Normal tensors; each starts `offset` elements into its own memory."""
-    found = []
+    """Normal tensors of these shapes; each starts `offset` elements into its own memory.
+
+    With an offset of 1 they are contiguous and misaligned, as views of other tensors can be.
+    """
+    generator = torch.Generator(device).manual_seed(seed)
+    tensors = []
     for shape in shapes:
-        n = torch.Size(shape).numel()
-        memory = torch.empty(offset + n, dtype=like.dtype, device=like.device)
-        memory[offset:].copy_(normal(n, seed))
-        found.append(memory[offset:].view(*shape))
-    return found
+        memory = torch.empty(offset + math.prod(shape), dtype=dtype, device=device)
+        tensors.append(memory.normal_(std=std, generator=generator)[offset:].view(*shape))
+    return tensors
 
 
 def is_finite(form: Form) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +11,6 @@ from .. import FusedAccumOptimizer, backends
 from ..backends import Add, Finalize, Keep, Step, StepTensor, UpdateScalars
 from ..backends.tables import count_chunks
 from ..doctor.windows import deliver
-from ..rules.rule import Rule
 from .forms import Form, Moved, Plan, leaves, nbytes
 
 
@@ -32,24 +30,12 @@ class Ours(Form):
 
 
 class Operations(Ours):
-    """The launches alone, without hooks and bookkeeping.
+    """The launches alone, without hooks and bookkeeping."""
 
-    Args:
-        params, plan: as of every form.
-        rule, group: another update than the plan's, and its hyper-parameters, named as in a param
-            group.
-    """
-
-    def __init__(
-        self,
-        params: Sequence[Tensor],
-        plan: Plan,
-        rule: Rule | None = None,
-        group: dict[str, Any] | None = None,
-    ) -> None:
+    def __init__(self, params: Sequence[Tensor], plan: Plan) -> None:
         super().__init__(params, plan)
         device, n_tensors = params[0].device, len(params)
-        rule, self.group = rule or plan.rule(), group or plan.group()
+        rule, self.group = plan.rule(), plan.group()
         self.backend = backends.get(plan.backend, device)
         self.accs = [torch.zeros_like(p, dtype=torch.float32) for p in params]
         counts = [count_chunks(p.numel()) for p in params]

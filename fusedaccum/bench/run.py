@@ -16,48 +16,37 @@ from torch import Tensor
 from ..backends.tensors import ALIGNMENT
 from ..doctor import machine, output
 from ..doctor.checks import Wrong, threads
-from . import gate, shapes, timing
-from .forms import Blocks, Foreach, Form, Moved, Native, Plain, Plan, build
+from ..doctor.output import column
+from . import gate, shapes
+from .forms import Blocks, Foreach, Form, Native, Plain, Plan, build
 from .ours import Operations, Ours, Wrapper
+from .race import Call, Race, Variant, copy, operations, windows
 from .shapes import Shapes
 
 COPY, COPY_AGAIN = "fp32 copy", "fp32 copy, again"
+OPERATIONS = ("first micro-batch", "later micro-batch", "last, with its norm")
 WINDOW = "window"
 # Samples of each form, and shares of the time: the window is what counts.
 ROUNDS = {"cpu": 40, "cuda": 100}
 OPERATION_SHARE, WINDOW_SHARE = 0.12, 0.52
-Call = Callable[[], object]
 BUSY = (
     "this machine has other work to do: torch's threads wait for each other then, and native forms "
     "may be measured much too slow. Wait for a quiet moment, or set OMP_WAIT_POLICY=PASSIVE"
 )
 
 
-@dataclass
-class Row:
-    """What one form took for one operation.
-
-    Attributes:
-        bytes_per_param: that must move; None where torch's step is many passes.
-        ratio: time in fp32 copies of as many elements.
-        copy_share: of the copy's rate.
-        host_ms: on a GPU, until the call returned.
-        grad_error, update_error: see `gate.Gate`; None for a copy.
-    """
-
-    operation: str
-    form: str
-    bytes_per_param: float | None
-    samples: int
-    p20_ms: float
-    p50_ms: float
-    p80_ms: float
-    first_ms: float
-    host_ms: float | None
-    ratio: float
-    copy_share: float | None
-    grad_error: float | None
-    update_error: float | None
+COLUMNS = {
+    "": column("form"),
+    "p20": column("p20_ms", ".3f"),
+    "p50": column("p50_ms", ".3f"),
+    "p80 ms": column("p80_ms", ".3f"),
+    "x copy": column("ratio", ".2f"),
+    "B/param": column("bytes_per_param", "g"),
+    "% of copy rate": column("copy_share", ".0f", 100),
+    "first ms": column("first_ms", ".1f"),
+    "host ms": column("host_ms", ".3f"),
+    "grad error": column("grad_error", ".0e"),
+}
 
 
 def kinds(device: torch.device, dtype: torch.dtype) -> list[type[Form]]:
@@ -87,7 +76,7 @@ class Bench:
     sizes: Shapes
     seconds: float
     progress: output.Progress
-    rows: list[Row] = field(default_factory=list)
+    rows: list[dict[str, Any]] = field(default_factory=list)
     gates: dict[str, gate.Gate] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
     held: dict[str, float] = field(default_factory=dict)
@@ -107,7 +96,14 @@ class Bench:
                 self._check(kind, like)
         native = [k for k in kinds(self.device, self.dtype) if k.name not in self.refused]
         own = Ours.name not in self.refused
-        self.clock = timing.clock(self.device)
+        self.race = Race(
+            self.device,
+            {COPY: copy, COPY_AGAIN: copy},
+            self.rounds,
+            OPERATION_SHARE * self.seconds,
+            self.progress.advance,
+            self.refuse,
+        )
         self._operations([Operations, *native] if own else native)
         self._windows([Wrapper, *native] if own else native)
 
@@ -128,103 +124,47 @@ class Bench:
         self.refused[name] = f"{known}{error}"
 
     def _random(self, seed: int, std: float) -> list[Tensor]:
-        generator = torch.Generator(self.device).manual_seed(seed)
-        made = (torch.empty(shape, dtype=self.dtype, device=self.device) for shape in self.sizes)
-        return [t.normal_(std=std, generator=generator) for t in made]
+        return gate.random(self.sizes, self.dtype, self.device, seed=seed, std=std)
 
     def _operations(self, sound: Sequence[type[Form]]) -> None:
         built = build(sound, self._random(1, 0.02), self.plan)
-        grads = self._random(2, 1.0)
-
-        def last(form: Form) -> Call:
-            return lambda: form.add_last(grads)
-
-        def adding(index: int) -> Callable[[Form], Call]:
-            return lambda form: lambda: form.add(grads, index)
-
-        self._time("first micro-batch", built, adding(0), lambda m: m.first)
-        self._time("later micro-batch", built, adding(1), lambda m: m.later)
-        self._time("last, with its norm", built, last, lambda m: m.later + m.norm)
-        self._time(f"step ({self.plan.optimizer})", built, lambda f: f.step, lambda m: m.step)
+        titles = (*OPERATIONS, f"step ({self.plan.optimizer})")
+        for title, call in zip(titles, operations(self._random(2, 1.0)), strict=True):
+            self._time(title, built, call)
 
     def _windows(self, sound: Sequence[type[Form]]) -> None:
         gc.collect()
         built = build(sound, self._random(1, 0.02), self.plan)
         grads = self._random(2, 1.0)
-        divided = [grad / self.plan.n for grad in grads]
-
-        def window(form: Form) -> Call:
-            arriving = divided if form.loss_is_divided else grads
-            return lambda: form.window(arriving)
-
-        n = self.plan.n
-        self._time(WINDOW, built, window, lambda m: m.window(n), WINDOW_SHARE)
+        self.race.budget_s = WINDOW_SHARE * self.seconds
+        self._time(WINDOW, built, windows(grads, [grad / self.plan.n for grad in grads]))
         self.held = {form.name: form.held() / shapes.count(self.sizes) for form in built}
 
-    def _time(
-        self,
-        operation: str,
-        built: Sequence[Form],
-        call: Callable[[Form], Call],
-        moved: Callable[[Moved], int | None],
-        share: float = OPERATION_SHARE,
-    ) -> None:
+    def _time(self, operation: str, built: Sequence[Form], call: Callable[[Form], Call]) -> None:
         """Time forms in turns beside two copies, and keep the rows."""
         self.progress.describe(operation)
-        source, target = (
-            torch.ones(shapes.count(self.sizes), dtype=torch.float32, device=self.device)
-            for _ in range(2)
-        )
-        known = {form.name: form for form in built if form.name not in self.refused}
-        calls: dict[str, Call] = dict.fromkeys((COPY, COPY_AGAIN), lambda: target.copy_(source)) | {
-            name: call(form) for name, form in known.items()
+        variants = {
+            form.name: Variant(*call(form), self.gates.get(form.name), form)
+            for form in built
+            if form.name not in self.refused
         }
-        samples = timing.interleave(
-            calls,
-            self.clock,
-            rounds=self.rounds,
-            budget_s=share * self.seconds,
-            tick=self.progress.advance,
-            refuse=self.refuse,
-        )
-        copy_ms = samples[COPY].quantile(0.5)
-        for name, timed in samples.items():
-            form = known.get(name)
-            if form is not None and not gate.is_finite(form):
-                self.refuse(name, Wrong("it holds NaN or Inf after it was timed"))
-                continue
-            n_bytes = moved(form.moved) if form else 8
-            found = self.gates.get(name)
-            p50 = timed.quantile(0.5)
-            self.rows.append(
-                Row(
-                    operation=operation,
-                    form=name,
-                    bytes_per_param=n_bytes,
-                    **timed.columns(5, on_gpu=self.device.type == "cuda"),
-                    ratio=round(p50 / copy_ms, 4),
-                    copy_share=None if n_bytes is None else round(n_bytes / 8 * copy_ms / p50, 4),
-                    grad_error=found.grad_error if found else None,
-                    update_error=found.update_error if found else None,
-                )
-            )
+        for name, variant, columns in self.race.run(variants, shapes.count(self.sizes)):
+            row = {"operation": operation, "form": name, "bytes_per_param": variant.moved}
+            self.rows.append(row | columns)
 
     def summary(self) -> dict[str, Any]:
         """The window: ours, every other form, and the noise."""
-        windows = {row.form: row.p50_ms for row in self.rows if row.operation == WINDOW}
-        ours = windows.get(Ours.name)
-        native = {name: ms for name, ms in windows.items() if name.startswith("native")}
+        times = {row["form"]: row["p50_ms"] for row in self.rows if row["operation"] == WINDOW}
+        ours = times.get(Ours.name)
+        native = {name: ms for name, ms in times.items() if name.startswith("native")}
         best = min(native, key=lambda name: native[name], default=None)
-        noise = [
-            abs(row.p50_ms / same.p50_ms - 1)
-            for row, same in zip(
-                (row for row in self.rows if row.form == COPY_AGAIN),
-                (row for row in self.rows if row.form == COPY),
-                strict=True,
-            )
-        ]
+        once, again = (
+            [row["p50_ms"] for row in self.rows if row["form"] == name]
+            for name in (COPY, COPY_AGAIN)
+        )
+        noise = [abs(a / b - 1) for a, b in zip(again, once, strict=True)]
         return {
-            "window_ms": windows,
+            "window_ms": times,
             "best_native": best,
             "speedup": round(native[best] / ours, 3) if best and ours else None,
             "bytes_held_per_param": {name: round(n, 2) for name, n in self.held.items()},
@@ -306,7 +246,7 @@ def bench(
             "installed": machine.installed(),
             "device": machine.describe(device),
             "measured": about,
-            "rows": [asdict(row) for row in run.rows],
+            "rows": run.rows,
             "refused": run.refused,
             "summary": run.summary(),
         }
@@ -324,31 +264,15 @@ def _print(run: Bench, about: dict[str, Any]) -> None:
         f"{about['n_tensors']} tensors, {run.plan.optimizer}, {run.plan.n} micro-batches\n"
         f"{device['name']}, torch {torch.__version__}; fusedaccum by {taken['path']}"
     )
-    on_gpu = run.device.type == "cuda"
-    headers = ["", "p20", "p50", "p80 ms", "x copy", "B/param", "% of copy rate", "first ms"]
-    headers += ["host ms"] if on_gpu else []
-    headers += ["grad error"]
-    for operation in dict.fromkeys(row.operation for row in run.rows):
-        rows = [row for row in run.rows if row.operation == operation]
+    columns = dict(COLUMNS)
+    if run.device.type != "cuda":  # there the call returns when it is done
+        del columns["host ms"]
+    for operation in dict.fromkeys(row["operation"] for row in run.rows):
+        rows = [row for row in run.rows if row["operation"] == operation]
         title = operation
         if operation == WINDOW:
             title = f"window of {run.plan.n}, clipping and step"
-        cells = []
-        for row in rows:
-            host = [f"{row.host_ms:.3f}"] if row.host_ms is not None else []
-            cells.append(
-                [
-                    row.form,
-                    *(f"{ms:.3f}" for ms in (row.p20_ms, row.p50_ms, row.p80_ms)),
-                    f"{row.ratio:.2f}",
-                    "" if row.bytes_per_param is None else f"{row.bytes_per_param:g}",
-                    "" if row.copy_share is None else f"{100 * row.copy_share:.0f}",
-                    f"{row.first_ms:.1f}",
-                    *host,
-                    "" if row.grad_error is None else f"{row.grad_error:.0e}",
-                ]
-            )
-        output.print_table(f"{title} ({rows[0].samples} samples)", headers, cells)
+        output.print_rows(f"{title} ({rows[0]['samples']} samples)", rows, columns)
     print()
     for line in conclusions(run.summary(), run.refused):
         print(line)

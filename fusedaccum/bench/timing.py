@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy
 import torch
 
 
@@ -32,11 +33,7 @@ class Samples:
 
     def quantile(self, q: float) -> float:
         """Linear between the neighbouring samples."""
-        ordered = sorted(self.times)
-        position = q * (len(ordered) - 1)
-        low = int(position)
-        high = min(low + 1, len(ordered) - 1)
-        return ordered[low] + (position - low) * (ordered[high] - ordered[low])
+        return float(numpy.quantile(self.times, q))
 
     def columns(self, digits: int, *, on_gpu: bool) -> dict[str, Any]:
         """What a row says about these times."""

@@ -20,11 +20,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..backends import Add, Backend, Finalize, Step, SumOfSquares
+from ..backends import Backend
 from ..kernels.layout import CHUNK
 
 U = 2.0**-24
@@ -81,25 +82,14 @@ class Runner:
         self._backend, self._n = backend, n
         self.device = device
 
-    def accumulate(self, request: Add) -> None:
-        """See `Backend.accumulate`."""
-        with threads(self._n):
-            self._backend.accumulate(request)
+    def __getattr__(self, name: str) -> Callable[[Any], None]:
+        operation = getattr(self._backend, name)
 
-    def sum_of_squares(self, request: SumOfSquares) -> None:
-        """See `Backend.sum_of_squares`."""
-        with threads(self._n):
-            self._backend.sum_of_squares(request)
+        def run(request: Any) -> None:
+            with threads(self._n):
+                operation(request)
 
-    def finalize(self, request: Finalize) -> None:
-        """See `Backend.finalize`."""
-        with threads(self._n):
-            self._backend.finalize(request)
-
-    def step(self, request: Step) -> None:
-        """See `Backend.step`."""
-        with threads(self._n):
-            self._backend.step(request)
+        return run
 
 
 class Memory:

@@ -3,10 +3,29 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
-from types import TracebackType
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 Cells = Sequence[str]
+Row = Mapping[str, Any]
+Column = Callable[[Row], str]
+
+
+def column(key: str, spec: str = "", scale: int | None = None) -> Column:
+    """A column of a table of rows: the value under `key`, as the format `spec` says; None is
+    empty."""
+
+    def text(row: Row) -> str:
+        value = row[key]
+        return "" if value is None else format(scale * value if scale else value, spec)
+
+    return text
+
+
+def print_rows(title: str, rows: Sequence[Row], columns: Mapping[str, Column]) -> None:
+    """A table of rows on stdout, by the headers of its columns."""
+    cells = [[text(row) for text in columns.values()] for row in rows]
+    print_table(title, list(columns), cells)
 
 
 def plain_table(headers: Cells, rows: Sequence[Cells]) -> str:
@@ -72,12 +91,7 @@ class Progress:
     def __enter__(self) -> Progress:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self.bar is not None:
             self.bar.close()
         elif not self.quiet:

@@ -18,8 +18,8 @@ pytest.importorskip("peft")
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
+from benchmarks.memory import LiveBytes
 from fusedaccum import FusedAccumOptimizer
-from tests.live_bytes import LiveBytes
 from tests.tolerances import equal_bits
 from tests.twins import Twins, adamw, sgd
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from benchmarks.memory import LiveBytes
 from fusedaccum import FusedAccumOptimizer
-from tests.live_bytes import LiveBytes
 
 WIDTH, LAYERS, N = 256, 16, 4
 GRADIENT = 2 * WIDTH * WIDTH
