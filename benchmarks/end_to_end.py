@@ -10,13 +10,10 @@ from __future__ import annotations
 import argparse
 import copy
 import gc
-import json
 import sys
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import groupby
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -26,16 +23,14 @@ from fusedaccum.bench import timing
 from fusedaccum.bench.forms import Plan
 from fusedaccum.bench.gate import require_exact
 from fusedaccum.bench.timing import Samples
-from fusedaccum.doctor import output
 from fusedaccum.doctor.checks import Wrong, host
 from fusedaccum.doctor.judge import Judge, relative
-from fusedaccum.doctor.output import column
 
 from . import decoder
 from .loops import FLOOR, LOOPS, Loop
-from .measure import Row, Rows
+from .measure import Rows, arguments, numbers, warn_if_busy
 from .memory import footprint
-from .run import numbers, warn_if_busy
+from .tables import report
 
 # Longest sequence; larger micro-batches hold several.
 MAX_LENGTH = 2048
@@ -236,43 +231,11 @@ class Run(Rows):
 # --- command ---
 
 
-COLUMNS = {
-    "": column("variant"),
-    "p20": column("p20_ms", ".1f"),
-    "p50": column("p50_ms", ".1f"),
-    "p80 ms": column("p80_ms", ".1f"),
-    "tokens/s": column("tokens_per_s", ",.0f"),
-    "tax p20": column("tax_p20", ".2f"),
-    "tax p50": column("tax_p50", ".2f"),
-    "tax p80 %": column("tax_p80", ".2f"),
-    "at rest": column("rest_per_parameter", ".2f"),
-    "peak B/param": column("peak_per_parameter", ".1f"),
-    "error": column("grad_error", ".0e"),
-}
-
-
-def show(rows: Sequence[Row]) -> None:
-    """One group: loops measured in turns."""
-    head = rows[0]
-    title = (
-        f"{head['model']}, {head['n_elements']:,} parameters, {head['tokens']} tokens in sequences "
-        f"of {head['length']}, N={head['n']}, {head['samples']} samples, load {head['load']}"
-    )
-    output.print_rows(title, rows, COLUMNS)
-
-
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser = arguments(__doc__)
     parser.add_argument("--size", choices=sorted(decoder.SIZES), help="of the model")
     parser.add_argument("--model", choices=("transformers", "plain"), help="whose Llama")
     parser.add_argument("--tokens", type=numbers, help="per micro-batch, as 512,2048,8192")
-    parser.add_argument("--n", type=numbers, help="micro-batches per window, as 1,4,8,16")
-    parser.add_argument("--rounds", type=int, help="samples of each loop")
-    parser.add_argument("--budget", type=float, help="seconds for each group of loops")
-    parser.add_argument("--backend", choices=("triton", "torch"), help="fusedaccum's")
-    parser.add_argument("--show", type=Path, help="measure nothing: print the rows of this file")
-    parser.add_argument("--quick", action="store_true", help="a tiny model: does it run?")
     args = parser.parse_args(argv)
     size, tokens, counts = DEFAULTS[torch.device(args.device).type]
     args.size = args.size or ("llama_tiny" if args.quick else size)
@@ -293,17 +256,13 @@ def grid(tokens: Sequence[int], counts: Sequence[int]) -> list[tuple[int, int]]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns 1 if a loop was refused."""
     args = parse(argv)
-    run = None
-    if not args.show:
-        warn_if_busy(torch.device(args.device))
-        run = Run(args)
-        for tokens, n in grid(args.tokens, args.n):
-            run.measure(tokens, n)
-            gc.collect()
-    rows: list[Row] = run.rows if run else json.loads(args.show.read_text("utf-8"))
-    for _, members in groupby(rows, key=lambda row: row["group"]):
-        show(list(members))
-    return run.close() if run else 0
+    warn_if_busy(torch.device(args.device))
+    run = Run(args)
+    for tokens, n in grid(args.tokens, args.n):
+        run.measure(tokens, n)
+        gc.collect()
+    report(run.rows)
+    return run.close()
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import hashlib
 import json
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 
+from fusedaccum.bench.run import BUSY
 from fusedaccum.doctor import machine
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -32,6 +34,29 @@ def commit() -> str:
     if head and not machine.first_line(*git, "status", "--porcelain", "--", *paths):
         return head
     return f"{head}+sources.{sources.hexdigest()[:12]}".lstrip("+")
+
+
+def numbers(text: str) -> list[int]:
+    """The numbers of "1,4,8"."""
+    return [int(number) for number in text.split(",")]
+
+
+def arguments(doc: str | None) -> argparse.ArgumentParser:
+    """What every command that measures takes."""
+    parser = argparse.ArgumentParser(description=(doc or "").splitlines()[0])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--n", type=numbers, help="micro-batches per window, as 8 or 1,4,8,16")
+    parser.add_argument("--rounds", type=int, help="samples of each variant")
+    parser.add_argument("--budget", type=float, help="seconds for each group of variants")
+    parser.add_argument("--backend", choices=("triton", "torch"), help="fusedaccum's")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes: does it run?")
+    return parser
+
+
+def warn_if_busy(device: torch.device) -> None:
+    """Say so where other processes would decide what is measured."""
+    if device.type == "cpu" and machine.is_busy() and "OMP_WAIT_POLICY" not in os.environ:
+        print(BUSY)
 
 
 class Rows:

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import tarfile
+import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,12 @@ import torch
 from benchmarks import cases, gpu, measure
 from benchmarks import run as benchmarks_run
 from benchmarks.forms import FORMS
+from benchmarks.loops import LOOPS
 from benchmarks.suites import Suite
 from fusedaccum.bench import gate, timing
 from fusedaccum.bench.forms import Plan
 from fusedaccum.bench.shapes import count
 from fusedaccum.doctor import machine
-from tests.threads import one_thread
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
@@ -82,14 +83,46 @@ def check_dry_run(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "split masters" in windows["fused_hooks"]["precision"]
     assert benchmarks_run.main(["--show", str(cycle)]) == 0
     assert "fused_hooks takes" in capsys.readouterr().out
+    (linear,) = ({row["variant"]: row for row in files[p]} for p in files if "linear" in p.name)
+    assert linear.keys() >= {"mm", "fused_functional", "per_tensor_add"}
+    assert linear["mm"]["tokens"] == 64 and linear["fused_functional"]["grad_error"] < 4e-3
     text = (folder / "gpu.log").read_text("utf-8")
     assert "accumulate, norm, finalize, step: each ran, and is right" in text
     assert "REFUSED" not in text and "SKIPPED flashoptim_24: " in text
+    assert "SKIPPED addmm_out_dtype: torch has it on CUDA only" in text
+    (training,) = (path for path in files if "end-to-end" in path.name)
+    check_training(training, capsys)
     if importlib.util.find_spec("matplotlib"):
-        (archive,) = folder.glob("*-plots.tar.gz")
-        with tarfile.open(archive) as packed:
-            figures = {Path(name).name for name in packed.getnames()}
-        assert figures >= {"share.svg", "cycle.svg", "tax.svg", "memory.svg"}
+        check_figures(folder, training.name, files[training][0])
+
+
+def check_training(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = check_rows(path)
+    assert [row["variant"] for row in rows[:5]].count("floor_again") == 1
+    assert {row["variant"] for row in rows} == {*LOOPS, "floor_again"}
+    for row in rows:
+        assert row["tax_p20"] <= row["tax_p50"] <= row["tax_p80"]
+        assert row["tokens_per_s"] == pytest.approx(
+            1e3 * row["n"] * row["tokens"] / row["p50_ms"], rel=1e-3
+        )
+        assert row["model"] == "benchmarks.decoder.Decoder" and row["loss"] > 0
+        assert (row["grad_error"] is None) == row["variant"].startswith("floor")
+    assert benchmarks_run.main(["--show", str(path)]) == 0
+    assert "tax p20" in capsys.readouterr().out
+
+
+def check_figures(folder: Path, file: str, row: dict[str, Any]) -> None:
+    """All four are in the archive; those of training say what was measured where."""
+    (archive,) = folder.glob("*-plots.tar.gz")
+    with tarfile.open(archive) as packed:
+        packed.extractall(folder, filter="data")
+    figures = {path.stem: path for path in (folder / "plots").glob("*.svg")}
+    assert figures.keys() >= {"share", "cycle", "tax", "memory"}
+    for name in ("tax", "memory"):
+        assert figures[name].stat().st_size < 100_000
+        text = " ".join(ElementTree.parse(figures[name]).getroot().itertext())
+        for word in ("fused_hooks", "native_fp32", row["commit"], row["date"], file):
+            assert word in text
 
 
 def test_gpu_parts_fit_in_eight_minutes(tmp_path: Path) -> None:
@@ -166,11 +199,6 @@ def test_the_cuda_clock_asks_for_what_it_should(monkeypatch: pytest.MonkeyPatch)
     assert elapsed == 2.0 and 0 <= host < 1000
 
 
-def test_quantiles() -> None:
-    samples = timing.Samples(first=0.0, host=0.0, times=[4.0, 1.0, 3.0, 2.0, 5.0])
-    assert [samples.quantile(q) for q in (0.0, 0.2, 0.5, 0.8, 1.0)] == [1.0, 1.8, 3.0, 4.2, 5.0]
-
-
 @pytest.mark.parametrize(
     ("name", "n_tensors", "n_elements"),
     [
@@ -191,19 +219,6 @@ def test_misaligned_tensors_are() -> None:
     for tensor in cases.random(cases.odd(), torch.bfloat16, CPU, seed=0, offset=1):
         assert tensor.data_ptr() % 16 and tensor.is_contiguous()
     assert all(g.data_ptr() % 16 for g in cases.gradients("unaligned", torch.bfloat16, CPU))
-
-
-def test_gemms_that_accumulate(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setenv("OUT", str(tmp_path))
-    with one_thread():
-        assert benchmarks_run.main(["--device", "cpu", "--quick", "--only", "linear"]) == 0
-    assert "SKIPPED addmm_out_dtype: torch has it on CUDA only" in capsys.readouterr().out
-    (path,) = tmp_path.iterdir()
-    rows = {row["variant"]: row for row in check_rows(path)}
-    assert rows.keys() >= {"mm", "fused_functional", "per_tensor_add"}
-    assert rows["mm"]["tokens"] == 64 and rows["fused_functional"]["grad_error"] < 4e-3
 
 
 def test_what_does_not_fit_is_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
