@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import FusedAccumOptimizer, backends
 from ..backends import Add, Finalize, Keep, Step, StepTensor, UpdateScalars
-from ..backends.tables import count_chunks
+from ..doctor.sums import cells_of
 from ..doctor.windows import deliver
 from .forms import Form, Moved, Plan, leaves, nbytes
 
@@ -38,9 +38,8 @@ class Operations(Ours):
         rule, self.group = plan.rule(), plan.group()
         self.backend = backends.get(plan.backend, device)
         self.accs = [torch.zeros_like(p, dtype=torch.float32) for p in params]
-        counts = [count_chunks(p.numel()) for p in params]
-        self.cells = [sum(counts[:i]) for i in range(n_tensors)]
-        self.partials = torch.zeros(sum(counts), dtype=torch.float32, device=device)
+        self.cells, n_chunks = cells_of(params)
+        self.partials = torch.zeros(n_chunks, dtype=torch.float32, device=device)
         keep = Keep.of(None, params[0].dtype)
         if keep is Keep.SPLIT:
             self.masters = [torch.zeros_like(p, dtype=torch.int16) for p in params]

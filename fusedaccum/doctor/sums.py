@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import product
 
 import torch
@@ -54,7 +54,8 @@ def all_checks(backend: Runner, full: bool) -> Iterator[Check]:
     yield Check("a skipped step writes nothing", lambda: _skipped(backend))
 
 
-def _cells(tensors: list[Tensor]) -> tuple[list[int], int]:
+def cells_of(tensors: Sequence[Tensor]) -> tuple[list[int], int]:
+    """Where the sums of squares of each tensor begin, and how many there are in all."""
     cells, end = [], 0
     for tensor in tensors:
         cells.append(end)
@@ -81,7 +82,7 @@ def _accumulate(
         if starts_anew:  # what is left behind there must not be read
             for acc in accs:
                 acc.fill_(math.nan if first else math.inf)
-        cells, end = _cells(accs)
+        cells, end = cells_of(accs)
         partials = (
             torch.full((end,), math.nan, dtype=torch.float32, device=backend.device)
             if norm
@@ -128,7 +129,7 @@ def _sum_of_squares(backend: Runner, dtype: torch.dtype, offset: int) -> Check:
     def run() -> None:
         memory = Memory(backend.device, offset)
         tensors = [memory.holding(normal(n, 3), dtype) for n in checks.SIZES]
-        cells, end = _cells(tensors)
+        cells, end = cells_of(tensors)
         partials = _poisoned(end, backend.device)
         backend.sum_of_squares(SumOfSquares(tensors, partials, cells))
         _require_sums(tensors, host(partials), cells)
