@@ -57,7 +57,7 @@ STEP_ROUNDINGS = 16
 
 # The same holds between two fp32 implementations of a rule whose operations round differently:
 # ATen's vectorised sqrt is up to 1 ulp off (MKL's "high accuracy" mode), GPUs contract products and
-# sums to FMA. Rules without either (SGD on a CPU) are compared bit for bit.
+# sums to FMA. The interpreter and the compiled loops do neither and are compared bit for bit.
 
 
 def equal_bits(a: Tensor, b: Tensor) -> bool:
