@@ -35,14 +35,7 @@ KINDS: dict[str, Callable[[Suite, str, str], None]] = {
     "micro": suites.micro,
     "cycle": suites.cycle,
 }
-# Groups of variants that these time, for the progress bar.
-N_GROUPS = {
-    ("micro", "eager"): 6,
-    ("micro", "compiled"): 4,
-    ("cycle", "eager"): 1,
-    ("cycle", "compiled"): 1,
-}
-# Seconds for each of those groups.
+# Seconds for each group of variants.
 BUDGETS = {"micro": 8.0, "cycle": 60.0, "linear": 2.0}
 
 
@@ -80,8 +73,6 @@ def measure_all(args: argparse.Namespace) -> Suite:
         if shape in shapes(kind)
         for n in counts(kind)
     ]
-    total = rounds * sum(N_GROUPS[kind, forms_of] for forms_of, _, kind, _ in work)
-    bar = output.Progress(total, "round")
     suite = Suite(
         device,
         Plan(backend=args.backend),
@@ -89,7 +80,6 @@ def measure_all(args: argparse.Namespace) -> Suite:
         budget_s=0.0,
         gate_shapes=cases.tiny() if args.quick else cases.odd(),
         name="-".join(filter(None, (args.only or "all", args.forms, args.quick and "quick"))),
-        tick=bar.advance,
     )
     by_default = args.only is None and args.forms is None and device.type == "cuda"
     if args.only == "linear" or by_default:
@@ -97,12 +87,13 @@ def measure_all(args: argparse.Namespace) -> Suite:
         suite.race.budget_s = args.budget or BUDGETS["linear"]
         for layer, tokens in itertools.product(layers, [64] if args.quick else linear.TOKENS):
             linear.linear(suite, layer, tokens)
-    with bar:
+    with output.Progress(len(work), "measurement") as bar:
         for forms_of, shape, kind, n in work:
             bar.describe(f"{kind} {shape} {forms_of} N={n}")
             suite.plan = replace(suite.plan, n=n)
             suite.race.budget_s = args.budget or BUDGETS[kind]
             KINDS[kind](suite, shape, forms_of)
+            bar.advance()
             gc.collect()
             if device.type == "cuda":
                 torch.cuda.empty_cache()

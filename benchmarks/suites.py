@@ -53,7 +53,7 @@ class Suite(Rows):
     Args:
         device: where.
         plan: N, and the optimizer's numbers.
-        rounds, budget_s, tick: see `Race`.
+        rounds, budget_s: see `Race`.
         gate_shapes: what the correctness check runs on.
         name: of the file where the rows are saved, after each group.
     """
@@ -67,11 +67,10 @@ class Suite(Rows):
         budget_s: float,
         gate_shapes: Shapes,
         name: str,
-        tick: Callable[[int], object] = lambda n: None,
     ) -> None:
         super().__init__(device, name)
         self.plan = plan
-        self.race = Race(device, CEILINGS, rounds, budget_s, tick, self.refuse)
+        self.race = Race(device, CEILINGS, rounds, budget_s, self.refuse)
         self.gate_shapes = gate_shapes
         self._gates: dict[tuple[str, torch.dtype, Plan], gate.Gate] = {}
 

@@ -75,7 +75,7 @@ class Race:
     Args:
         device: where.
         ceilings: by name; the first is the yardstick.
-        rounds, budget_s, tick, refuse: see `timing.interleave`; the budget is for each call of
+        rounds, budget_s, refuse, tick: see `timing.interleave`; the budget is for each call of
             `run`.
     """
 
@@ -83,8 +83,8 @@ class Race:
     ceilings: Mapping[str, Ceiling]
     rounds: int
     budget_s: float
-    tick: Callable[[int], object]
     refuse: Callable[[str, Exception], object]
+    tick: Callable[[int], object] = lambda n: None
 
     def __post_init__(self) -> None:
         self.clock = timing.clock(self.device)

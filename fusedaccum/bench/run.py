@@ -101,8 +101,8 @@ class Bench:
             {COPY: copy, COPY_AGAIN: copy},
             self.rounds,
             OPERATION_SHARE * self.seconds,
-            self.progress.advance,
             self.refuse,
+            self.progress.advance,
         )
         self._operations([Operations, *native] if own else native)
         self._windows([Wrapper, *native] if own else native)
