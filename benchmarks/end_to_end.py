@@ -118,7 +118,7 @@ def gate(make: type[Loop], model: nn.Module, vocabulary: int, plan: Plan) -> dic
     if not loss_error <= max(MAX_LOSS_ERROR, noise):
         raise Wrong(f"loss off by {loss_error:.1e}")
     if make.is_exact:
-        require_exact(judge, loop, plan, 4 * noise)
+        require_exact(judge, loop.params, loop.values(), plan, 4 * noise)
     errors = {"grad_error": judge.grad_error, "noise": noise, "loss_error": loss_error}
     if make is not LOOPS[FLOOR]:
         errors["update_error"] = judge.update_error(loop.values())

@@ -10,7 +10,6 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -101,23 +100,17 @@ def _gate(
         judge.update(means, form.grads())
         (form.update if is_whole else form.step)()
     if form.is_exact:
-        require_exact(judge, form, plan)
+        require_exact(judge, form.params, form.values(), plan)
     return Gate(judge.grad_error, judge.update_error(form.values()))
 
 
-class Trained(Protocol):
-    """What can be judged: a form, or a training loop."""
-
-    params: list[Tensor]
-
-    def values(self) -> list[Tensor]:
-        """The parameters as precisely as they are kept."""
-
-
-def require_exact(judge: Judge, trained: Trained, plan: Plan, noise: float = 0.0) -> None:
+def require_exact(
+    judge: Judge, params: Sequence[Tensor], values: Sequence[Tensor], plan: Plan, noise: float = 0.0
+) -> None:
     """Raise if what claims to be exact is off.
 
     Args:
+        params, values: of a form or a training loop; see `Form.values`.
         noise: relative error that the gradients themselves have from one run to the next.
     """
     allowed = GRAD_ROUNDINGS_PER_MICRO_BATCH * (plan.n + 4) * U + noise
@@ -127,7 +120,7 @@ def require_exact(judge: Judge, trained: Trained, plan: Plan, noise: float = 0.0
         UPDATE_ROUNDINGS * (right.detach().abs() + change.abs() + plan.lr)
         for right, change in zip(judge.exact, judge.changes(), strict=True)
     ]
-    judge.require(trained.params, trained.values(), bounds)
+    judge.require(params, values, bounds)
 
 
 def random(

@@ -22,12 +22,6 @@ def column(key: str, spec: str = "", scale: int | None = None) -> Column:
     return text
 
 
-def print_rows(title: str, rows: Sequence[Row], columns: Mapping[str, Column]) -> None:
-    """A table of rows on stdout, by the headers of its columns."""
-    cells = [[text(row) for text in columns.values()] for row in rows]
-    print_table(title, list(columns), cells)
-
-
 def plain_table(headers: Cells, rows: Sequence[Cells]) -> str:
     """Columns of text: the first to the left, numbers to the right."""
     everything = [headers, *rows]
@@ -40,11 +34,12 @@ def plain_table(headers: Cells, rows: Sequence[Cells]) -> str:
     return "\n".join(lines)
 
 
-def print_table(title: str, headers: Cells, rows: Sequence[Cells]) -> None:
-    """A titled table on stdout."""
-    plain = plain_table(headers, rows)
+def print_rows(title: str, rows: Sequence[Row], columns: Mapping[str, Column]) -> None:
+    """A titled table of rows on stdout, by the headers of its columns."""
+    headers, cells = list(columns), [[text(row) for text in columns.values()] for row in rows]
+    plain = plain_table(headers, cells)
     width = max(len(line) for line in plain.splitlines())
-    if not (sys.stdout.isatty() and _print_rich(title, headers, rows, width)):
+    if not (sys.stdout.isatty() and _print_rich(title, headers, cells, width)):
         print(f"\n{title}\n{plain}")
 
 

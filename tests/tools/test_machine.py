@@ -117,18 +117,19 @@ def test_a_gpu_that_torch_does_not_use(
 
 
 def test_tables(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    rows = [["fusedaccum", "1.5"], ["x", "12.25"]]
-    output.print_table("title", ["form", "ms"], rows)
+    rows = [{"form": "fusedaccum", "ms": 1.5}, {"form": "x", "ms": 12.25}]
+    columns = {"form": output.column("form"), "ms": output.column("ms", "g")}
+    output.print_rows("title", rows, columns)
     plain = capsys.readouterr().out
     assert plain == "\ntitle\n  form           ms\n  fusedaccum    1.5\n  x           12.25\n"
     pytest.importorskip("rich")
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     monkeypatch.setenv("COLUMNS", "80")
-    output.print_table("title", ["form", "ms"], rows)
+    output.print_rows("title", rows, columns)
     shown = capsys.readouterr().out
     assert "fusedaccum" in shown and "12.25" in shown and shown != plain
     monkeypatch.setenv("COLUMNS", "20")  # rich would cut the names
-    output.print_table("title", ["form", "ms"], rows)
+    output.print_rows("title", rows, columns)
     assert capsys.readouterr().out == plain
 
 
