@@ -95,6 +95,37 @@ def test_the_doctors_checks(backend: Any, name: str, monkeypatch: pytest.MonkeyP
         doctors(backend, backend.device)[name].run()
 
 
+class OneBit:
+    """A sound backend, but for the last bit of one element."""
+
+    device = CPU
+
+    def __init__(self) -> None:
+        self.own = backends.get("torch", CPU)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.own, name)
+
+    def accumulate(self, request: Add) -> None:
+        self.own.accumulate(request)
+        request.pairs[-1][0][3] *= 1 + 2.0**-23
+
+    def step(self, request: Step) -> None:
+        self.own.step(request)
+        request.tensors[-1].states[0][3] *= 1 + 2.0**-23
+
+
+@pytest.mark.parametrize("name", ["accumulate bf16, later", "step adam, bf16 with split master"])
+def test_one_bit_is_found(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The negative control of the comparison of bits."""
+    monkeypatch.setattr(checks, "SIZES", (0, 1, 1025))
+    sound = backends.get("torch", CPU)
+    doctors(ToTheBit(sound, sound), CPU)[name].run()
+    with pytest.raises(AssertionError) as found:
+        doctors(ToTheBit(OneBit(), sound), CPU)[name].run()
+    assert not isinstance(found.value, checks.Wrong)
+
+
 @pytest.mark.parametrize("dtype", GRAD_DTYPES, ids=case_id)
 def test_mixed_dtypes_in_one_call(backend: Any, dtype: torch.dtype) -> None:
     accs = [torch.zeros(n, device=backend.device) for n in (5, 3000)]
