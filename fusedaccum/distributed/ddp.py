@@ -18,6 +18,11 @@ from torch.utils.weak import WeakIdKeyDictionary
 from ..window.reducing import Parts, Reducing
 from .reduction import Reduction
 
+_JOIN = (
+    "inside Join, where a process that has run out of data would still take part in DDP's own "
+    "reductions, which do not happen here. Leave Join, and let that process call flush(), which "
+    "may close a window early, also an empty one"
+)
 # Who averages instead of each DDP's reducer.
 _served: WeakIdKeyDictionary = WeakIdKeyDictionary()
 # DDP modules whose reducer sees nothing.
@@ -40,16 +45,23 @@ class DdpReduction(Reduction):
         settings: Mapping[str, Any],
     ) -> None:
         held = [weakref.ref(module) for module in modules]
-        params = {p for module in modules for p in _averaged(module).values()}
+        # Frozen ones too, which may be unfrozen later: DDP itself would miss those then.
+        params = {p for module in modules for p in _named(module).values()}
+
+        def is_over() -> bool:
+            return all(ref() is None for ref in held)
 
         def is_due() -> bool:
             alive = [module for ref in held if (module := ref()) is not None]
+            if any(module._join_config.enable for module in alive):
+                self.fail(f"DistributedDataParallel (DDP) was used {_JOIN}. Nothing was updated")
             return all(module.require_backward_grad_sync for module in alive)
 
         super().__init__(
             parts,
             modules[0].process_group,
             is_served=params.__contains__,
+            is_over=is_over,
             is_due=is_due,
             settings=settings,
         )
@@ -85,18 +97,15 @@ def serve(
     return DdpReduction(parts, modules, settings)
 
 
-def _averaged(module: DistributedDataParallel) -> dict[str, Tensor]:
-    """The parameters that DDP's reducer would average, by name."""
-    return {
-        name: param
-        for name, param in module.module.named_parameters()
-        if param.requires_grad and name not in module.parameters_to_ignore
-    }
+def _named(module: DistributedDataParallel) -> dict[str, Tensor]:
+    """The parameters that DDP is not told to ignore."""
+    named = module.module.named_parameters()
+    return {name: param for name, param in named if name not in module.parameters_to_ignore}
 
 
 def _refusal(module: DistributedDataParallel, parts: Parts) -> str | None:
     """Why this DDP cannot be served, and what to do."""
-    others = [name for name, p in _averaged(module).items() if p not in parts.slots]
+    others = [n for n, p in _named(module).items() if p.requires_grad and p not in parts.slots]
     if others:
         return (
             f"and {len(others)} parameters that it does not have ({', '.join(others[:3])}): nobody "
@@ -115,11 +124,7 @@ def _refusal(module: DistributedDataParallel, parts: Parts) -> str | None:
             "float32 here. Do not register one"
         )
     if module._join_config.enable:
-        return (
-            "inside Join, where it would average what other processes have no gradient for. Leave "
-            "Join, and give the rank that has run out of data fewer micro-batches: flush() may "
-            "close a window early, also an empty one"
-        )
+        return _JOIN
     if getattr(module, "_use_python_reducer", False):
         return (
             'with torch._dynamo.config.optimize_ddp="python_reducer", which averages in the '

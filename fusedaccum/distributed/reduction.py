@@ -46,6 +46,7 @@ class Reduction:
         parts: of the collector.
         group: of processes, each of which has the same parameters.
         is_served: whether a parameter is to be averaged; others stay as they are.
+        is_over: whether nothing is to be averaged any more.
         is_due: whether the loop wants an average at the end of this backward, where it owns the
             window. Where the wrapper counts, the last micro-batch's does.
         settings: by name; all processes must have the same.
@@ -57,6 +58,7 @@ class Reduction:
         group: ProcessGroup,
         *,
         is_served: Callable[[Tensor], bool] = lambda param: True,
+        is_over: Callable[[], bool] = lambda: False,
         is_due: Callable[[], bool] = lambda: True,
         settings: Mapping[str, Any],
     ) -> None:
@@ -65,7 +67,7 @@ class Reduction:
         self.queue_bytes: float = math.inf
         self.is_running = self.is_average = False
         self._slots, self._window, self._scaling, self._trouble, device = parts
-        self._is_served, self._is_due = is_served, is_due
+        self._is_served, self._is_over, self._is_due = is_served, is_over, is_due
         self._settings = settings
         self._buckets: list[Bucket] = []
         self._n_slots = -1  # when the buckets were made
@@ -87,6 +89,8 @@ class Reduction:
     def begin(self) -> None:
         self._arrivals.clear()
         self.is_average = False
+        if self._is_over():
+            return
         if self._window.is_last if self._window.steps is not None else self._is_due():
             self._start()
 
@@ -121,7 +125,7 @@ class Reduction:
 
     def complete(self, closes: bool) -> None:
         self._check_whole()
-        if not self.is_average:
+        if not self.is_average and not self._is_over():
             self._start()
             self._finish(self._window.total_so_far(closes), Fill.EARLIER)
 

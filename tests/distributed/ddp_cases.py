@@ -138,7 +138,7 @@ def train(case: str) -> Report:
 
     engine: before, after (DDP before or after the optimizer), group (no DDP); option: DDP's;
     n: micro-batches; owner: n or loop; sync: every, last; net: "", tied, extra, reentrant, again;
-    dtype; clip; twice: backwards per micro-batch.
+    dtype; clip; twice: backwards per micro-batch; compile: of what.
     """
     given = dict(part.split("=") for part in case.split(","))
     n, owner = int(given.get("n", 4)), given.get("owner", "n")
@@ -165,6 +165,7 @@ def train(case: str) -> Report:
     if engine == "after":
         net = DistributedDataParallel(model, **options)
     params = list(model.parameters())
+    called = torch.compile(net, backend="aot_eager") if "compile" in given else net
 
     def loss(at: nn.Module, r: int, window: int, i: int, half: int) -> Tensor:
         inner: Any = at.module if isinstance(at, DistributedDataParallel) else at
@@ -189,7 +190,7 @@ def train(case: str) -> Report:
                 waits = engine in ("before", "after") and given.get("sync") != "every"
                 with contextlib.nullcontext() if is_last or not waits else net.no_sync():
                     for half in range(halves):
-                        value = loss(net, rank, window, i, half)
+                        value = loss(called, rank, window, i, half)
                         (value / n if owner == "loop" else value).backward()
                 if is_last:
                     shown = gradients(params)

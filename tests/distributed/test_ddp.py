@@ -29,6 +29,7 @@ CASES += [
     for more in (
         "n=1", "net=tied", "net=again", "net=extra-never", "clip=0.1", "twice=2,dtype=fp32",
         "n=1,owner=loop,dtype=fp32", "owner=loop,sync=every", "dtype=fp32,net=extra",
+        "dtype=fp32,compile=model",
     )
 ]  # fmt: skip
 

@@ -37,7 +37,10 @@ DIFFERENT = {
     "different:parameters": "number of parameters that need a gradient is 8 on rank 0, 10 on rank",
     "different:optimizer": "optimizer is 'AdamW' on rank 0, 'SGD' on rank 1",
 }
-OTHERS = ["loop_weights", "scaler", "detached", "taken_over", "broadcast"]
+OTHERS = [
+    "loop_weights", "scaler", "detached", "taken_over", "broadcast", "gone", "unfrozen", "by_dcp:8",
+    "by_dcp:6",
+]  # fmt: skip
 
 Results = Callable[[str], dict[str, Any]]
 MODULE = "tests.distributed.window_cases"
@@ -47,7 +50,10 @@ MODULE = "tests.distributed.window_cases"
 def each(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each of two processes returned."""
     cases = [*WEIGHTS, *NOT_FINITE, *RESUMED, *REFUSED, *DIFFERENT, *OTHERS]
-    return processes.run(MODULE, cases, 2, tmp_path_factory.mktemp("group"))
+    folder = tmp_path_factory.mktemp("group")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FOLDER", str(folder))
+        return processes.run(MODULE, cases, 2, folder)
 
 
 @pytest.fixture(scope="module")
@@ -105,6 +111,19 @@ def test_a_checkpoint_of_each_process(each: list[dict[str, Any]], case: str) -> 
         assert second["of the first"] is None
     else:
         assert "by rank 0 of 2 processes, this is rank 1 of 2" in second["of the first"]
+
+
+def test_torch_distributed_checkpoint(two: Results) -> None:
+    assert two("by_dcp:8") == {"load": None, "same": True}
+    assert "inside a window of 2 micro-batches" in two("by_dcp:6")["load"]
+
+
+def test_parameters_that_are_unfrozen_later_are_averaged(two: Results) -> None:
+    assert two("unfrozen") == {"same": True, "changed": True}
+
+
+def test_nothing_is_averaged_when_ddp_is_gone(two: Results) -> None:
+    assert two("gone") == {"same": True, "same without": False}
 
 
 def test_ddp_averages_again_without_us(two: Results) -> None:

@@ -13,8 +13,13 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_hook
+from torch.distributed.checkpoint.state_dict import (
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.nn.parallel import DistributedDataParallel
 
 from fusedaccum import FusedAccumOptimizer
@@ -263,6 +268,57 @@ def taken_over() -> Report:
     gc.collect()
     run(net, new, 4, 6)
     return {"same": is_same_everywhere(masters(new)), "skipped": int(new.skipped_steps)}
+
+
+def gone() -> Report:
+    """Without DDP each process trains by itself again, as with stock torch."""
+    model, net, opt = made("ddp", steps=2)
+    run(net, opt, 0, 2)
+    same = is_same_everywhere(masters(opt))
+    del net
+    gc.collect()
+    run(model, opt, 2, 4)
+    return {"same": same, "same without": is_same_everywhere(masters(opt))}
+
+
+def unfrozen() -> Report:
+    """What DDP did not know at its construction is averaged too."""
+    torch.manual_seed(0)
+    model = Net()
+    model.b.requires_grad_(False)
+    net = DistributedDataParallel(model)
+    opt = FusedAccumOptimizer(torch.optim.AdamW(model.parameters(), lr=1e-2), 2)
+    run(net, opt, 0, 2)
+    start = model.b.weight.detach().clone()
+    model.b.requires_grad_(True)
+    run(net, opt, 2, 6)
+    changed = not torch.equal(start, model.b.weight)
+    return {"same": is_same_everywhere(masters(opt)), "changed": changed}
+
+
+def by_dcp(stop: str) -> Report:
+    """torch.distributed.checkpoint: between windows, and the window of one process for all."""
+    model, net, opt = made("ddp", torch.bfloat16)
+    run(net, opt, 0, int(stop))
+    folder = f"{os.environ['FOLDER']}/dcp-{stop}"
+    state = get_optimizer_state_dict(model, opt)
+    dcp.save({"model": model.state_dict(), "optimizer": state}, checkpoint_id=folder)
+    other, other_net, other_opt = made("ddp", torch.bfloat16)
+    loaded: Any = {
+        "model": other.state_dict(), "optimizer": get_optimizer_state_dict(other, other_opt)
+    }  # fmt: skip
+
+    def load() -> None:
+        dcp.load(loaded, checkpoint_id=folder)
+        other.load_state_dict(loaded["model"])
+        set_optimizer_state_dict(other, other_opt, loaded["optimizer"])
+
+    report: Report = {"load": message(load)}
+    if report["load"] is None:
+        run(net, opt, int(stop), 12)
+        run(other_net, other_opt, int(stop), 12)
+        report["same"] = torch.equal(flat(masters(opt)), flat(masters(other_opt)))
+    return report
 
 
 # --- mistakes ---
