@@ -15,6 +15,7 @@ from torch.nn import Module
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.weak import WeakIdKeyDictionary
 
+from ..window.hooks import is_owned
 from ..window.reducing import Parts, Reducing
 from .reduction import Reduction
 
@@ -23,7 +24,7 @@ _JOIN = (
     "reductions, which do not happen here. Leave Join, and let that process call flush(), which "
     "may close a window early, also an empty one"
 )
-# Who averages instead of each DDP's reducer.
+# Who averages instead of each DDP's reducer: a set of tokens.
 _served: WeakIdKeyDictionary = WeakIdKeyDictionary()
 # DDP modules whose reducer sees nothing.
 _resting: WeakIdKeyDictionary = WeakIdKeyDictionary()
@@ -36,6 +37,9 @@ class DdpReduction(Reduction):
         parts: of a collector.
         modules: all of one process group.
         settings: see `Reduction`.
+        shares: whether other wrappers have some of their parameters. Processes whose graphs differ
+            would start the collectives of two wrappers in different orders, but step() is called
+            in the same.
     """
 
     def __init__(
@@ -43,6 +47,7 @@ class DdpReduction(Reduction):
         parts: Parts,
         modules: Sequence[DistributedDataParallel],
         settings: Mapping[str, Any],
+        shares: bool,
     ) -> None:
         held = [weakref.ref(module) for module in modules]
         # Frozen ones too, which may be unfrozen later: DDP itself would miss those then.
@@ -63,18 +68,19 @@ class DdpReduction(Reduction):
             is_served=params.__contains__,
             is_over=is_over,
             is_due=is_due,
+            waits=shares,
             settings=settings,
         )
         self._token = token = object()
         for module in modules:
             _rest(module)
-            _served[module] = token
+            _served.setdefault(module, set()).add(token)
         # Without us a DDP that rests would average nothing, and say nothing.
         self._wake = weakref.finalize(self, _wake, held, token)
         self._wake.atexit = False
 
     def is_instead_of(self, modules: Sequence[Module]) -> bool:
-        return all(_served.get(module) is self._token for module in modules)
+        return all(self._token in _served.get(module, ()) for module in modules)
 
     def detach(self) -> None:
         super().detach()
@@ -94,7 +100,8 @@ def serve(
             raise ValueError(
                 f"DistributedDataParallel (DDP) wraps parameters of this optimizer, {reason}"
             )
-    return DdpReduction(parts, modules, settings)
+    shares = any(_others(module, parts) for module in modules)
+    return DdpReduction(parts, modules, settings, shares)
 
 
 def _named(module: DistributedDataParallel) -> dict[str, Tensor]:
@@ -103,15 +110,28 @@ def _named(module: DistributedDataParallel) -> dict[str, Tensor]:
     return {name: param for name, param in named if name not in module.parameters_to_ignore}
 
 
+def _others(module: DistributedDataParallel, parts: Parts) -> dict[str, Tensor]:
+    """The parameters that need a gradient and are not ours, by name."""
+    named = _named(module).items()
+    return {name: p for name, p in named if p.requires_grad and p not in parts.slots}
+
+
 def _refusal(module: DistributedDataParallel, parts: Parts) -> str | None:
     """Why this DDP cannot be served, and what to do."""
-    others = [n for n, p in _named(module).items() if p.requires_grad and p not in parts.slots]
-    if others:
+    others = _others(module, parts)
+    nobodys = [name for name, param in others.items() if not is_owned(param)]
+    if nobodys:
         return (
-            f"and {len(others)} parameters that it does not have ({', '.join(others[:3])}): nobody "
-            "would average those. Give all parameters of the model to one optimizer, freeze the "
-            "others (requires_grad_(False)) before DDP is made, or have DDP ignore them "
+            f"and {len(nobodys)} parameters that no FusedAccumOptimizer has "
+            f"({', '.join(nobodys[:3])}): nobody would average those. Wrap the optimizer of those "
+            "too, freeze them (requires_grad_(False)) before DDP is made, or have DDP ignore them "
             "(DistributedDataParallel._set_params_and_buffers_to_ignore_for_model)"
+        )
+    if others and parts.window.steps is None:
+        return (
+            f"and {len(others)} parameters of another FusedAccumOptimizer: they average in step() "
+            "then, which is after a loop's own clipping. Let each of them count the window "
+            "(gradient_accumulation_steps=N, max_grad_norm=), or give all parameters to one"
         )
     if module.mixed_precision is not None:
         return (
@@ -155,7 +175,10 @@ def _wake(held: Sequence[weakref.ref[DistributedDataParallel]], token: object) -
     """Give DDP a reducer again, unless another optimizer averages instead of it by now."""
     for ref in held:
         module: Any = ref()
-        if module is None or _served.get(module) is not token:
+        if module is None or token not in _served.get(module, ()):
+            continue
+        _served[module].remove(token)
+        if _served[module]:
             continue
         del _served[module], _resting[module]
         parameters, is_sparse = module._build_params_for_reducer()

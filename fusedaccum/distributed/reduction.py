@@ -47,8 +47,9 @@ class Reduction:
         group: of processes, each of which has the same parameters.
         is_served: whether a parameter is to be averaged; others stay as they are.
         is_over: whether nothing is to be averaged any more.
-        is_due: whether the loop wants an average at the end of this backward, where it owns the
-            window. Where the wrapper counts, the last micro-batch's does.
+        is_due: asked as a backward begins: whether the loop wants an average at its end, where it
+            owns the window. Where the wrapper counts, the last micro-batch's has one.
+        waits: whether to average in step() and not before.
         settings: by name; all processes must have the same.
     """
 
@@ -60,6 +61,7 @@ class Reduction:
         is_served: Callable[[Tensor], bool] = lambda param: True,
         is_over: Callable[[], bool] = lambda: False,
         is_due: Callable[[], bool] = lambda: True,
+        waits: bool = False,
         settings: Mapping[str, Any],
     ) -> None:
         self.group = group
@@ -68,7 +70,7 @@ class Reduction:
         self.is_running = self.is_average = False
         self._slots, self._window, self._scaling, self._trouble, device = parts
         self._is_served, self._is_over, self._is_due = is_served, is_over, is_due
-        self._settings = settings
+        self._waits, self._settings = waits, settings
         self._buckets: list[Bucket] = []
         self._n_slots = -1  # when the buckets were made
         self._bucket_of: dict[Slot, Bucket] = {}
@@ -91,7 +93,8 @@ class Reduction:
         self.is_average = False
         if self._is_over():
             return
-        if self._window.is_last if self._window.steps is not None else self._is_due():
+        is_due = self._is_due()
+        if (self._window.is_last if self._window.steps else is_due) and not self._waits:
             self._start()
 
     def added(self, slots: Iterable[Slot]) -> None:

@@ -23,6 +23,11 @@ from .slots import Slot, check_param
 _owners: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
+def is_owned(param: Tensor) -> bool:
+    """Whether some FusedAccumOptimizer has a hook on it."""
+    return _owners.get(param, lambda: None)() is not None
+
+
 class Owner(Protocol):
     """Who takes what arrives; held weakly."""
 

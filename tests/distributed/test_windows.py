@@ -26,7 +26,7 @@ NOT_FINITE = ["not_finite:ddp-nan", "not_finite:group-inf"]
 RESUMED = [f"resumed:{engine}-{stop}" for engine in ("ddp", "group") for stop in (6, 8)]
 REFUSED = {
     "refused:mixed": "mixed_precision=",
-    "refused:part": "1 parameters that it does not have (c.bias)",
+    "refused:part": "1 parameters that no FusedAccumOptimizer has (c.bias)",
     "refused:hook": "communication hook",
     "refused:group": "leave out one of the two",
     "refused:static": "static_graph=True",
@@ -39,7 +39,7 @@ DIFFERENT = {
 }
 OTHERS = [
     "loop_weights", "scaler", "detached", "taken_over", "broadcast", "gone", "unfrozen", "by_dcp:8",
-    "by_dcp:6",
+    "by_dcp:6", "two_wrappers:n", "two_wrappers:loop",
 ]  # fmt: skip
 
 Results = Callable[[str], dict[str, Any]]
@@ -120,6 +120,12 @@ def test_torch_distributed_checkpoint(two: Results) -> None:
 
 def test_parameters_that_are_unfrozen_later_are_averaged(two: Results) -> None:
     assert two("unfrozen") == {"same": True, "changed": True}
+
+
+def test_two_wrappers_share_a_ddp_module(two: Results) -> None:
+    result = two("two_wrappers:n")
+    assert result["train"] is None and result["same"] and result["norm"] < 1e-7
+    assert "of another FusedAccumOptimizer" in two("two_wrappers:loop")["train"]
 
 
 def test_nothing_is_averaged_when_ddp_is_gone(two: Results) -> None:

@@ -270,6 +270,40 @@ def taken_over() -> Report:
     return {"same": is_same_everywhere(masters(new)), "skipped": int(new.skipped_steps)}
 
 
+def two_wrappers(owner: str) -> Report:
+    """Muon for matrices and AdamW for the rest, in one DDP module."""
+    torch.manual_seed(0)
+    model = Net()
+    matrices = [p for p in model.parameters() if p.dim() == 2]
+    others = [p for p in model.parameters() if p.dim() != 2]
+    net = DistributedDataParallel(model)
+    steps = N if owner == "n" else None
+    opts = [
+        FusedAccumOptimizer(torch.optim.Muon(matrices, lr=1e-2), steps, 1e9),
+        FusedAccumOptimizer(torch.optim.AdamW(others, lr=1e-2), steps, 1e9),
+    ]
+
+    def train() -> None:
+        for i in range(N):
+            loss_of(net, batch(dist.get_rank(), 0, i)).backward()
+            for opt in opts:
+                opt.step()
+                opt.zero_grad()
+
+    micros: list[Micro] = [
+        (1.0, lambda at, r=r, i=i: loss_of(at, batch(r, 0, i)))  # type: ignore[misc]
+        for r in range(dist.get_world_size())
+        for i in range(N)
+    ]
+    exact = mean_gradient(model, micros)
+    report: Report = {"train": message(train)}
+    if report["train"] is None:
+        norms = [float(opt.grad_norm) for opt in opts]  # type: ignore[arg-type]
+        report["norm"] = abs(sum(n * n for n in norms) ** 0.5 / float(flat(exact).norm()) - 1)
+        report["same"] = all(is_same_everywhere(masters(opt)) for opt in opts)
+    return report
+
+
 def gone() -> Report:
     """Without DDP each process trains by itself again, as with stock torch."""
     model, net, opt = made("ddp", steps=2)
