@@ -80,6 +80,11 @@ class SharingOptimizer(Optimizer):
         # The constructor keeps each of its options under its own name.
         _, *names = inspect.signature(_wrapper(type(self))).parameters
         options = {name: getattr(self, name) for name in names}
+        if options.get("process_group") is not None:
+            raise TypeError(
+                "a FusedAccumOptimizer with process_group= cannot be copied or pickled, as the "
+                "group cannot: save its state_dict(), and load that into a new one"
+            )
         # States are views of flat buffers, each of which would take all of its buffer along.
         state = tree_map_only(Tensor, torch.Tensor.clone, self.state_dict())
         bare = copy.copy(self.optimizer)

@@ -141,7 +141,10 @@ def test_another_wrapper_takes_over(two: Results) -> None:
 
 
 def test_a_group_starts_from_the_same_parameters(two: Results) -> None:
-    assert two("broadcast") == {"before": False, "after": True}
+    result = two("broadcast")
+    assert (result["before"], result["after"]) == (False, True)
+    assert "state_dict()" in result["copied"]
+    assert result["wrong"].startswith("TypeError: process_group must be a torch.distributed.Proc")
 
 
 @pytest.mark.parametrize("case", REFUSED)

@@ -449,5 +449,11 @@ def broadcast() -> Report:
     torch.manual_seed(dist.get_rank())
     model = Net()
     before = is_same_everywhere(list(model.parameters()))
-    FusedAccumOptimizer(torch.optim.AdamW(model.parameters()), 1, process_group=dist.group.WORLD)
-    return {"before": before, "after": is_same_everywhere(list(model.parameters()))}
+    inner = torch.optim.AdamW(model.parameters())
+    opt = FusedAccumOptimizer(inner, 1, process_group=dist.group.WORLD)
+    return {
+        "before": before,
+        "after": is_same_everywhere(list(model.parameters())),
+        "copied": message(lambda: copy.deepcopy(opt)),
+        "wrong": message(lambda: FusedAccumOptimizer(inner, process_group=2)),  # type: ignore[arg-type]
+    }
