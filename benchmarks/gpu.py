@@ -89,7 +89,7 @@ def parts(dry_run: bool, results: Path) -> dict[str, Part]:
         "doctor": Part(
             ["-m", "fusedaccum", "doctor", *(["--help"] * dry_run)],
             30,
-            missing=lacks("fusedaccum.cli"),
+            missing=lacks("fusedaccum.doctor"),
         ),
         "micro": Part([*micro, "--budget", "2"], 60),
         "cycle": Part([*cycle, "--budget", "3"], 50),

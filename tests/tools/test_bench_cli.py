@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fusedaccum import cli
+from fusedaccum import __main__ as cli
 from fusedaccum.bench import forms, gate, shapes
 from fusedaccum.bench import run as bench
 from fusedaccum.bench.forms import Form, Plan

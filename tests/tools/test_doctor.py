@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from fusedaccum import cli
+from fusedaccum import __main__ as cli
 from fusedaccum.backends import Add, Finalize, Keep, Step, SumOfSquares
 from fusedaccum.backends.aten import TorchBackend
 from fusedaccum.backends.compiled import compiler, source
