@@ -212,6 +212,7 @@ class Core:
         """See `FusedAccumOptimizer.clip_grad_norm_`."""
         sums = self.sums_so_far()
         self.window.max_norm = max_norm
+        self.collector.by_hand.note_clip()
         reduction = self.collector.reduction
         if reduction.is_average:
             correction = reduction.correction(self.window)

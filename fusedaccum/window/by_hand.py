@@ -38,6 +38,7 @@ class ByHand:
 
     def __init__(self, slots: Mapping[Tensor, Slot], window: Window, backwards: Backwards) -> None:
         self._segments, self._window, self._backwards = slots, window, backwards
+        self._clipped: dict[Slot, int] = {}
 
     def look(self) -> Seen:
         """Look at every parameter's `grad`; what was taken away is not part of the window now."""
@@ -79,10 +80,8 @@ class ByHand:
 
         Where a loop has asked to clip what the last window left, that counts as a window too.
         """
-        window = self._window
-        is_begun = window.micro_batches or (window.steps is None and window.max_norm is not None)
-        if not is_begun:
-            return False
+        if not self._window.micro_batches:
+            return self._window.max_norm is not None and self._is_zeroed_since_clip()
         may_be = (s for s in self._segments.values() if s.fill and s.numel and not s.is_zero)
         first = next(may_be, None)
         if first is None or (first.param.grad is not None and not first.is_written):
@@ -96,6 +95,22 @@ class ByHand:
         for slot in shown:  # scaled, say: not asked again
             slot.note_version()
         return False
+
+    def note_clip(self) -> None:
+        """A loop asks to clip. Before its first backward, that is of what the last window left."""
+        is_left = self._window.steps is None and not self._backwards.count
+        self._clipped = {
+            slot: slot.grad._version
+            for slot in (self._segments.values() if is_left else ())
+            if slot.fill and slot.grad is not None
+        }
+
+    def _is_zeroed_since_clip(self) -> bool:
+        shown = [s for s in self._clipped if s.param.grad is not None and s.param.grad is s.grad]
+        return bool(shown) and all(
+            s.param.grad._version != self._clipped[s] and not s.acc.any()  # type: ignore[union-attr]
+            for s in shown
+        )
 
     def drop_assigned(self) -> None:
         """Forget gradients that somebody assigned and that no micro-batch has taken over."""

@@ -126,6 +126,17 @@ def test_a_clip_of_what_a_loop_has_used_is_forgotten_when_that_is_zeroed(
     assert p.tolist() == [-6.0] * 3
 
 
+def test_a_clip_after_the_model_zeroed_in_place_is_of_the_zeros() -> None:
+    p = one(0.0)
+    opt = FusedAccumOptimizer(torch.optim.SGD([p], lr=1.0), skip_nonfinite=False)
+    give(p, 3.0)
+    opt.step()
+    torch.optim.SGD([p]).zero_grad(set_to_none=False)
+    opt.clip_grad_norm_(0.1)
+    opt.step()
+    assert opt.grad_norm == 0.0  # None without a clip
+
+
 def test_what_clipping_returns() -> None:
     root = 3**0.5
     p = one(0.0)
