@@ -19,7 +19,8 @@ import torch.multiprocessing as mp
 def _work(rank: int, world: int, module: str, cases: Sequence[str], folder: str) -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
+    # Not the environment of whoever calls `run`: the server has that of its first caller.
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), FOLDER=folder)
     dist.init_process_group(
         "gloo",
         init_method=f"file://{folder}/group-{world}",
@@ -47,14 +48,17 @@ def run(module: str, cases: Sequence[str], world: int, folder: Path) -> list[dic
         module: where they are.
         cases: "name" or "name:argument" of each; every process runs all, in this order.
         world: how many processes.
-        folder: for what they exchange.
+        folder: for what they exchange; FOLDER in the environment of each.
 
     Returns:
         For each process, what each case returned; the traceback where it raised. One that died
         has the results from before, if there are any.
     """
+    # A server imports torch and the module once, and forks for each process.
+    mp.get_context("forkserver").set_forkserver_preload([__name__, module])
+    arguments = world, module, cases, str(folder)
     processes = mp.start_processes(
-        _work, (world, module, cases, str(folder)), nprocs=world, join=False, start_method="spawn"
+        _work, arguments, nprocs=world, join=False, start_method="forkserver"
     ).processes
     for process in processes:
         process.join()

@@ -50,10 +50,7 @@ MODULE = "tests.distributed.window_cases"
 def each(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each of two processes returned."""
     cases = [*WEIGHTS, *NOT_FINITE, *RESUMED, *REFUSED, *DIFFERENT, *OTHERS]
-    folder = tmp_path_factory.mktemp("group")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("FOLDER", str(folder))
-        return processes.run(MODULE, cases, 2, folder)
+    return processes.run(MODULE, cases, 2, tmp_path_factory.mktemp("group"))
 
 
 @pytest.fixture(scope="module")
@@ -164,11 +161,8 @@ def test_processes_that_do_not_train_the_same(two: Results, case: str) -> None:
 
 
 @pytest.mark.parametrize("what", ["killed", "raised"])
-def test_a_process_that_fails_in_the_reduction(
-    what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_process_that_fails_in_the_reduction(what: str, tmp_path: Path) -> None:
     """The others get an error, and nothing is half updated."""
-    monkeypatch.setenv("REPORT", str(tmp_path / "report"))
     processes.run(MODULE, [f"fault:{what}"], 2, tmp_path)
     reports = [torch.load(path)[f"fault:{what}"] for path in sorted(tmp_path.glob("report*"))]
     assert len(reports) == (1 if what == "killed" else 2)

@@ -440,7 +440,7 @@ def fault(what: str) -> Report:
         report: Report = {"backward": message(train), "step": message(opt.step)}
         report["zero_grad"] = message(opt.zero_grad)
     report["unchanged"] = torch.equal(start, flat([p for p in model.parameters()]))
-    torch.save({f"fault:{what}": report}, os.environ["REPORT"] + str(dist.get_rank()))
+    torch.save({f"fault:{what}": report}, f"{os.environ['FOLDER']}/report{dist.get_rank()}")
     os._exit(0)  # without a word to the others
 
 
