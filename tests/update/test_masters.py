@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 import pytest
 import torch
 from torch import Tensor
 
 from fusedaccum import FusedAccumOptimizer, functional
 from fusedaccum.backends import Keep, reference
-from tests.cases import Gradients, case_id, small_model
+from fusedaccum.rules.builtin import RULES
+from tests.cases import CASES, Case, Gradients, case_id, small_model
 from tests.tolerances import equal_bits
 
-RULES = {
-    "adamw": (torch.optim.AdamW, {"weight_decay": 0.1}),
-    "amsgrad": (torch.optim.Adam, {"amsgrad": True, "weight_decay": 0.01}),
-    "sgd": (torch.optim.SGD, {}),
-    "nesterov": (torch.optim.SGD, {"momentum": 0.9, "nesterov": True}),
-}
+# One case of each fused rule, the one with the most options.
+BY_RULE = {case.rule: case for case in sorted(CASES, key=lambda case: len(case.options))}
 
 
 def masters(opt: FusedAccumOptimizer) -> list[Tensor]:
@@ -25,9 +24,9 @@ def masters(opt: FusedAccumOptimizer) -> list[Tensor]:
     return [state[i].get("master_param", p.detach()) for i, p in enumerate(params)]
 
 
-@pytest.mark.parametrize("rule", RULES)
-def test_a_thousand_steps_equal_true_fp32_masters_to_the_bit(rule: str) -> None:
-    kind, options = RULES[rule]
+@pytest.mark.parametrize("case", BY_RULE.values(), ids=lambda case: case.rule)
+def test_masters_equal_true_fp32_parameters_to_the_bit(case: Case) -> None:
+    """Given the same gradients, after a hundred updates of each rule and a thousand of Adam."""
     start = [torch.randn(300).bfloat16(), torch.randn(7, 5).bfloat16()]
     models = {
         "split": Gradients(start),
@@ -36,13 +35,13 @@ def test_a_thousand_steps_equal_true_fp32_masters_to_the_bit(rule: str) -> None:
     }
     opts = {
         name: FusedAccumOptimizer(
-            kind(model.parameters(), lr=1e-3, **options),
+            case.make(model.parameters(), lr=1e-3),
             1,
             master_weights="none" if name == "true" else name,
         )
         for name, model in models.items()
     }
-    for _ in range(1000):
+    for _ in range(1000 if case.rule == "adam" else 100):
         grads = [torch.randn(s.shape).bfloat16() for s in start]
         for name, model in models.items():
             model.backward(grads)
@@ -55,6 +54,10 @@ def test_a_thousand_steps_equal_true_fp32_masters_to_the_bit(rule: str) -> None:
         for visible, true in zip(models[name].params, expected, strict=True):
             half_ulp = torch.finfo(torch.bfloat16).eps / 2 * true.abs()
             assert ((visible.float() - true).abs() <= half_ulp).all()
+
+
+def test_every_rule_is_among_them() -> None:
+    assert set(BY_RULE) == set(RULES) - ({"lion"} if find_spec("lion_pytorch") is None else set())
 
 
 def test_without_masters_small_updates_are_lost() -> None:

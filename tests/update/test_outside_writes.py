@@ -142,7 +142,7 @@ def test_a_write_after_every_update_is_that_of_fp32_parameters(
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("kind", [torch.optim.SGD, Native])
-def test_a_thousand_no_op_clamps_do_not_freeze_the_parameter(
+def test_no_op_clamps_do_not_freeze_the_parameter(
     place: tuple[str, str], kind: type[torch.optim.Optimizer], mode: str
 ) -> None:
     """Updates of a fortieth of a bf16 step: every one counts, whatever moves the version."""
@@ -152,7 +152,7 @@ def test_a_thousand_no_op_clamps_do_not_freeze_the_parameter(
         FusedAccumOptimizer(kind(m.parameters(), lr=1e-4), 1, master_weights=how, backend=backend)  # type: ignore[call-arg]
         for m, how in zip(models, (mode, "none"), strict=True)
     ]
-    n = 200 if backend == "triton" else 1000  # the interpreter is slow
+    n = 45 if backend == "triton" else 130  # one bf16 step, or three: the interpreter is slow
     for _ in range(n):
         for model, opt in zip(models, opts, strict=True):
             model.backward([torch.ones(8, device=device)])
