@@ -6,7 +6,7 @@ Imported only by tests that have made sure of Lightning.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import lightning
@@ -31,6 +31,30 @@ def loader(micro_batches: int = MICRO_BATCHES) -> DataLoader[Any]:
     ys = torch.randn(2 * MICRO_BATCHES, 3, generator=generator)
     samples = [*zip(xs, ys, strict=True)][: 2 * micro_batches]
     return DataLoader(samples, batch_size=2)  # type: ignore[arg-type]
+
+
+class Resumable:
+    """A loader that Lightning can save and put back in mid-epoch."""
+
+    def __init__(self, batches: list[Any] | None = None) -> None:
+        self.batches = batches or [*loader()]
+        self.next = 0
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[Any]:
+        if self.next == len(self.batches):
+            self.next = 0
+        while self.next < len(self.batches):
+            self.next += 1
+            yield self.batches[self.next - 1]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"next": self.next}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.next = state["next"]
 
 
 def sgd(params: Any) -> torch.optim.Optimizer:
@@ -152,12 +176,6 @@ def fit(
     made = trainer(max_epochs=-1, max_steps=updates, accumulate_grad_batches=n, **options)
     made.fit(module, loader(micro_batches))
     return made
-
-
-def distance(a: torch.nn.Module, b: torch.nn.Module) -> float:
-    """Between the parameters of two models, in the Euclidean norm."""
-    pairs = zip(a.parameters(), b.parameters(), strict=True)
-    return sum(float((p.double() - q.double()).square().sum()) for p, q in pairs) ** 0.5
 
 
 def curve_distance(a: Module, b: Module) -> float:

@@ -19,6 +19,7 @@ import pytest
 import torch
 
 from tests import frameworks as fw
+from tests.frameworks import own_state as own_state
 
 accelerate = pytest.importorskip("accelerate")
 transformers = pytest.importorskip("transformers")
@@ -108,12 +109,6 @@ def main(argv: list[str]) -> Run:
     return result
 
 
-@pytest.fixture(autouse=True)
-def _own_state() -> Any:
-    with fw.own_state():
-        yield
-
-
 def script(*argv: str) -> Run:
     """Run here, with settings of its own."""
     fw.reset()
@@ -141,30 +136,40 @@ def test_the_run_is_the_plain_optimizers() -> None:
     assert len(differences(run("--optimizer", "faster"), plain, off)) == 4
 
 
-def killed(directory: Path, *argv: str) -> Path:
-    """A process that saves at MID_WINDOW and dies a few micro-batches later; what it left."""
-    code = (
-        "import sys; from tests.integrations.test_accelerate_script import main; main(sys.argv[1:])"
-    )
-    saving = ["--output-dir", str(directory), "--checkpointing-steps", str(MID_WINDOW)]
+# One process imports the frameworks and forks for each run, which dies; its status is printed.
+FORKS = """
+import os, sys
+from tests.integrations.test_accelerate_script import main
+for dtype in ("float32", "bfloat16"):
+    if os.fork() == 0:
+        main(["--dtype", dtype, "--output-dir", f"{sys.argv[1]}/{dtype}", *sys.argv[2:]])
+    print(os.waitstatus_to_exitcode(os.wait()[1]))
+"""
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What processes leave that save at MID_WINDOW and die a few micro-batches later."""
+    directory = tmp_path_factory.mktemp("killed")
+    saving = ["--checkpointing-steps", str(MID_WINDOW), "--dies-at", str(MID_WINDOW + 3)]
     done = subprocess.run(
-        [sys.executable, "-c", code, *saving, "--dies-at", str(MID_WINDOW + 3), *argv],
+        [sys.executable, "-c", FORKS, str(directory), *saving],
         cwd=Path(__file__).resolve().parents[2],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         check=False,
     )
-    assert done.returncode == 9, done.stderr
-    (left,) = directory.iterdir()
-    return left
+    assert done.stdout.split() == ["9", "9"], done.stderr
+    return directory
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_killed_in_mid_window_and_resumed(dtype: str, tmp_path: Path) -> None:
+def test_killed_in_mid_window_and_resumed(dtype: str, killed: Path) -> None:
     """In mid-epoch too, from a process that died: the rest of the run is the same to the bit."""
     kind = ("--dtype", dtype)
-    whole, file = run("--optimizer", "ours", *kind), killed(tmp_path, *kind)
+    whole = run("--optimizer", "ours", *kind)
+    (file,) = (killed / dtype).iterdir()
     resume = ("--resume-from-checkpoint", str(file), "--seed-of-weights", "9", *kind)
     resumed = script(*resume)
     assert are_equal(resumed.model, whole.model)

@@ -3,7 +3,7 @@ bit, also in mid-window and with bf16 weights, whose fp32 masters are in the opt
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,36 +13,11 @@ import torch
 pytest.importorskip("lightning")
 
 import lightning
-from lightning.pytorch.callbacks import ModelCheckpoint
 
-from tests.lightning_module import Counted, Module, N, adamw, loader, trainer, wrapped
-from tests.tolerances import equal_bits
+from tests.lightning_module import Counted, Module, N, Resumable, adamw, trainer, wrapped
+from tests.same_runs import are_equal
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Lightning's advice about workers and the like
-
-
-class Resumable:
-    """A loader that Lightning can save and put back in mid-epoch."""
-
-    def __init__(self) -> None:
-        self.batches = [*loader()]
-        self.next = 0
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def __iter__(self) -> Iterator[Any]:
-        if self.next == len(self.batches):
-            self.next = 0
-        while self.next < len(self.batches):
-            self.next += 1
-            yield self.batches[self.next - 1]
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"next": self.next}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.next = state["next"]
 
 
 class Killed(Exception):
@@ -77,11 +52,6 @@ def run(
     return module
 
 
-def same(a: Module, b: Module) -> bool:
-    pairs = zip(a.parameters(), b.parameters(), strict=True)
-    return all(equal_bits(p.detach(), q.detach()) for p, q in pairs)
-
-
 def automatic() -> Module:
     return Module(wrapped(adamw, max_grad_norm=0.3), "scheduler dict")
 
@@ -113,7 +83,7 @@ def test_resumed_run_is_the_undisturbed_one(
     assert len(undisturbed.losses) == 2 * len(Resumable())
     assert before.losses + after.losses == undisturbed.losses
     assert before.rates + after.rates == undisturbed.rates
-    assert same(after, undisturbed)
+    assert are_equal(after, undisturbed)
 
 
 @pytest.mark.parametrize("make", [automatic, plain])
@@ -126,7 +96,7 @@ def test_automatic_optimization_discards_an_open_window_on_resume(
     undisturbed = run(make())
     for at, is_same in ((8, True), (6, False)):
         run(make(), path=path, at=at)
-        assert same(run(make(), path=path), undisturbed) is is_same
+        assert are_equal(run(make(), path=path), undisturbed) is is_same
 
 
 def without(path: Path, key: str) -> None:
@@ -147,24 +117,7 @@ def test_what_is_in_the_checkpoint_is_needed(tmp_path: Path, key: str) -> None:
     path = tmp_path / "a.ckpt"
     run(counted(), "bf16-true", path, at=6)
     without(path, key)
-    assert not same(run(counted(), "bf16-true", path), run(counted(), "bf16-true"))
-
-
-@pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
-def test_model_checkpoint(tmp_path: Path, precision: str) -> None:
-    """The callback that everybody uses: save every five updates, resume from the first."""
-    saving = ModelCheckpoint(dirpath=tmp_path, save_top_k=-1, every_n_train_steps=5)
-    undisturbed = automatic()
-    made = trainer(max_epochs=2, accumulate_grad_batches=N, callbacks=[saving], precision=precision)
-    made.fit(undisturbed, loader())
-    first = tmp_path / "epoch=0-step=5.ckpt"
-    assert sorted(path.name for path in tmp_path.iterdir()) == [first.name, "epoch=1-step=10.ckpt"]
-    resumed = automatic()
-    made = trainer(max_epochs=2, accumulate_grad_batches=N, precision=precision)
-    made.fit(resumed, loader(), ckpt_path=first)
-    assert made.global_step == 10
-    assert resumed.losses == undisturbed.losses[18:]
-    assert same(resumed, undisturbed)
+    assert not are_equal(run(counted(), "bf16-true", path), run(counted(), "bf16-true"))
 
 
 def test_a_checkpoint_moves_to_the_plain_optimizer_and_back(tmp_path: Path) -> None:

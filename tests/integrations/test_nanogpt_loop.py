@@ -286,11 +286,13 @@ def test_a_run_that_changes_its_optimizer_half_way(saves: Any, loads: Any) -> No
 
 
 @pytest.mark.parametrize(
-    "how",
-    [{}, {"dtype": torch.bfloat16}, {"fp16": True}],
-    ids=["fp32", "bf16", "fp16-scaler"],
-)
-@pytest.mark.parametrize("micro", [0, 1, 3], ids="micro-batch-{}".format)
+    ("how", "micro"),
+    # Each place in a window, each precision, and a scaler whose scale the window's sum carries.
+    [
+        ({}, 0), ({}, 3), ({"dtype": torch.bfloat16}, 1), ({"fp16": True}, 0), ({"fp16": True}, 3),
+    ],
+    ids=["fp32-0", "fp32-3", "bf16-1", "fp16-scaler-0", "fp16-scaler-3"],
+)  # fmt: skip
 def test_wrapped_to_wrapped_in_mid_window(how: dict[str, Any], micro: int) -> None:
     """Bit for bit, masters and the open window's sum included, which plain torch has no place for.
 

@@ -1,11 +1,12 @@
 """2,000 updates in bf16 with split masters end where fp32 ends.
 
-What is compared. That the masters of every fused rule follow the same trajectory as fp32 parameters,
-to the bit, when they are given the same gradients is in test_masters.py. So one rule of each kind is
-enough here: a quotient of moments, a quotient without momentum, a sign, momentum, none. Here the gradients are the model's own: the
-forward sees parameters rounded to bf16, so no two trajectories are the same, and the question is
-whether training ends as well. A student network (156 parameters) learns a teacher from fresh noisy
-samples at every update; its loss afterwards, noise-free, on samples of its own, is the result.
+What is compared. That the masters of every fused rule follow the same trajectory as fp32
+parameters, to the bit, when they are given the same gradients is in test_masters.py. So one rule of
+each kind is enough here: a quotient of moments, a quotient without momentum, a sign, momentum,
+none. Here the gradients are the model's own: the forward sees parameters rounded to bf16, so no two
+trajectories are the same, and the question is whether training ends as well. A student network (156
+parameters) learns a teacher from fresh noisy samples at every update; its loss afterwards, noise-
+free, on samples of its own, is the result.
 
 The error that fp32 itself has. The result depends on which samples were drawn: eight fp32 runs
 that start alike and draw other samples differ by a standard deviation sigma, about 1 % of the loss.
