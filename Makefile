@@ -5,7 +5,8 @@ PYTHON ?= python3
 # More arguments for pip: a mirror, or on Linux without a GPU the small build of torch,
 #   make test PIP_ARGS='--extra-index-url https://download.pytorch.org/whl/cpu'
 PIP_ARGS ?=
-PYTEST_ARGS ?= -n 2
+# Work is stolen, not dealt: what the tests of a file share is then made by one worker, mostly.
+PYTEST_ARGS ?= -n 2 --dist worksteal
 BENCH_ARGS ?=
 SECONDS ?= 600
 SEED ?= 0
