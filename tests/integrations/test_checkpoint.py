@@ -43,9 +43,13 @@ def assert_same_models(a: Model, b: Model) -> None:
         assert equal_bits(p.detach(), q.detach())
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=case_id)
+@pytest.mark.parametrize(
+    ("dtype", "stop"),
+    # A checkpoint between windows holds less: only the accumulators are missing.
+    [(torch.float32, 6), (torch.bfloat16, 6), (torch.float16, 6), (torch.bfloat16, 8)],
+    ids=["fp32-mid-window", "bf16-mid-window", "fp16-mid-window", "bf16-between-windows"],
+)
 @pytest.mark.parametrize("case", CASES, ids=case_id)
-@pytest.mark.parametrize("stop", [6, 8], ids=["mid-window", "between-windows"])
 def test_resume_is_bit_identical(case: Case, dtype: torch.dtype, stop: int) -> None:
     straight, first = small_model(dtype), small_model(dtype)
     opts = [FusedAccumOptimizer(case.make(m.parameters()), 4) for m in (straight, first)]

@@ -103,9 +103,15 @@ def test_saved_and_loaded_in_place(
     assert_goes_on_alike(first, second, 8)
 
 
-@pytest.mark.parametrize("stop", [2, 6], ids=["first-window", "later-window"])
-@flat
-@dtypes
+@pytest.mark.parametrize(
+    ("dtype", "options", "stop"),
+    # Every pair of the three.
+    [
+        (torch.float32, None, 2), (torch.float32, FLAT, 6),
+        (torch.bfloat16, None, 6), (torch.bfloat16, FLAT, 2),
+    ],
+    ids=["fp32-nested-first", "fp32-flat-later", "bf16-nested-later", "bf16-flat-first"],
+)  # fmt: skip
 @every
 def test_mid_window_without_a_template(
     case: Case, dtype: torch.dtype, options: Any, stop: int, tmp_path: Path

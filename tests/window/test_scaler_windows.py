@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import pickle
 from typing import Any
 
@@ -54,12 +55,16 @@ def test_scales_that_change_inside_a_window_matter() -> None:
         assert_close(ours, exact, TOLERANCES[torch.float32])
 
 
-@pytest.mark.parametrize("unscale", [True, False], ids=["unscale", "no-unscale"])
-@pytest.mark.parametrize("backend", ["torch", "triton"])
-@pytest.mark.parametrize("where", [0, 1, 3])
-@pytest.mark.parametrize("skip_nonfinite", [True, False])
+@pytest.mark.parametrize(
+    ("backend", "skip_nonfinite", "where", "unscale"),
+    # Where an overflow is found is the same code before a backend's: the interpreter is slow.
+    [
+        *itertools.product(["torch"], [True, False], [0, 1, 3], [True, False]),
+        ("triton", True, 0, False), ("triton", False, 1, True), ("triton", True, 3, True),
+    ],
+)  # fmt: skip
 def test_an_overflow_costs_one_window_and_lowers_the_scale_once(
-    skip_nonfinite: bool, where: int, backend: str, unscale: bool
+    backend: str, skip_nonfinite: bool, where: int, unscale: bool
 ) -> None:
     ours, exact = small_model(torch.float16), small_model(torch.float16).float()
     scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
