@@ -74,7 +74,7 @@ def llama(dtype: torch.dtype = torch.float32, seed: int = 0) -> Any:
         vocab_size=len(tokenizer()),
         hidden_size=32,
         intermediate_size=64,
-        num_hidden_layers=2,
+        num_hidden_layers=1,
         num_attention_heads=2,
         max_position_embeddings=32,
         pad_token_id=0,
