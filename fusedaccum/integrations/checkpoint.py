@@ -282,6 +282,8 @@ def load(state_dict: StateDict, updater: Updater) -> None:
             going_on[param] = accumulated, index in arrived
         elif index in in_zeros:
             zeroed.add(param)
-    go_on(collector, going_on, zeroed, extra["window"] if extra else None)
+    # A weight or a clip of a window that holds nothing means nothing where another one counts.
+    is_same = extra.get("gradient_accumulation_steps") == collector.window.steps
+    go_on(collector, going_on, zeroed, extra["window"] if extra and is_same else None)
     if extra:
         updater.states.scalars.skipped.fill_(extra.get("skipped_steps", 0))

@@ -370,3 +370,17 @@ def test_an_optimizer_that_has_not_updated_yet_loads_into_the_plain_one() -> Non
         opt.load_state_dict(state)
     plain_model.backward([torch.ones(3, 2)])
     plain.step()
+
+
+def test_a_weight_without_a_gradient_is_not_loaded_where_another_one_counts() -> None:
+    model = Gradients([torch.zeros(3)])
+    opt = FusedAccumOptimizer(torch.optim.SGD(model.parameters(), lr=1.0), 1)
+    with opt.micro_batch(weight=5):
+        pass
+    state = copy.deepcopy(opt.state_dict())
+    opt.zero_grad()
+    opt.gradient_accumulation_steps = None
+    opt.load_state_dict(state)
+    model.backward([torch.ones(3)])
+    opt.step()
+    assert model.params[0].tolist() == [-1.0] * 3
