@@ -81,6 +81,7 @@ class Collector:
         self.engines = Watch(self.attached, parts, serve)
         self._bucket_bytes = bucket_bytes
         self._queue_bytes = bucket_bytes
+        self._limit: float = bucket_bytes  # of the backward that is running
         self._queue: list[Slot] = []
         self._queued_bytes = 0
         self._n_fitted = 0
@@ -123,8 +124,7 @@ class Collector:
         elif grad is None and (self.window.steps is None or slot.fill is Fill.CURRENT):
             slot.fill = Fill.EMPTY  # somebody took it away: zero_grad(), or `p.grad = None`
         param.grad = None
-        limit = min(self._queue_bytes, self.reduction.queue_bytes)
-        if self._queue and self._queued_bytes + slot.nbytes > limit:
+        if self._queue and self._queued_bytes + slot.nbytes > self._limit:
             self.flush()
         slot.pending, slot.is_due = True, is_due
         self._queue.append(slot)
@@ -151,6 +151,7 @@ class Collector:
             self.scaling.begin(self.attached.device)
             if len(self.backwards.threads) == 1:
                 self.reduction.begin()
+                self._limit = min(self._queue_bytes, self.reduction.queue_bytes)
         except BaseException:
             self.backwards.end(task)
             raise
