@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import gc
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -22,6 +22,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_modul
 from torch.nn.parallel import DistributedDataParallel
 
 from fusedaccum import FusedAccumOptimizer, functional
+from tests.processes import message
 
 N = 4
 Report = dict[str, Any]
@@ -75,15 +76,6 @@ def expected(windows: Iterable[int], clip: float | None = None) -> list[Tensor]:
 
 def same(left: list[Tensor], right: list[Tensor]) -> bool:
     return all(torch.equal(a.double(), b.double()) for a, b in zip(left, right, strict=True))
-
-
-def message(call: Callable[[], Any]) -> str | None:
-    """What `call` raises, as "Type: text"."""
-    try:
-        call()
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
-    return None
 
 
 def accumulate(net: nn.Module, window: int, opt: Any, counts: bool) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import datetime
 import importlib
 import os
+import subprocess
+import sys
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
@@ -14,6 +16,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def _work(rank: int, world: int, module: str, cases: Sequence[str], folder: str) -> None:
@@ -64,6 +68,32 @@ def run(module: str, cases: Sequence[str], world: int, folder: Path) -> list[dic
         process.join()
     paths = [folder / f"results-{world}-{rank}" for rank in range(world)]
     return [torch.load(path, weights_only=False) if path.exists() else {} for path in paths]
+
+
+def message(call: Callable[[], Any]) -> str | None:
+    """What `call` raises, as "Type: text"."""
+    try:
+        call()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def torchrun(n: int, *program: str, cwd: Path = ROOT) -> str:
+    """What `n` processes print, which torchrun starts; an AssertionError if one fails."""
+    meet = ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(n), *meet]
+    inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [*launch, *program],
+        cwd=cwd,
+        env={**inherited, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-5000:]
+    return done.stdout
 
 
 def agreeing(results: list[dict[str, Any]]) -> Callable[[str], Any]:

@@ -65,7 +65,7 @@ class Reduction:
         settings: Mapping[str, Any],
     ) -> None:
         self.group = group
-        self.rank, self.world = dist.get_rank(group), dist.get_world_size(group)
+        self.world = dist.get_world_size(group)
         self.queue_bytes: float = math.inf
         self.is_running = self.is_average = False
         self._slots, self._window, self._scaling, self._trouble, device = parts
@@ -177,7 +177,7 @@ class Reduction:
         served = [slot for param, slot in self._slots.items() if self._is_served(param)]
         if reason := disagreement(self.group, self._settings, served):
             self.fail(reason)
-        self._buckets = list(buckets.buckets_of(served, buckets.BUCKET_BYTES))
+        self._buckets = list(buckets.buckets_of(served, self.group, buckets.BUCKET_BYTES))
         self._bucket_of = {slot: bucket for bucket in self._buckets for slot in bucket.slots}
         self._n_slots = len(self._slots)
 
@@ -188,7 +188,7 @@ class Reduction:
             if bucket.waiting and not everything:
                 return
             self._next += 1
-            bucket.start(self.group)
+            bucket.start()
 
     @torch.no_grad()
     def _finish(self, total: float, fill: Fill) -> None:
@@ -202,7 +202,7 @@ class Reduction:
             self._start_ready(everything=True)
             self._sums = self._add_numbers(total)
             for bucket in self._buckets:
-                bucket.wait(self.world)
+                bucket.wait()
             self._take_over(fill)
             if self._scaling.overflow is not None:
                 self._scaling.overflow.copy_(self._sums[4])
@@ -212,7 +212,7 @@ class Reduction:
         """The sums over all processes of: the total weight, whether it is a weighted window,
         whether it is one without, micro-batches per window, overflows, and for each parameter
         whether it has a gradient; float64."""
-        window, served = self._window, list(self._bucket_of)
+        window, served = self._window, self._bucket_of
         is_plain = not window.is_weighted and any(slot.fill for slot in served)
         host = np.zeros(5 + len(served))
         host[:4] = total, window.is_weighted, is_plain, window.steps or 0
@@ -225,9 +225,8 @@ class Reduction:
 
     def _take_over(self, fill: Fill) -> None:
         """The average is everybody's: show it, also where only others had a gradient."""
-        served = list(self._bucket_of)
         used: list[float] | None = None
-        for i, slot in enumerate(served):
+        for i, slot in enumerate(self._bucket_of):
             if slot.fill is Fill.EMPTY:
                 if used is None:
                     assert self._sums is not None

@@ -37,11 +37,8 @@ class Reducing(Protocol):
         queue_bytes: how many bytes of fresh gradients may wait to be added, in this backward.
         is_running: whether this backward averages what it fills.
         is_average: whether the accumulators hold an average of all processes.
-        rank, world: which of how many processes this is.
     """
 
-    rank: int
-    world: int
     queue_bytes: float
     is_running: bool
     is_average: bool
@@ -81,7 +78,6 @@ class Reducing(Protocol):
 class Alone:
     """One process."""
 
-    rank, world = 0, 1
     queue_bytes, is_running, is_average = math.inf, False, False
 
     def is_instead_of(self, modules: Sequence[Module]) -> bool:

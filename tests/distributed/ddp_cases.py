@@ -117,9 +117,9 @@ def watched() -> Iterator[list[str]]:
     log: list[str] = []
     start, end = buckets.Bucket.start, reduction.Reduction.end
 
-    def logged_start(self: buckets.Bucket, group: Any) -> None:
+    def logged_start(self: buckets.Bucket) -> None:
         log.append("start")
-        start(self, group)
+        start(self)
 
     def logged_end(self: reduction.Reduction) -> None:
         log.append("end")

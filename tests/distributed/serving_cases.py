@@ -1,0 +1,241 @@
+"""What test_serving.py runs in the processes of a group: who averages, mistakes and faults."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import os
+import signal
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_hook
+from torch.nn.parallel import DistributedDataParallel
+
+from fusedaccum import FusedAccumOptimizer
+from fusedaccum.distributed import reduction
+from tests.distributed.ddp_cases import (
+    Micro,
+    Net,
+    Report,
+    batch,
+    flat,
+    gradients,
+    is_same_everywhere,
+    loss_of,
+    masters,
+    mean_gradient,
+    off,
+    watched,
+)
+from tests.distributed.window_cases import N, made, run
+from tests.processes import message
+
+# --- whose reducer runs ---
+
+
+def detached() -> Report:
+    """DDP averages by itself again, and no longer once it is wrapped anew."""
+    model, net, opt = made("ddp", steps=1)
+    run(net, opt, 0, 2)
+    opt.detach()
+    report: Report = {}
+
+    def plain() -> bool:
+        plain_opt = torch.optim.SGD(model.parameters(), lr=0.1)
+        loss_of(net, batch(dist.get_rank(), 1, 0)).backward()
+        micros: list[Micro] = [
+            (1.0, lambda at, r=r: loss_of(at, batch(r, 1, 0)))  # type: ignore[misc]
+            for r in range(dist.get_world_size())
+        ]
+        right = off(gradients(list(model.parameters())), mean_gradient(model, micros)) < 1e-6
+        plain_opt.zero_grad()
+        return right
+
+    report["after detach()"] = plain()
+    opt = FusedAccumOptimizer(torch.optim.AdamW(model.parameters(), lr=1e-2), 1)
+    run(net, opt, 2, 4)
+    report["wrapped again"] = is_same_everywhere(masters(opt))
+    del opt
+    gc.collect()
+    report["after it was dropped"] = plain()
+    return report
+
+
+def taken_over() -> Report:
+    """A notebook's cell that runs again: the new wrapper averages, also when the old one goes."""
+    model, net, old = made("ddp", steps=2)
+    run(net, old, 0, 2)
+    new = FusedAccumOptimizer(torch.optim.AdamW(model.parameters(), lr=1e-2), 2)
+    run(net, new, 2, 4)
+    del old
+    gc.collect()
+    run(net, new, 4, 6)
+    return {"same": is_same_everywhere(masters(new)), "skipped": int(new.skipped_steps)}
+
+
+def two_wrappers(owner: str) -> Report:
+    """Muon for matrices and AdamW for the rest, in one DDP module."""
+    torch.manual_seed(0)
+    model = Net()
+    matrices = [p for p in model.parameters() if p.dim() == 2]
+    others = [p for p in model.parameters() if p.dim() != 2]
+    net = DistributedDataParallel(model)
+    steps = N if owner == "n" else None
+    opts = [
+        FusedAccumOptimizer(torch.optim.Muon(matrices, lr=1e-2), steps, 1e9),
+        FusedAccumOptimizer(torch.optim.AdamW(others, lr=1e-2), steps, 1e9),
+    ]
+
+    def train() -> None:
+        for i in range(N):
+            loss_of(net, batch(dist.get_rank(), 0, i)).backward()
+            for opt in opts:
+                opt.step()
+                opt.zero_grad()
+
+    micros: list[Micro] = [
+        (1.0, lambda at, r=r, i=i: loss_of(at, batch(r, 0, i)))  # type: ignore[misc]
+        for r in range(dist.get_world_size())
+        for i in range(N)
+    ]
+    exact = mean_gradient(model, micros)
+    report: Report = {"train": message(train)}
+    if report["train"] is None:
+        norms = [float(opt.grad_norm) for opt in opts]  # type: ignore[arg-type]
+        report["norm"] = abs(sum(n * n for n in norms) ** 0.5 / float(flat(exact).norm()) - 1)
+        report["same"] = all(is_same_everywhere(masters(opt)) for opt in opts)
+    return report
+
+
+def gone() -> Report:
+    """Without DDP each process trains by itself again, as with stock torch."""
+    model, net, opt = made("ddp", steps=2)
+    run(net, opt, 0, 2)
+    same = is_same_everywhere(masters(opt))
+    del net
+    gc.collect()
+    run(model, opt, 2, 4)
+    return {"same": same, "same without": is_same_everywhere(masters(opt))}
+
+
+def unfrozen() -> Report:
+    """What DDP did not know at its construction is averaged too."""
+    torch.manual_seed(0)
+    model = Net()
+    model.b.requires_grad_(False)
+    net = DistributedDataParallel(model)
+    opt = FusedAccumOptimizer(torch.optim.AdamW(model.parameters(), lr=1e-2), 2)
+    run(net, opt, 0, 2)
+    start = model.b.weight.detach().clone()
+    model.b.requires_grad_(True)
+    run(net, opt, 2, 6)
+    changed = not torch.equal(start, model.b.weight)
+    return {"same": is_same_everywhere(masters(opt)), "changed": changed}
+
+
+# --- mistakes ---
+
+
+def refused(what: str) -> Report:
+    """DDP that does more than averaging; what is mended trains right."""
+    torch.manual_seed(0)
+    model = Net()
+    options: dict[str, Any] = {}
+    if what == "static":
+        options["static_graph"] = True
+    params = list(model.parameters())
+    inner = torch.optim.AdamW(params[:-1] if what == "part" else params, lr=1e-2)
+    if what == "static":  # made after the optimizer
+        opt = FusedAccumOptimizer(inner, 1)
+        net = DistributedDataParallel(model, **options)
+    else:
+        net = DistributedDataParallel(model, **options)
+        if what == "hook":
+            net.register_comm_hook(None, fp16_compress_hook)
+        elif what == "mixed":  # DDP itself refuses that on a CPU
+            net.mixed_precision = object()
+        group = dist.group.WORLD if what == "group" else None
+        opt = FusedAccumOptimizer(inner, 1, process_group=group)
+    start = flat(params)
+
+    def step() -> None:
+        loss_of(model if what == "mixed" else net, batch(dist.get_rank(), 0, 0)).backward()
+
+    report: Report = {"backward": message(step), "step": message(opt.step)}
+    report["unchanged"] = torch.equal(start, flat(params))
+    if what == "static":
+        opt.zero_grad()
+        run(net, opt, 1, 3)
+        report["same"] = is_same_everywhere(masters(opt))
+        report["changed"] = not torch.equal(start, flat(params))
+    return report
+
+
+def different(what: str) -> Report:
+    """One process has other settings or parameters. Not DDP, which looks at the shapes too."""
+    second = dist.get_rank() == 1
+    torch.manual_seed(0)
+    model: nn.Module = Net(extra=second and what == "parameters")
+    steps = 2 if second and what == "steps" else 1
+    clip = 1.0 if second and what == "clip" else None
+    kind = torch.optim.SGD if second and what == "optimizer" else torch.optim.AdamW
+    with mock.patch.object(reduction, "broadcast", lambda *_: None):
+        inner = kind(model.parameters(), lr=1e-2)
+        opt = FusedAccumOptimizer(inner, steps, clip, process_group=dist.group.WORLD)
+    start = flat(list(model.parameters()))
+
+    def train() -> None:
+        for i in range(2):
+            loss_of(model, batch(dist.get_rank(), 0, i)).backward()
+            opt.step()
+
+    report: Report = {"backward": message(train)}
+    report["unchanged"] = torch.equal(start, flat(list(model.parameters())))
+    return report
+
+
+def fault(what: str) -> Report:
+    """A process dies, or raises, in the backward that averages. It ends then."""
+    model, net, opt = made("ddp", steps=2)
+    run(net, opt, 0, 2)
+    start = flat(masters(opt))
+
+    def fail(_: torch.Tensor) -> None:
+        if dist.get_rank() == 1 and what == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if dist.get_rank() == 1:
+            raise ValueError("the test's")
+
+    def train() -> None:
+        run(net, opt, 2, 3)
+        handle = model.a.weight.register_hook(fail)  # when other buckets are on their way
+        try:
+            run(net, opt, 3, 4)
+        finally:
+            handle.remove()
+
+    with watched():
+        report: Report = {"backward": message(train), "step": message(opt.step)}
+        report["zero_grad"] = message(opt.zero_grad)
+    report["unchanged"] = torch.equal(start, flat([p for p in model.parameters()]))
+    torch.save({f"fault:{what}": report}, f"{os.environ['FOLDER']}/report{dist.get_rank()}")
+    os._exit(0)  # without a word to the others
+
+
+def broadcast() -> Report:
+    """process_group= copies the first process's parameters."""
+    torch.manual_seed(dist.get_rank())
+    model = Net()
+    before = is_same_everywhere(list(model.parameters()))
+    inner = torch.optim.AdamW(model.parameters())
+    opt = FusedAccumOptimizer(inner, 1, process_group=dist.group.WORLD)
+    return {
+        "before": before,
+        "after": is_same_everywhere(list(model.parameters())),
+        "copied": message(lambda: copy.deepcopy(opt)),
+        "wrong": message(lambda: FusedAccumOptimizer(inner, process_group=2)),  # type: ignore[arg-type]
+    }
