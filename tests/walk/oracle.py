@@ -139,8 +139,8 @@ class Oracle(Window):
         slot = self.slots[index]
         if self.broken or self.destroyed or self.removed or self.by_model or self.scaled:
             raise Unspecified("after a failure, or whether it is scaled")
-        if not slot.is_attached or not slot.needs_grad:
-            raise Unspecified("of what the wrapper has not seen")
+        if not slot.is_attached or not slot.needs_grad or slot.by_save:
+            raise Unspecified("of what the wrapper has not seen, or only because of a save")
         if slot.is_assigned and not slot.is_known:
             raise Unspecified("whether the one before was taken up")
         if self.counts and slot.grad is None and self.has_arrivals:
@@ -253,6 +253,7 @@ class Oracle(Window):
             slot.needs_grad = mine.needs_grad
             slot.is_known &= slot.needs_grad or slot.acc is None
             slot.is_attached = mine.is_attached or mine.needs_grad
+            slot.by_save |= mine.by_save
         result.steps, result.max_norm, result.skip = self.steps, self.max_norm, self.skip
         result.warned, result.window_closed = self.warned, None
         result.update.norm_is_known = False
