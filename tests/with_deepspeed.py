@@ -16,7 +16,8 @@ import torch.distributed as dist
 
 from fusedaccum import FusedAccumOptimizer
 from tests import processes
-from tests.engine_cases import N, Net, Report, batch, expected, message, sgd, values
+from tests.engine_cases import N, Net, Report, batch, expected, sgd, values
+from tests.processes import message
 from tests.tolerances import U
 
 CASES = [
