@@ -204,18 +204,21 @@ class Update:
         error = torch.where(differs, torch.zeros_like(param.error), param.error)
         if param.kind == "split":
             param.hides_remainder |= bool(((written == 0) | ~written.isfinite()).any())
-            # It keeps its remainder, which coupled decay puts into states
+            # It keeps its remainder.
             error = torch.where(differs, half_step(new, param.dtype), error)
-            group = next(
-                g
-                for part, g in zip(self.layout, self.plain.param_groups, strict=True)
-                if index in part
-            )
-            share = group.get("weight_decay", 0.0) * OPTIMIZERS[self.kind].sensitivity(group)
-            param.drift = param.drift + share * error
-            param.blur = max(param.blur, float(error.max()) if error.numel() else 0.0)
+            self.stand_off(index, error)
         param.exact.data.copy_(new)
         param.error, param.moved = error, True
+
+    def stand_off(self, index: int, error: Tensor) -> None:
+        """A master may differ by so much from now on, which decay, or a copy, puts into states."""
+        param = self.params[index]
+        group = next(
+            g for part, g in zip(self.layout, self.plain.param_groups, strict=True) if index in part
+        )
+        share = group.get("weight_decay", 0.0) * OPTIMIZERS[self.kind].sensitivity(group)
+        param.error, param.drift = error, param.drift + share * error
+        param.blur = max(param.blur, float(error.max()) if error.numel() else 0.0)
 
     def forget_origins(self, grads: list[Pair | None] | None = None) -> None:
         """What shows now is what the masters are of: of all, or of those with a gradient."""

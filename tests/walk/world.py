@@ -175,8 +175,9 @@ class World:
                 self.masters, dtype, self.config.stochastic, self.kind.is_fused
             )
             lost = (param.value - self.shown[i].double()).abs() + param.error
-            # A master whose rounded value is what shows may stay.
-            param.error = lost if param.has_master else torch.zeros_like(lost)
+            param.error = torch.zeros_like(lost)
+            if param.has_master:  # one whose rounded value is what shows may stay
+                oracle.update.stand_off(i, lost)
             param.exact.data.copy_(self.shown[i])
             for slot in oracle.slots:  # everything is built anew
                 slot.is_attached = slot.needs_grad
