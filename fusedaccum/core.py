@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
+from torch.nn import Module
+from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.optim import Optimizer
 
 from . import backends
@@ -87,9 +88,7 @@ class Core:
             seed=options.seed,
         )
         self.collector.attach_groups(groups)
-        if options.process_group is None:
-            self.collector.engines.meet_ddp()
-        else:
+        if options.process_group is not None:
             from .distributed.reduction import Reduction
 
             settings = _shared(options, type(self.optimizer))
@@ -188,7 +187,7 @@ class Core:
                     window.weight = None  # of a micro-batch in which nothing arrived
                 collector.by_hand.drop_assigned()
                 return
-            collector.warn_discarded(f"zero_grad() after {unclosed}")
+            window.warn_discarded(f"zero_grad() after {unclosed}")
         collector.trouble.note("zero_grad() was interrupted")
         for group in self.optimizer.param_groups:
             for param in group["params"]:
@@ -204,8 +203,9 @@ class Core:
     def sums_so_far(self) -> Tensor:
         """Partial sums of squares of what the coming update would use."""
         self.collect()
-        if self.window.steps is None:
-            self.collector.reduction.complete(closes=False)
+        reduction, counts = self.collector.reduction, self.window.steps is not None
+        if not counts or reduction.comes_averaged:
+            reduction.complete(closes=counts and self.collector.has_arrivals)
         return self.collector.sums_of_squares()
 
     def clip(self, max_norm: float) -> Tensor:
@@ -322,14 +322,18 @@ def _serve(
     options: Options,
     kind: type[Optimizer],
     parts: Parts,
-    modules: Sequence[DistributedDataParallel],
+    modules: Sequence[Module],
 ) -> Reducing:
-    """Average instead of DDP; see `distributed.ddp.serve`."""
-    from .distributed import ddp
+    """Average instead of DDP, or go with shards; see `serve` in `distributed.ddp`, `.sharded`."""
+    from .distributed import ddp, sharded
 
     if options.process_group is not None:
         raise ValueError(
-            "process_group= was given, and DistributedDataParallel (DDP) wraps parameters of this "
-            "optimizer, whose group is taken instead: leave out one of the two"
+            "process_group= was given, and DistributedDataParallel (DDP), fully_shard (FSDP2) or "
+            "tensor parallelism has parameters of this optimizer, and groups of its own that are "
+            "taken instead: leave process_group out"
         )
-    return ddp.serve(parts, modules, _shared(options, kind))
+    settings = _shared(options, kind)
+    if any(slot.shard is not None for slot in parts.slots.values()):
+        return sharded.serve(parts, modules, settings)
+    return ddp.serve(parts, [m for m in modules if isinstance(m, DDP)], settings)

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
@@ -221,11 +221,6 @@ def norm_by_hand() -> Report:
     }  # fmt: skip
 
 
-def fsdp2_after() -> Report:
-    model = fully_shard(Net())
-    return {"wrap": message(lambda: FusedAccumOptimizer(sgd(model)))}
-
-
 def fsdp2_before(owner: str) -> Report:
     model: nn.Module = Net()
     opt = FusedAccumOptimizer(sgd(model), 1 if owner == "n" else None)
@@ -249,22 +244,11 @@ def fsdp2_late() -> Report:
     return {"right": right, "step": message(opt.step)}
 
 
-def fsdp2_way_round() -> Report:
-    model: Any = fully_shard(Net(), mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32))
-    opt = sgd(model)
-    train(model, opt, False)
-    return {"right": same(values(model), expected(range(2)))}
-
-
-def tensor_parallel(order: str) -> Report:
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    plan = {"a": ColwiseParallel(), "b": ColwiseParallel()}
+def tensor_parallel() -> Report:
     model: nn.Module = Net()
-    if order == "after":
-        parallelize_module(model, mesh, plan)
-        return {"wrap": message(lambda: FusedAccumOptimizer(sgd(model)))}
     opt = FusedAccumOptimizer(sgd(model))
-    parallelize_module(model, mesh, plan)
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    parallelize_module(model, mesh, {"a": ColwiseParallel(), "b": ColwiseParallel()})
     model(batch(0, 0, 0)).backward()
     return {"step": message(opt.step)}
 

@@ -13,10 +13,9 @@ from torch import Tensor
 # for 2-byte types.
 ALIGNMENT = 16
 
-SHARDED = (
-    "Use the plain optimizer with the engine's own accumulation; for FSDP2, "
-    "fully_shard(..., mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32)) reduces "
-    "gradients in float32"
+FSDP2 = (
+    "Use fully_shard (FSDP2), with mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32), "
+    "before the optimizer is made"
 )
 
 
@@ -33,7 +32,7 @@ def refuse_tensor(name: str, tensor: Tensor) -> None:
     if getattr(tensor, "_is_flat_param", False):  # FSDP1; its class is Parameter
         raise TypeError(
             f"{name} is a FlatParameter of FullyShardedDataParallel (FSDP1), which holds many "
-            f"parameters and moves its memory: it is not supported. {SHARDED}"
+            f"parameters and moves its memory: it is not supported. {FSDP2}"
         )
     if tensor.is_nested:
         raise TypeError(f"{name} is a nested tensor, which is not one dense block of memory")
@@ -58,8 +57,8 @@ def _refuse_kind(name: str, kind: type[Tensor]) -> None:
     """
     if is_dtensor(kind):
         raise TypeError(
-            f"{name} is a {kind.__name__}, whose memory is in shards (fully_shard, which is FSDP2, "
-            f"or tensor parallelism): sharded tensors are not supported yet. {SHARDED}"
+            f"{name} is a {kind.__name__}, whose memory is in shards on several processes: give "
+            "what this one holds, tensor.to_local()"
         )
     if kind.__torch_dispatch__ is not torch._C._disabled_torch_dispatch_impl:
         raise TypeError(

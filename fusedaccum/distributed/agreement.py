@@ -28,7 +28,8 @@ def disagreement(
     own = dict(settings)
     own["number of parameters that need a gradient"] = len(slots)
     for i, slot in enumerate(slots):
-        own[f"parameter {i}"] = f"{str(slot.dtype).removeprefix('torch.')} {tuple(slot.shape)}"
+        dtype = str(slot.dtype).removeprefix("torch.")
+        own[f"parameter {i}"] = f"{dtype} {tuple(slot.param.shape)}"
     everyone: list[dict[str, Any]] = [{}] * dist.get_world_size(group)
     dist.all_gather_object(everyone, own, group)
     first = everyone[0]

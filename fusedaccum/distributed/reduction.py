@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NoReturn
 
 import numpy as np
@@ -22,10 +22,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
-from torch.nn import Module
 
 from ..backends.mirror import Mirror
-from ..window.reducing import Parts
+from ..window.reducing import Alone, Parts
 from ..window.slots import Fill, Slot
 from ..window.weights import Window
 from . import buckets
@@ -39,7 +38,7 @@ BROKEN = (
 )
 
 
-class Reduction:
+class Reduction(Alone):
     """Averages what one collector accumulates.
 
     Args:
@@ -68,7 +67,7 @@ class Reduction:
         self.world = dist.get_world_size(group)
         self.queue_bytes: float = math.inf
         self.is_running = self.is_average = False
-        self._slots, self._window, self._scaling, self._trouble, device = parts
+        self._slots, self._window, self._scaling, self._trouble, device, _ = parts
         self._is_served, self._is_over, self._is_due = is_served, is_over, is_due
         self._waits, self._settings = waits, settings
         self._buckets: list[Bucket] = []
@@ -81,10 +80,6 @@ class Reduction:
         self._numbers = Mirror(device)
         self._sums: Tensor | None = None  # of the numbers, over the group
         parts.window.is_shared = True
-
-    def is_instead_of(self, modules: Sequence[Module]) -> bool:
-        """See `window.reducing.Reducing`, also for the others."""
-        return False
 
     # --- in a backward; see `window.reducing.Reducing` ---
 
@@ -135,12 +130,7 @@ class Reduction:
     def correction(self, window: Window) -> float | Tensor:
         if not self.is_average or self._sums is None:
             return window.correction()
-        total, n_weighted, n_plain, steps, _ = self._sums[:5]
-        reference = float(window.steps or 1)
-        mean = torch.where(n_weighted > 0, reference * self.world / total, 1.0)
-        # Some processes give weights and others do not, or they count to different numbers.
-        is_mixed = ((n_weighted > 0) & (n_plain > 0)) | (steps != self.world * (window.steps or 0))
-        return torch.where(is_mixed, torch.nan, mean)
+        return correction_of(self._sums, self.world, window)
 
     def reset(self) -> None:
         self._check_whole()
@@ -212,10 +202,9 @@ class Reduction:
         """The sums over all processes of: the total weight, whether it is a weighted window,
         whether it is one without, micro-batches per window, overflows, and for each parameter
         whether it has a gradient; float64."""
-        window, served = self._window, self._bucket_of
-        is_plain = not window.is_weighted and any(slot.fill for slot in served)
+        served = self._bucket_of
         host = np.zeros(5 + len(served))
-        host[:4] = total, window.is_weighted, is_plain, window.steps or 0
+        host[:4] = numbers_of(self._window, total, any(slot.fill for slot in served))
         host[5:] = [slot.fill is not Fill.EMPTY for slot in served]
         sums = self._numbers.set(host).clone()
         if self._scaling.overflow is not None:
@@ -236,6 +225,27 @@ class Reduction:
                 slot.fill, slot.is_zero = fill, False
                 slot.param.grad = slot.grad
             slot.sums_version = None
+
+
+def numbers_of(window: Window, total: float, is_filled: bool) -> tuple[float, ...]:
+    """What of a window is summed over processes: the total weight, whether it is a weighted window,
+    whether it is one without, and the micro-batches per window."""
+    return total, window.is_weighted, not window.is_weighted and is_filled, window.steps or 0
+
+
+def correction_of(sums: Tensor, world: int, window: Window) -> Tensor:
+    """What makes the average of all processes' sums the mean; NaN where some give weights and
+    others do not, or they count to different numbers.
+
+    Args:
+        sums: of `numbers_of`, over the processes.
+        world: how many.
+        window: of this process.
+    """
+    total, n_weighted, n_plain, steps = sums[:4]
+    mean = torch.where(n_weighted > 0, float(window.steps or 1) * world / total, 1.0)
+    is_mixed = ((n_weighted > 0) & (n_plain > 0)) | (steps != world * (window.steps or 0))
+    return torch.where(is_mixed, torch.nan, mean)
 
 
 @torch.no_grad()

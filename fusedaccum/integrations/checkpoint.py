@@ -73,6 +73,7 @@ def save(inner: StateDict, updater: Updater) -> StateDict:
     for index, slot in slots.items():
         entry = state.get(index)
         precise = updater.masters[slot].precise()
+        precise = None if precise is None else slot.shown(precise)
         if precise is not None and index in may_add:
             state.setdefault(index, {})[MASTER] = precise
         elif precise is not None:
@@ -274,7 +275,9 @@ def load(state_dict: StateDict, updater: Updater) -> None:
         updater.masters[slot].restore(entry.get(MASTER, masters.get(index)))
         for name, value in entry.items():
             # It is the caller's, which a step would write, or a view of what `restore` writes.
-            if optimizer.state[param].get(name) is value and type(value) is Tensor:
+            if optimizer.state[param].get(name) is value and (
+                type(value) is Tensor or slot.shard is not None
+            ):
                 optimizer.state[param][name] = value.clone()
         updater.states.restore(slot, steps.get(index))
         accumulated = accumulators.get(index)

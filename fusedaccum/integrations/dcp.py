@@ -25,7 +25,7 @@ def only_initialises(updater: Updater) -> bool:
         return False
     for slot in slots:
         grad = slot.param.grad
-        if grad is None or grad is slot.grad or bool(grad.any()):
+        if grad is None or grad is slot.grad or bool(slot.part(grad).any()):
             return False
     if not is_asked_for_keys():  # a warm-up that starts at 0 may look alike
         return False

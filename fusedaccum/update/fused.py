@@ -71,9 +71,9 @@ class FusedStep:
                 if step is None:
                     step = steps[rule.name, slot.dtype, keep] = Step(rule, keep, [], scalars)
                 kept = master.tensor if master.is_kept else None
-                key = tensor_key(self._seed, position) if keep is Keep.STOCHASTIC else 0
+                key = self._key(slot, position) if keep is Keep.STOCHASTIC else 0
                 step.tensors.append(
-                    StepTensor(param, slot.acc, own.tensors, slot.row, group_index, kept, key)
+                    StepTensor(slot.local, slot.acc, own.tensors, slot.row, group_index, kept, key)
                 )
                 updated.append(slot)
         if not updated:
@@ -93,3 +93,8 @@ class FusedStep:
             torch.autograd.graph.increment_version([s.param for s in updated])
 
         return apply
+
+    def _key(self, slot: Slot, position: int) -> int:
+        """Of a parameter's random bits; each shard draws others, and copies draw the same."""
+        shard = 0 if slot.shard is None else slot.shard.index
+        return tensor_key(self._seed, position + (shard << 20))

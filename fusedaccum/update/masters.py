@@ -67,12 +67,12 @@ class Master:
         """Go on with an fp32 master of a checkpoint, or without one."""
         self.forget()
         if loaded is not None:
-            self.loaded = loaded.to(self._slot.device, torch.float32)
+            self.loaded = self._slot.part(loaded).to(self._slot.device, torch.float32)
 
     def use_fp32(self) -> Tensor:
         """The precise value as an fp32 master, now and from now on, for steps of other packages."""
         value = self.precise()
-        tensor = self._slot.view("master").copy_(self._slot.param if value is None else value)
+        tensor = self._slot.view("master").copy_(self._slot.local if value is None else value)
         self.keep, self.tensor, self.loaded = Keep.FP32, tensor, None
         return tensor
 
@@ -84,7 +84,7 @@ class Master:
         master = self.tensor if self.loaded is None else self._adopted(self.loaded)
         if not self.is_kept or master is None:
             return None
-        return reference.precise(self._slot.param.detach(), master)
+        return reference.precise(self._slot.local.detach(), master)
 
 
 class Masters(dict[Slot, Master]):

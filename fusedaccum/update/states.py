@@ -160,15 +160,17 @@ class States(dict[Slot, RuleState]):
         scalars = self.scalars
         is_foreign = False  # whether it comes from a plain run, or from a checkpoint
         shown: dict[str, Tensor] = {}
+        tensors: tuple[Tensor, ...] = ()
         for name in rule.states:
-            shown[name] = view = slot.view(name)
+            view = slot.view(name)
+            tensors += (view,)
+            shown[name] = slot.shown(view)
             existing = state.get(name)
             if not isinstance(existing, Tensor):
                 view.fill_(rule.start(name, group))
-            elif existing.data_ptr() != view.data_ptr():
+            elif (part := slot.part(existing)).data_ptr() != view.data_ptr():
                 is_foreign = True
-                view.copy_(existing)
-        tensors = tuple(shown.values())
+                view.copy_(part)
         step = scalars.steps[slot.row]
         if tensors and not any(isinstance(state.get(name), Tensor) for name in rule.states):
             step.zero_()  # history begins anew, also where somebody cleared the states

@@ -132,6 +132,7 @@ class WrappedStep:
         if isinstance(self._optimizer, torch.optim.SparseAdam):
             # It takes nothing else, and touches only these rows: those with a gradient.
             return grad.to_sparse(1)
+        grad = slot.shown(grad)
         converts = not packages.reads_fp32_gradients(self._optimizer)
         if not self._masters[slot].is_kept and slot.dtype != torch.float32 and converts:
             return grad.to(slot.dtype)
@@ -141,6 +142,6 @@ class WrappedStep:
         """A parameter's fp32 master, as a parameter."""
         kept = self._masters[slot].use_fp32()
         parameter = self._parameters.get(slot)
-        if parameter is None or parameter.data_ptr() != kept.data_ptr():
-            parameter = self._parameters[slot] = torch.nn.Parameter(kept)
+        if parameter is None or slot.part(parameter).data_ptr() != kept.data_ptr():
+            parameter = self._parameters[slot] = torch.nn.Parameter(slot.shown(kept))
         return parameter

@@ -8,9 +8,10 @@ fresh gradients are freed and `param.grad` shows the accumulator again.
 
 from __future__ import annotations
 
-import warnings
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
+from weakref import WeakMethod
 
 import torch
 from torch import Tensor
@@ -77,7 +78,8 @@ class Collector:
         self.trouble = Trouble()
         self.backwards = Backwards()
         self.by_hand = ByHand(self.slots, window, self.backwards)
-        parts = Parts(self.slots, window, scaling, self.trouble, device)
+        arrive = WeakMethod(self.arrive_together)
+        parts = Parts(self.slots, window, scaling, self.trouble, device, arrive)
         self.engines = Watch(self.attached, parts, serve)
         self._bucket_bytes = bucket_bytes
         self._queue_bytes = bucket_bytes
@@ -108,6 +110,7 @@ class Collector:
             largest = max(s.nbytes for s in self.slots.values())
             self._queue_bytes = self._bucket_bytes - min(largest, self._bucket_bytes // 2)
             self._n_fitted = len(self.slots)
+            self.engines.meet()
 
     # --- the backward ---
 
@@ -129,6 +132,21 @@ class Collector:
         slot.pending, slot.is_due = True, is_due
         self._queue.append(slot)
         self._queued_bytes += slot.nbytes
+
+    def arrive_together(self, slots: Sequence[Slot]) -> None:
+        """An engine is about to assign `param.grad` of all or some of these, at once."""
+        task = torch._C._current_graph_task_id()
+        if task not in self.backwards.threads:
+            self._begin(task)
+        n_bytes = sum(s.nbytes for s in slots)
+        if any(s.pending for s in slots) or self._queued_bytes + n_bytes > self._limit:
+            self.flush()
+        limit, self._limit = self._limit, math.inf  # nothing is there yet that could be added
+        try:
+            for slot in slots:
+                self.arrive(slot, False)
+        finally:
+            self._limit = limit
 
     # Not traced: compiled autograd would stop at the code below the error, and not say why.
     @torch._disable_dynamo  # type: ignore[attr-defined]
@@ -182,7 +200,7 @@ class Collector:
 
     def _discard_emptied(self) -> None:
         if self.window.steps is not None:
-            self.warn_discarded("model.zero_grad() (or p.grad = None) after a backward()")
+            self.window.warn_discarded("model.zero_grad() (or p.grad = None) after a backward()")
         self.discard()
 
     @torch.no_grad()
@@ -199,14 +217,17 @@ class Collector:
                 elif slot.is_due:
                     self.trouble.note(BACKWARD_RAISED)
                 slot.param.grad = slot.grad if slot.fill else None
-            elif grad.shape != slot.shape:
+                continue
+            if slot.shard is not None:
+                grad = self.reduction.precise(slot, slot.part(grad))
+            if grad.shape != slot.shape:
                 raise RuntimeError(
                     f"a parameter changed after it was wrapped ({slot.difference()}): call "
                     "zero_grad() after changing the model, or wrap after it"
                 )
-            else:
-                fresh.append((slot, grad))
-        self.adder.add(fresh, self.window.scale(), is_averaged=self.reduction.is_running)
+            fresh.append((slot, grad))
+        for part, scale in self.reduction.weighed(fresh, self.window.scale()):
+            self.adder.add(part, scale, is_averaged=self.reduction.is_running)
         self.reduction.added(slot for slot, _ in fresh)
 
     def adopt(self, assigned: list[tuple[Slot, Tensor]]) -> None:
@@ -217,6 +238,7 @@ class Collector:
         gradient and is added.
         """
         loop_owned = self.window.steps is None
+        assigned = [(slot, slot.part(grad)) for slot, grad in assigned]
         replacing = [(s, g) for s, g in assigned if loop_owned or s.fill is Fill.CURRENT]
         adding = [(s, g) for s, g in assigned if not (loop_owned or s.fill is Fill.CURRENT)]
         if adding:
@@ -312,19 +334,6 @@ class Collector:
         if assigned := self.look():
             self.adopt(assigned)
 
-    def warn_discarded(self, cause: str) -> None:
-        """Say that the closed micro-batches of a window are given up, if there are any."""
-        if not self.window.micro_batches:
-            return
-        warnings.warn(
-            f"{cause} discards the whole window: {self.window.micro_batches} closed "
-            "micro-batches. Call step() after every backward(). If the backward() belonged to "
-            "another optimizer and only passed through these parameters (the generator's step of "
-            "a GAN), call requires_grad_(False) on them around it",
-            RuntimeWarning,
-            stacklevel=4,
-        )
-
     def filled(self) -> list[Slot]:
         """The parameters that the open window holds a gradient for."""
         return [s for s in self.slots.values() if s.fill]
@@ -332,6 +341,7 @@ class Collector:
     def close_micro_batch(self) -> None:
         """The open micro-batch is over."""
         with self.trouble.unless_done("closing a micro-batch"):
+            self.reduction.close()
             self.scaling.close_micro_batch()
             self.window.close_micro_batch()
             self.backwards.count = 0
@@ -383,5 +393,6 @@ class Collector:
         self.trouble.reason = None
 
     def sums_of_squares(self) -> Tensor:
-        """Partial sums of all filled accumulators, zero elsewhere."""
-        return self.sums.of_filled(self.scaling.may_have_divided or may_reduce())
+        """Partial sums of squares of all filled accumulators; collective where there are shards."""
+        sums = self.sums.of_filled(self.scaling.may_have_divided or may_reduce())
+        return self.reduction.whole(sums)

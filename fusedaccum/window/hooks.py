@@ -16,6 +16,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from .buffers import Block
 from .engines import refuse_exchange
+from .shards import local_of
 from .slots import Slot, check_param
 
 # Whose live hooks are on a parameter: two owners would take each other's accumulators for
@@ -92,7 +93,7 @@ class Attached:
             owner.taken_over = True
         for dtype in dict.fromkeys(param.dtype for _, param in named):
             params = [param for _, param in named if param.dtype is dtype]
-            block = Block(params)
+            block = Block([local_of(param) for param in params])
             for position, param in enumerate(params):
                 slot = Slot(param, block, position, len(self.slots), self.n_cells)
                 self.n_cells += slot.n_cells
@@ -170,10 +171,14 @@ class Attached:
         # cycle that Python's collector cannot see.
         slot_ref, owner_ref = weakref.ref(slot), self._owner_ref
 
-        def prehook(grads: tuple[Tensor | None, ...]) -> None:
+        def prehook(grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...] | None:
             arriving, owner = slot_ref(), owner_ref()
             if arriving is not None and owner is not None and arriving.node is not None:
                 owner.arrive(arriving, grads[0] is not None)
+                # Here, where every process is at the same place of the same graph.
+                if arriving.shard is not None and grads[0] is not None:
+                    return (arriving.shard.placed(grads[0]),)
+            return None
 
         slot.hook = slot.node.register_prehook(prehook)
         _owners[param] = weakref.ref(self)

@@ -7,7 +7,7 @@ processes of a group.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -28,6 +28,7 @@ class Parts(NamedTuple):
     scaling: Scaling
     trouble: Trouble
     device: torch.device
+    arrive: Callable[[], Callable[[Sequence[Slot]], None] | None]  # see `arrive_together`
 
 
 class Reducing(Protocol):
@@ -37,11 +38,14 @@ class Reducing(Protocol):
         queue_bytes: how many bytes of fresh gradients may wait to be added, in this backward.
         is_running: whether this backward averages what it fills.
         is_average: whether the accumulators hold an average of all processes.
+        comes_averaged: whether gradients arrive as averages, so that `complete` may be called at
+            any time.
     """
 
     queue_bytes: float
     is_running: bool
     is_average: bool
+    comes_averaged: bool
 
     def is_instead_of(self, modules: Sequence[Module]) -> bool:
         """Whether these DDP modules rest because of this."""
@@ -52,11 +56,28 @@ class Reducing(Protocol):
     def added(self, slots: Iterable[Slot]) -> None:
         """Gradients were added in a backward, all or in part."""
 
+    def precise(self, slot: Slot, grad: Tensor) -> Tensor:
+        """What this process holds of a shard's gradient, as precisely as it is known.
+
+        Args:
+            slot: of the parameter.
+            grad: as an engine has rounded it.
+        """
+
+    def weighed(
+        self, fresh: Sequence[tuple[Slot, Tensor]], scale: float
+    ) -> Iterable[tuple[Sequence[tuple[Slot, Tensor]], float]]:
+        """Gradients that are to be added, with the factor on them: `scale`, or 1 where an engine
+        had to weigh them before."""
+
     def end(self) -> None:
         """The backward that `begin` was told of has brought everything."""
 
     def changed(self) -> None:
         """The accumulators were changed between backwards, in this process alone."""
+
+    def close(self) -> None:
+        """The open micro-batch is about to be closed."""
 
     def complete(self, closes: bool) -> None:
         """The window is about to be used: average what is not averaged yet.
@@ -68,6 +89,9 @@ class Reducing(Protocol):
     def correction(self, window: Window) -> float | Tensor:
         """What makes the accumulated sum the mean; a 0-d tensor if it is of many processes."""
 
+    def whole(self, sums: Tensor) -> Tensor:
+        """Partial sums of squares of the whole gradient, from those of what this process holds."""
+
     def reset(self) -> None:
         """The window is over, or was discarded."""
 
@@ -76,9 +100,10 @@ class Reducing(Protocol):
 
 
 class Alone:
-    """One process."""
+    """One process; also what others do not do in another way."""
 
-    queue_bytes, is_running, is_average = math.inf, False, False
+    queue_bytes: float = math.inf
+    is_running = is_average = comes_averaged = False
 
     def is_instead_of(self, modules: Sequence[Module]) -> bool:
         return False
@@ -89,10 +114,21 @@ class Alone:
     def added(self, slots: Iterable[Slot]) -> None:
         pass
 
+    def precise(self, slot: Slot, grad: Tensor) -> Tensor:
+        return grad
+
+    def weighed(
+        self, fresh: Sequence[tuple[Slot, Tensor]], scale: float
+    ) -> Iterable[tuple[Sequence[tuple[Slot, Tensor]], float]]:
+        return [(fresh, scale)]
+
     def end(self) -> None:
         pass
 
     def changed(self) -> None:
+        pass
+
+    def close(self) -> None:
         pass
 
     def complete(self, closes: bool) -> None:
@@ -100,6 +136,9 @@ class Alone:
 
     def correction(self, window: Window) -> float | Tensor:
         return window.correction()
+
+    def whole(self, sums: Tensor) -> Tensor:
+        return sums
 
     def reset(self) -> None:
         pass

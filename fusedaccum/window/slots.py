@@ -12,6 +12,7 @@ from ..backends.tables import count_chunks
 from ..backends.tensors import is_dense, refuse_tensor
 from .buffers import Block
 from .engines import refuse_partitioned
+from .shards import shard_of
 
 PARAM_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -32,6 +33,9 @@ def check_param(name: str, param: Tensor) -> None:
         ValueError: for its layout or device.
     """
     refuse_partitioned(name, param)
+    shard = shard_of(param)
+    if shard is not None:
+        name, param = f"the local tensor of {name}", shard.local(param)
     refuse_tensor(name, param)
     if param.dtype not in PARAM_DTYPES:
         allowed = ", ".join(str(d) for d in PARAM_DTYPES)
@@ -55,10 +59,12 @@ class Slot:
 
     Attributes:
         param: the parameter, where it always was.
+        shard: how a DTensor lies over the processes; None for an ordinary parameter. All else is
+            of what this process holds of it.
         block, position: the flat buffers that it has a part of, and its place in them.
         row: its row in the update's device tables.
         acc: its fp32 accumulator, part of a flat buffer, made when first needed.
-        grad: the same memory as `acc`, the tensor that `param.grad` shows. It has a version
+        grad: the same memory as `acc`, the (D)tensor that `param.grad` shows. It has a version
             counter of its own, so that a change from outside is seen.
         fill: what `acc` holds of the open window.
         closed_version: version of `grad` when the last micro-batch was closed.
@@ -75,17 +81,18 @@ class Slot:
     __slots__ = (
         "__weakref__", "acc", "block", "cell", "closed_version", "device", "dtype",
         "fill", "grad", "has_sums", "hook", "is_contiguous", "is_due", "is_zero", "n_cells",
-        "nbytes", "node", "numel", "param", "pending", "position", "row", "shape", "stride",
-        "sums_version",
+        "nbytes", "node", "numel", "param", "pending", "position", "row", "shape", "shard",
+        "stride", "sums_version",
     )  # fmt: skip
 
     def __init__(self, param: Tensor, block: Block, position: int, row: int, cell: int) -> None:
-        self.param = param
-        self.dtype, self.device = param.dtype, param.device
-        self.shape, self.stride = param.shape, param.stride()
-        self.is_contiguous = param.is_contiguous()
-        self.numel = param.numel()
-        self.nbytes = self.numel * param.element_size()
+        self.param, self.shard = param, shard_of(param)
+        local = self.local
+        self.dtype, self.device = local.dtype, local.device
+        self.shape, self.stride = local.shape, local.stride()
+        self.is_contiguous = local.is_contiguous()
+        self.numel = local.numel()
+        self.nbytes = self.numel * local.element_size()
         self.block, self.position = block, position
         self.row, self.cell, self.n_cells = row, cell, count_chunks(self.numel)
         self.acc: Tensor = None  # type: ignore[assignment]  # see `allocate`
@@ -97,12 +104,25 @@ class Slot:
         self.node: Any = None
         self.hook: Any = None
 
+    @property
+    def local(self) -> Tensor:
+        """What this process holds of the parameter: its memory."""
+        return self.param if self.shard is None else self.shard.local(self.param)
+
+    def part(self, tensor: Tensor) -> Tensor:
+        """What this process holds of a tensor that belongs to the parameter."""
+        return tensor if self.shard is None else self.shard.part(tensor)
+
+    def shown(self, local: Tensor) -> Tensor:
+        """What people see of a tensor that this process holds: the same memory."""
+        return local if self.shard is None else self.shard.whole(local)
+
     def allocate(self) -> None:
         """Make the accumulator. Its first use stores, so it is not zeroed."""
         if self.grad is None:
             self.acc = self.block.view("acc", self.position, torch.float32, zeroed=False)
             # .data: the same memory with a version counter of its own.
-            self.grad = self.acc.data
+            self.grad = self.shown(self.acc.data)
         elif self.grad.dtype is not torch.float32:
             self.show_again()
 
@@ -120,7 +140,7 @@ class Slot:
         """Take over the accumulator of a checkpoint, and show it."""
         self.allocate()
         assert self.grad is not None
-        self.acc.copy_(accumulated)
+        self.acc.copy_(self.part(accumulated))
         self.fill, self.sums_version = fill, None
         self.note_version()
         self.param.grad = self.grad
@@ -136,7 +156,7 @@ class Slot:
 
     def show_again(self) -> None:
         """Make `grad` anew, after `model.to()` converted the tensor that showed `acc`."""
-        self.grad = self.acc.data
+        self.grad = self.shown(self.acc.data)
         self.sums_version = None
         self.note_version()
 
@@ -151,7 +171,7 @@ class Slot:
 
     def difference(self) -> str | None:
         """What became of the parameter since it was wrapped, if anything did."""
-        param = self.param
+        param = self.local
         if (
             param.dtype is self.dtype
             and param.shape == self.shape

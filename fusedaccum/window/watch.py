@@ -1,8 +1,9 @@
 """Engines that have our parameters, seen among Python's objects, or as they write our gradients.
 
 `p.grad` is the accumulator. DistributedDataParallel (DDP) averages each micro-gradient and copies
-the average over it; FSDP and DeepSpeed take it away. Where torch.distributed is in use, all objects
-are looked through once, in the first backward: DDP is served, the others are refused. An engine
+the average over it; fully_shard (FSDP2) adds to it; FSDP1 and DeepSpeed take it away. Where
+torch.distributed is in use, all objects are looked through as the optimizer is made and in the
+first backward: DDP and FSDP2 are served, the others are refused. An engine
 that comes later, or that nobody knows, is seen at the end of each backward, when it has written:
 that costs a look at one tensor.
 """
@@ -13,8 +14,8 @@ import gc
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from itertools import islice
-from typing import Any, NoReturn, Protocol, cast
+from itertools import chain, islice
+from typing import Any, NoReturn, Protocol
 
 import torch
 from torch import Tensor
@@ -22,11 +23,11 @@ from torch.autograd import Variable
 from torch.nn import Module
 from torch.nn.parallel import DistributedDataParallel
 
-from ..backends.tensors import SHARDED, is_dtensor
+from ..backends.tensors import FSDP2, is_dtensor
 from .engines import PLAIN, refuse_exchange
 from .reducing import Alone, Parts, Reducing
 
-Serve = Callable[[Parts, Sequence[DistributedDataParallel]], Reducing]
+Serve = Callable[[Parts, Sequence[Module]], Reducing]
 
 
 class Owned(Protocol):
@@ -36,6 +37,7 @@ class Owned(Protocol):
     grad: Tensor | None
     shape: torch.Size
     is_due: bool
+    shard: Any
 
 
 class Owner(Protocol):
@@ -73,8 +75,8 @@ class Watch:
 
     Args:
         owner: has the parameters.
-        parts: what DDP modules that are found have to do with.
-        serve: makes what averages instead of them, or raises ValueError with the reason.
+        parts: what DDP and FSDP2 modules that are found have to do with.
+        serve: makes what goes with them, and with shards, or raises ValueError with the reason.
 
     Attributes:
         parts: as given.
@@ -93,16 +95,28 @@ class Watch:
         """The window is discarded."""
         self._n_ending = 0
 
-    def meet_ddp(self) -> None:
-        """Average instead of DDP modules that are there as the optimizer is made: with a static
-        graph, DDP queues its reduction before a gradient arrives. One that cannot be served is
-        refused by the first backward, until which much may change."""
+    def meet(self) -> None:
+        """Go with what is there as the optimizer is made, or a parameter joins.
+
+        With a static graph, DDP queues its reduction before a gradient arrives. A DDP that cannot
+        be served is refused by the first backward, until which much may change.
+
+        Raises:
+            ValueError: for shards that cannot be served.
+        """
         if not is_distributed():
             return
         found = [e for e in _engines(self._owner.slots) if not isinstance(e, str)]
-        if found:
+        if self._has_shards:
+            self.reduction.detach()
+            self.reduction = self._serve(self.parts, found)
+        elif found:
             with suppress(ValueError):
                 self.reduction = self._serve(self.parts, found)
+
+    @property
+    def _has_shards(self) -> bool:
+        return any(slot.shard is not None for slot in self.parts.slots.values())
 
     def begin(self) -> None:
         """A backward begins.
@@ -121,7 +135,7 @@ class Watch:
         Raises:
             RuntimeError: as `begin` does.
         """
-        if is_distributed() and (not self._looked or self._is_empty()):
+        if is_distributed() and (not self._looked or (self._is_empty() and not self._has_shards)):
             self._look()
 
     def note_ending(self) -> None:
@@ -219,11 +233,36 @@ def _parameters(module: Module) -> Iterator[Tensor]:
     return (p for p in vars(module).get("_parameters", {}).values() if p is not None)
 
 
-def _engine(module: Module) -> DistributedDataParallel | str | None:
-    """DDP itself; of another engine why its parameters cannot be ours; None for other modules."""
+def _served(engine: Module) -> Iterator[Tensor]:
+    """The parameters whose gradients an engine reduces."""
+    if not hasattr(engine, "_get_fsdp_state"):
+        return Module.parameters(engine)
+    return chain.from_iterable(map(fsdp2_params, fsdp2_groups(engine)))
+
+
+def fsdp2_groups(module: Module) -> list[Any]:
+    """What a module of FSDP2 reduces at once."""
+    state: Any = module._get_fsdp_state()  # type: ignore[operator]
+    groups = getattr(state, "_fsdp_param_groups", None)
+    if groups is None:  # torch < 2.12
+        groups = [group for group in [state._fsdp_param_group] if group is not None]
+    return list(groups)
+
+
+def fsdp2_params(group: Any) -> list[Tensor]:
+    """The sharded parameters of a group, also while its module shows whole ones."""
+    return [param.sharded_param for param in group.fsdp_params]
+
+
+def _engine(module: Module) -> Module | str | None:
+    """DDP or FSDP2 itself; of another engine why its parameters cannot be ours; None for other
+    modules."""
     kind = type(module)
     if issubclass(kind, DistributedDataParallel) and "reducer" in vars(module):
-        return cast(DistributedDataParallel, module)
+        return module
+    fsdp2 = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", None)
+    if fsdp2 is not None and issubclass(kind, fsdp2):
+        return module
     fsdp = getattr(sys.modules.get("torch.distributed.fsdp"), "FullyShardedDataParallel", None)
     if fsdp is not None and issubclass(kind, fsdp):
         return _FSDP1
@@ -235,15 +274,15 @@ def _engine(module: Module) -> DistributedDataParallel | str | None:
     return None
 
 
-def _engines(slots: Mapping[Tensor, Owned]) -> list[DistributedDataParallel | str]:
-    """The DDP modules with a parameter of `slots`; of another engine why it cannot be, and what to
-    do."""
+def _engines(slots: Mapping[Tensor, Owned]) -> list[Module | str]:
+    """The DDP and FSDP2 modules with a parameter of `slots`; of another engine why it cannot be,
+    and what to do."""
     held: set[Tensor] = set()
     sharded: set[torch.Size] = set()
-    found: list[DistributedDataParallel | str] = []
+    found: list[Module | str] = []
     for module in _modules():
         engine = _engine(module)
-        if engine is not None and any(param in slots for param in Module.parameters(module)):
+        if engine is not None and any(param in slots for param in _served(module)):
             found.append(engine)
         for param in _parameters(module):
             held.add(param)
@@ -253,19 +292,20 @@ def _engines(slots: Mapping[Tensor, Owned]) -> list[DistributedDataParallel | st
                 sharded.update(getattr(param, "_shapes", ()))  # FlatParameter
     if sharded and not any(isinstance(engine, str) for engine in found):
         for param, slot in slots.items():
-            if param not in held and param.grad is None and slot.param.shape in sharded:
+            is_lost = param not in held and param.grad is None and slot.shard is None
+            if is_lost and param.shape in sharded:
                 return [_REPLACED.format(tuple(param.shape))]
     return found
 
 
 _FSDP1 = (
     "FullyShardedDataParallel (FSDP1) wraps parameters of this optimizer: it moves their memory "
-    f"and writes p.grad, which is the accumulator, itself. It is not supported. {SHARDED}"
+    f"and writes p.grad, which is the accumulator, itself. It is not supported. {FSDP2}"
 )
 _REPLACED = (
     "no gradient can arrive any more: an engine (fully_shard, which is FSDP2, tensor parallelism "
     "or FullyShardedDataParallel) replaced the model's parameters after the optimizer was made; "
-    f"one of shape {{}} is in no module now. Sharded parameters are not supported yet. {SHARDED}"
+    f"one of shape {{}} is in no module now. Shard first, make the optimizer after that. {FSDP2}"
 )
 _WRITTEN = (
     "something else wrote p.grad, which is this optimizer's accumulator, at the end of a "

@@ -11,6 +11,7 @@ Processes that average their sums need the same W_ref: that of weights of 1.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -112,6 +113,19 @@ class Window:
         """Go on with the window of a checkpoint; older ones lack the last two entries."""
         for name in self.saved():
             setattr(self, name, saved.get(name))
+
+    def warn_discarded(self, cause: str) -> None:
+        """Say that the closed micro-batches of a window are given up, if there are any."""
+        if not self.micro_batches:
+            return
+        warnings.warn(
+            f"{cause} discards the whole window: {self.micro_batches} closed micro-batches. Call "
+            "step() after every backward(). If the backward() belonged to another optimizer and "
+            "only passed through these parameters (the generator's step of a GAN), call "
+            "requires_grad_(False) on them around it",
+            RuntimeWarning,
+            stacklevel=4,
+        )
 
     def reset(self) -> None:
         """Start the next window. A micro_batch() block that is being run becomes its first."""

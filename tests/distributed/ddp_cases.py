@@ -15,6 +15,7 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
@@ -71,7 +72,11 @@ Micro = tuple[float, Callable[[nn.Module], Tensor]]  # a weight and a loss
 
 def mean_gradient(model: nn.Module, micros: Sequence[Micro]) -> list[Tensor]:
     """Of all micro-batches of all processes, in float64."""
-    twin = copy.deepcopy(model)
+    return mean_gradient_of(copy.deepcopy(model), micros)
+
+
+def mean_gradient_of(twin: nn.Module, micros: Sequence[Micro]) -> list[Tensor]:
+    """The same, of a model whose `p.grad` may change."""
     total = sum(weight for weight, _ in micros)
     sums = [torch.zeros(p.shape, dtype=torch.float64) for p in twin.parameters()]
     for weight, loss in micros:
@@ -79,8 +84,13 @@ def mean_gradient(model: nn.Module, micros: Sequence[Micro]) -> list[Tensor]:
         loss(twin).backward()
         for acc, p in zip(sums, twin.parameters(), strict=True):
             if p.grad is not None:
-                acc += p.grad.double() * (weight / total)
+                acc += whole(p.grad).double() * (weight / total)
     return sums
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a DTensor, of which this process has a shard."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def flat(tensors: Sequence[Tensor]) -> Tensor:

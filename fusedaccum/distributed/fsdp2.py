@@ -1,0 +1,102 @@
+"""Hooks in FSDP2's reductions: before one, to weigh what is reduced; after it, to see the result.
+
+FSDP2 has a place for each (`FSDPModule.set_custom_reduce_scatter`, `set_all_reduce_hook`). Several
+optimizers may have parameters of one group, so one pair of hooks serves all of them.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor
+from torch.nn import Module
+
+from ..window.watch import fsdp2_groups, fsdp2_params
+
+
+class Listener(NamedTuple):
+    """Who wants to know of reductions.
+
+    Attributes:
+        scale: called before one, with the parameters of the group; the factor on this process's
+            gradients, or None where none of the parameters is its own.
+        reduced: called after it with the parameters, the flat gradient, which FSDP2 will round and
+            assign to `p.grad` in parts, and whether it is of gradients with that factor.
+    """
+
+    scale: Callable[[Sequence[Tensor]], float | None]
+    reduced: Callable[[Sequence[Tensor], Tensor, bool], None]
+
+
+class _Hooks:
+    """Of one group of parameters that FSDP2 reduces at once."""
+
+    def __init__(self, group: Any) -> None:
+        self._group = weakref.ref(group)
+        self._listeners: list[Listener] = []
+        self._is_scaled = False
+        self._hook, self._scatter = group._all_reduce_hook, group._reduce_scatter_comm
+        group._all_reduce_hook, group._reduce_scatter_comm = self._reduced, self
+
+    def add(self, listener: Listener) -> None:
+        self._listeners.append(listener)
+
+    def remove(self, listener: Listener) -> None:
+        self._listeners.remove(listener)
+        group = self._group()
+        if not self._listeners and group is not None:
+            group._all_reduce_hook, group._reduce_scatter_comm = self._hook, self._scatter
+            del _hooks[group]
+
+    def _params(self) -> list[Tensor]:
+        group = self._group()
+        return [] if group is None else fsdp2_params(group)
+
+    def _reduced(self, flat: Tensor) -> None:
+        if self._hook is not None:
+            self._hook(flat)
+        is_scaled, self._is_scaled = self._is_scaled, False
+        for listener in list(self._listeners):
+            listener.reduced(self._params(), flat, is_scaled)
+
+    def allocate(self, *args: Any, **kwargs: Any) -> Any:
+        """See torch.distributed's ReduceScatter, also for `__call__`."""
+        return self._scatter.allocate(*args, **kwargs)
+
+    def __call__(self, output_tensor: Tensor, input_tensor: Tensor, *args: Any, **more: Any) -> Any:
+        scales = {listener.scale(self._params()) for listener in self._listeners} - {None}
+        if len(scales) > 1:
+            raise RuntimeError(
+                f"several optimizers have parameters that FSDP2 reduces together, and give this "
+                f"micro-batch different factors ({sorted(map(float, scales))}). Enter "  # type: ignore[arg-type]
+                "micro_batch(weight=...) with the same weight on each of them"
+            )
+        scale = scales.pop() if scales else None
+        if scale not in (None, 1.0):
+            input_tensor.mul_(scale)
+        self._is_scaled = scale is not None
+        return self._scatter(output_tensor, input_tensor, *args, **more)
+
+
+_hooks: weakref.WeakKeyDictionary[Any, _Hooks] = weakref.WeakKeyDictionary()
+
+
+def listen(modules: Iterable[Module], listener: Listener) -> Callable[[], None]:
+    """Tell `listener` of the reductions of these modules; returns what ends that."""
+    heard: list[weakref.ref[_Hooks]] = []
+    for module in modules:
+        for group in fsdp2_groups(module):
+            hooks = _hooks.get(group)
+            if hooks is None:
+                hooks = _hooks[group] = _Hooks(group)
+            hooks.add(listener)
+            heard.append(weakref.ref(hooks))
+
+    def stop() -> None:
+        while heard:
+            if (hooks := heard.pop()()) is not None:
+                hooks.remove(listener)
+
+    return stop

@@ -1,0 +1,284 @@
+"""Parameters in shards: FSDP2 (`fully_shard`), tensor parallelism, and both together.
+
+Gradients come averaged over the processes, and each process gets the shard that it holds of the
+parameter. What is left to do together is small: the window's numbers, and the sum of squares.
+
+FSDP2 reduces the gradients of some parameters at once, in float32 where it is told to, and adds
+them to `p.grad` in the parameter's dtype. A hook after that reduction is where we take the
+accumulator away and keep the float32 numbers.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NoReturn
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh
+from torch.nn import Module
+from torch.nn.parallel import DistributedDataParallel
+
+from ..backends.mirror import Mirror
+from ..window.reducing import Alone, Parts
+from ..window.slots import Fill, Slot
+from ..window.weights import Window
+from .agreement import disagreement
+from .fsdp2 import Listener, listen
+from .reduction import correction_of, numbers_of
+
+_SCALER = (
+    "a GradScaler is not supported for sharded parameters (DTensors): each process would have a "
+    "scale of its own before the gradients are averaged. Train in bfloat16, which needs none"
+)
+_HELD_BACK = (
+    "no gradient arrived in a micro-batch with a weight: FSDP2 kept it whole, to add it up "
+    "unweighted (set_requires_gradient_sync(False), or a framework's no_sync()). Nothing was "
+    "updated. Reduce in every micro-batch, which FSDP2 does by itself, or give no weights"
+)
+_NO_SCATTER = (
+    "micro_batch(weight=...) with FSDP2 on a mesh that has one process in the dimension of its "
+    "shards: what copies average cannot be weighed before. Nothing was updated. Use a mesh of one "
+    "dimension, or DistributedDataParallel"
+)
+
+
+class Sharded(Alone):
+    """Goes with one collector whose parameters are DTensors, all or some.
+
+    Args:
+        parts: of the collector.
+        modules: of FSDP2, which reduce gradients of the parameters.
+        settings: by name; all processes must have the same.
+    """
+
+    def __init__(
+        self, parts: Parts, modules: Sequence[Module], settings: Mapping[str, Any]
+    ) -> None:
+        self._slots, self._window, self._scaling, self._trouble, device, self._arrive = parts
+        self.is_average, self.comes_averaged = False, True
+        self._settings: Mapping[str, Any] | None = settings  # until they were compared
+        self._groups = _groups_of(self._slots.values())
+        self._world = 1
+        for group in self._groups:
+            self._world *= group.size()
+        self._numbers = Mirror(device)
+        self._sums: Tensor | None = None
+        self._norm = ShardedSums(self._slots.values(), device)
+        self._flats: dict[Slot, Tensor] = {}
+        self._weighed: set[Slot] = set()
+        self._was_reduced = False  # in this micro-batch
+        self._stream: torch.Stream | None = None  # on which FSDP2 assigns gradients
+        stop = listen(modules, self._listener())
+        self._end = weakref.finalize(self, stop)
+        parts.window.is_shared = True
+
+    def _listener(self) -> Listener:
+        this = weakref.ref(self)
+
+        def scale(params: Sequence[Tensor]) -> float | None:
+            own = this()
+            if own is None or not any(param in own._slots for param in params):
+                return None
+            return own._factor()
+
+        def reduced(params: Sequence[Tensor], flat: Tensor, is_scaled: bool) -> None:
+            if (own := this()) is not None:
+                own._take([s for p in params if (s := own._slots.get(p))], flat, is_scaled)
+
+        return Listener(scale, reduced)
+
+    def is_instead_of(self, modules: Sequence[Module]) -> bool:
+        return not any(isinstance(module, DistributedDataParallel) for module in modules)
+
+    # --- in a backward ---
+
+    def _factor(self) -> float:
+        """The factor on the gradients that are about to be averaged over processes."""
+        self._was_reduced = True
+        return self._window.scale() if self._window.weight is not None else 1.0
+
+    def _take(self, slots: Sequence[Slot], flat: Tensor, is_scaled: bool) -> None:
+        """FSDP2 has reduced the gradients of some of these, and assigns them now."""
+        arrive = self._arrive()
+        if arrive is None or not slots:
+            return
+        arrive(slots)
+        if flat.is_cuda:
+            self._stream = torch.cuda.current_stream(flat.device)
+        is_weighed = self._window.weight is not None
+        if is_weighed and not is_scaled and any(_world(slot) > 1 for slot in slots):
+            self._fail(_NO_SCATTER)
+        for slot in slots:
+            if flat.dtype is torch.float32 and slot.dtype is not torch.float32:
+                self._flats[slot] = flat
+            if is_weighed and is_scaled:
+                self._weighed.add(slot)
+
+    def begin(self) -> None:
+        self.is_average = False
+        self._flats.clear()
+        self._weighed.clear()
+
+    def precise(self, slot: Slot, grad: Tensor) -> Tensor:
+        flat = self._flats.pop(slot, None)
+        if flat is None:
+            return grad
+        shown = slot.param.grad
+        is_whole = grad.untyped_storage().nbytes() == flat.numel() * grad.element_size()
+        if not is_whole or shown is None or shown._version != 0:
+            return grad  # a hook of somebody has written or replaced it
+        # FSDP2 has cut its rounded copy in the same way.
+        return flat.as_strided(grad.shape, grad.stride(), grad.storage_offset())
+
+    def weighed(
+        self, fresh: Sequence[tuple[Slot, Tensor]], scale: float
+    ) -> Iterable[tuple[Sequence[tuple[Slot, Tensor]], float]]:
+        if self._stream is not None:
+            current = torch.cuda.current_stream(self._stream.device)
+            current.wait_stream(self._stream)
+            for _, grad in fresh:
+                grad.record_stream(current)
+        if not self._weighed:
+            return [(fresh, scale)]
+        before = [pair for pair in fresh if pair[0] in self._weighed]
+        return [(before, 1.0), ([p for p in fresh if p[0] not in self._weighed], scale)]
+
+    def added(self, slots: Iterable[Slot]) -> None:
+        self.is_average = False
+
+    # --- between backwards ---
+
+    def changed(self) -> None:
+        self.is_average = False
+
+    def close(self) -> None:
+        is_held_back = self._window.weight is not None and not self._was_reduced
+        self._was_reduced = False
+        if is_held_back and not any(s.fill is Fill.CURRENT for s in self._slots.values()):
+            self._fail(_HELD_BACK)
+
+    def complete(self, closes: bool) -> None:
+        if self.is_average:
+            return
+        with self._trouble.unless_done("sharing a window's numbers with other processes"):
+            if self._settings is not None:
+                self._compare(self._settings)
+            is_filled = any(slot.fill for slot in self._slots.values())
+            total = self._window.total_so_far(closes)
+            host = np.array([*numbers_of(self._window, total, is_filled)], dtype=np.float64)
+            self._sums = self._numbers.set(host).clone()
+            for group in self._groups:
+                dist.all_reduce(self._sums, group=group)
+            self.is_average = True
+
+    def _compare(self, settings: Mapping[str, Any]) -> None:
+        for group in self._groups:
+            if reason := disagreement(group, settings, list(self._slots.values())):
+                self._fail(reason)
+        self._settings = None
+
+    def _fail(self, reason: str) -> NoReturn:
+        self._trouble.note(reason)
+        raise RuntimeError(reason)
+
+    def correction(self, window: Window) -> float | Tensor:
+        if not self.is_average or self._sums is None:
+            return window.correction()
+        return correction_of(self._sums, self._world, window)
+
+    def whole(self, sums: Tensor) -> Tensor:
+        return self._norm.whole(sums)
+
+    def reset(self) -> None:
+        self.is_average = self._was_reduced = False
+        self._flats.clear()
+        self._weighed.clear()
+
+    def detach(self) -> None:
+        self._window.is_shared = False
+        self._end()
+
+
+class ShardedSums:
+    """Sums of squares over processes, each element once: shards are summed, copies are not.
+
+    Args:
+        slots: of all parameters.
+        device: where they are.
+    """
+
+    def __init__(self, slots: Iterable[Slot], device: torch.device) -> None:
+        self._groups: dict[str, ProcessGroup] = {}
+        kinds: dict[tuple[str, ...], int] = {}  # by the groups over which the elements are spread
+        kind_of: list[int] = []
+        for slot in slots:
+            groups = slot.shard.groups if slot.shard is not None else []
+            self._groups.update((group.group_name, group) for group in groups)
+            key = tuple(group.group_name for group in groups)
+            kind_of += [kinds.setdefault(key, len(kinds))] * slot.n_cells
+        self._members = {
+            name: [kind for key, kind in kinds.items() if name in key] for name in self._groups
+        }
+        self._n_kinds = len(kinds)
+        self._kind_of = torch.tensor(kind_of, dtype=torch.int64, device=device)
+
+    @torch.no_grad()
+    def whole(self, sums: Tensor) -> Tensor:
+        """Sums of the whole gradient, fp32: a number and the rest that its rounding has cut off.
+
+        Args:
+            sums: partial ones of what this process holds, fp32, by cell.
+        """
+        totals = torch.zeros(self._n_kinds, dtype=torch.float64, device=sums.device)
+        totals.index_add_(0, self._kind_of, sums.double())
+        for name, group in self._groups.items():
+            spread = totals[self._members[name]]
+            dist.all_reduce(spread, group=group)
+            totals[self._members[name]] = spread
+        total = totals.sum()
+        rounded = total.float()
+        rest = torch.where(rounded.isfinite(), total - rounded.double(), 0.0).float()
+        return torch.stack([rounded, rest])
+
+
+def serve(parts: Parts, modules: Sequence[Module], settings: Mapping[str, Any]) -> Sharded:
+    """Go with shards from now on.
+
+    Raises:
+        ValueError: for what cannot be served, naming it and the way round.
+    """
+    if any(isinstance(module, DistributedDataParallel) for module in modules):
+        raise ValueError(
+            "DistributedDataParallel (DDP) wraps parameters of this optimizer, others of which are "
+            "sharded (DTensors): give each kind an optimizer of its own, or let fully_shard with a "
+            "mesh of two dimensions (HSDP) replicate shards"
+        )
+    if parts.scaling.takes_part:
+        raise ValueError(_SCALER)
+    for slot in parts.slots.values():
+        mesh = slot.shard.mesh if slot.shard is not None else None
+        if mesh is not None and slot.device.type != mesh.device_type:
+            raise ValueError(
+                f"shards on {slot.device} of a mesh on {mesh.device_type!r} (CPUOffloadPolicy) are "
+                "not supported: their gradients arrive after the backward. Leave offload_policy out"
+            )
+    return Sharded(parts, modules, settings)
+
+
+def _world(slot: Slot) -> int:
+    return 1 if slot.shard is None else slot.shard.mesh.size()
+
+
+def _groups_of(slots: Iterable[Slot]) -> list[ProcessGroup]:
+    """Of the processes that train together: those of the largest mesh, a group for each of its
+    dimensions, or all in one where these are all that there are."""
+    meshes: Callable[[DeviceMesh], int] = DeviceMesh.size
+    mesh = max((s.shard.mesh for s in slots if s.shard is not None), key=meshes)
+    if mesh.size() == dist.get_world_size():
+        return [dist.group.WORLD]  # type: ignore[list-item]
+    return [mesh.get_group(dim) for dim in range(mesh.ndim)]
