@@ -18,7 +18,7 @@ REFUSED = {
     "refused:mixed": "mixed_precision=",
     "refused:part": "1 parameters that no FusedAccumOptimizer has (c.bias)",
     "refused:hook": "communication hook",
-    "refused:group": "leave out one of the two",
+    "refused:group": "leave process_group out",
     "refused:static": "static_graph=True",
 }
 DIFFERENT = {
