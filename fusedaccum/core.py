@@ -294,6 +294,11 @@ class Core:
         """
         self.check_usable()
         self.collector.check()
+        if self.collector.reduction.keeps_back():
+            raise RuntimeError(
+                "FSDP2 keeps gradients of the open window back, which a checkpoint would lose; "
+                "nothing was done. Save after a backward() that reduces them, or between windows"
+            )
         if self.collector.attached.changed() is None:
             self.collector.attach_groups(self.optimizer.param_groups)
         self.collector.adopt_assigned()

@@ -243,7 +243,9 @@ def correction_of(sums: Tensor, world: int, window: Window) -> Tensor:
         window: of this process.
     """
     total, n_weighted, n_plain, steps = sums[:4]
-    mean = torch.where(n_weighted > 0, float(window.steps or 1) * world / total, 1.0)
+    # That of a checkpoint which one process has written may be another one.
+    reference = window.reference or window.steps or 1
+    mean = torch.where(n_weighted > 0, float(reference) * world / total, 1.0)
     is_mixed = ((n_weighted > 0) & (n_plain > 0)) | (steps != world * (window.steps or 0))
     return torch.where(is_mixed, torch.nan, mean)
 

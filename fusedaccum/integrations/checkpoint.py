@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 from ..rules import registry
 from ..update.updater import Updater
 from ..window.collector import Collector
-from ..window.saved import go_on, open_accumulators, window_numbers, zeros
+from ..window.saved import go_on, open_accumulators, places, window_numbers, zeros
 from ..window.slots import PARAM_DTYPES, Fill, Slot
 from ..window.watch import place
 from .entries import (
@@ -62,6 +62,7 @@ def save(inner: StateDict, updater: Updater) -> StateDict:
     state = without_ours(inner)
     held, numbers = open_accumulators(collector), window_numbers(collector)
     zeroed = set() if held else zeros(collector)
+    of_whom = places(collector, bool(window.is_explicit))[0]
     accumulators = {i: held[s.param] for i, s in slots.items() if s.param in held}
     is_open = bool(window.micro_batches or accumulators)
     steps: dict[int, float] = {}
@@ -85,7 +86,7 @@ def save(inner: StateDict, updater: Updater) -> StateDict:
         if step is not None and "step" not in (entry or {}):
             steps[index] = step
         if index in accumulators and index in may_window:
-            of_window = open_window(slot, numbers, window.steps, step)
+            of_window = open_window(slot, numbers, window.steps, step, of_whom)
             state.setdefault(index, {}).update(of_window)
         if index in state:
             state[index][MICRO_BATCHES] = number(window.micro_batches)
@@ -177,7 +178,8 @@ def check(state_dict: StateDict, updater: Updater) -> None:
         return
     is_open = extra["window"]["micro_batches"] > 0 or accumulators
     rank, world = extra.get("rank", 0), extra.get("world", 1)
-    if is_open and (rank, world) != place():
+    has_weights = bool(extra["window"].get("is_explicit"))
+    if is_open and (rank, world) not in places(updater.collector, has_weights):
         own, of_all = place()
         raise ValueError(
             f"the checkpoint was saved inside a window by rank {rank} of {world} processes, this "

@@ -16,7 +16,8 @@ from torch.optim import Optimizer
 from torch.optim import optimizer as torch_optimizer
 from torch.utils._pytree import tree_map_only
 
-from .frameworks import refuse_deepspeed
+from .dcp import WithOurNames
+from .frameworks import is_unflattening, refuse_deepspeed
 
 
 def _wrapper(kind: type[Any]) -> type[Any]:
@@ -104,6 +105,8 @@ class SharingOptimizer(Optimizer):
     @property
     def state(self) -> defaultdict[Tensor, Any]:
         """The wrapped optimizer's own dict. States are fp32 views of flat buffers."""
+        if is_unflattening():
+            return WithOurNames(self.optimizer.state)
         return self.optimizer.state
 
     @state.setter
