@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from ..backends.tensors import is_dtensor
 from ..rules import registry
 from ..update.updater import Updater
 from ..window.collector import Collector
@@ -178,6 +179,12 @@ def check(state_dict: StateDict, updater: Updater) -> None:
         return
     is_open = extra["window"]["micro_batches"] > 0 or accumulators
     rank, world = extra.get("rank", 0), extra.get("world", 1)
+    if KEY in state_dict and (rank, world) != place() and _holds_shards(state_dict):
+        raise ValueError(
+            f"the checkpoint holds the shards of rank {rank} of {world} processes, this is rank "
+            f"{place()[0]} of {place()[1]}. Load a file per rank in as many ranks, or use "
+            "torch.distributed.checkpoint, which deals shards out anew"
+        )
     has_weights = bool(extra["window"].get("is_explicit"))
     if is_open and (rank, world) not in places(updater.collector, has_weights):
         own, of_all = place()
@@ -192,6 +199,11 @@ def check(state_dict: StateDict, updater: Updater) -> None:
             f"{extra['gradient_accumulation_steps']}, this optimizer has {window.steps}: construct "
             "it with the same number to finish that window"
         )
+
+
+def _holds_shards(state_dict: StateDict) -> bool:
+    entries = state_dict["state"].values()
+    return any(is_dtensor(type(v)) for entry in entries if entry for v in entry.values())
 
 
 def _elementwise(updater: Updater) -> set[str]:

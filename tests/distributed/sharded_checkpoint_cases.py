@@ -111,10 +111,11 @@ def full() -> Report:
     return {"off": [off(precise(again), precise(opt)), off(states(again), states(opt))]}
 
 
-def inside(how: str) -> Report:
-    """Saved by each rank in mid-window, with weights where `how` begins with "weighted", and loaded
-    by itself ("same") or by the other one ("turned")."""
-    weighted, _, how = how.rpartition("-")
+def files(how: str) -> Report:
+    """ "open-same": one of each rank, "closed" or in mid-window ("open", "weighted"), and loaded by
+    itself ("same") or by the other one ("turned")."""
+    window, how = how.split("-")
+    weighted = window == "weighted"
     rank, world = dist.get_rank(), dist.get_world_size()
 
     def micro(model: nn.Module, opt: Any, i: int) -> None:
@@ -130,7 +131,8 @@ def inside(how: str) -> Report:
     model = build(torch.bfloat16)
     opt = FusedAccumOptimizer(adamw(model), N)
     train(model, opt, range(1))
-    micro(model, opt, 0)
+    if window != "closed":
+        micro(model, opt, 0)
     file = io.BytesIO()
     torch.save([opt.state_dict(), model.state_dict()], file)
     everyone: list[Any] = [None] * world
@@ -144,6 +146,7 @@ def inside(how: str) -> Report:
         return {"error": error}
     other.load_state_dict(weights)
     for m, o in ((model, opt), (other, again)):
-        micro(m, o, 1)
+        for i in range(window != "closed", N):
+            micro(m, o, i)
         train(m, o, range(2, 3))
     return {"same": all(map(torch.equal, precise(opt), precise(again)))}

@@ -21,7 +21,7 @@ FORMS = [
         ("bf16", "nested", "open"),
     )
 ]  # fmt: skip
-INSIDE = ["same", "turned", "weighted-same", "weighted-turned"]
+FILES = [f"{w}-{how}" for w in ("closed", "open", "weighted") for how in ("same", "turned")]
 Results = Callable[[int, str], Any]
 
 
@@ -35,7 +35,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
             cases = [f"loaded:{form}" for form in FORMS]
             if world == 2:
                 cases = [f"saved:{form}" for form in FORMS] + cases
-                cases += ["full", *(f"inside:{how}" for how in INSIDE)]
+                cases += ["full", *(f"files:{how}" for how in FILES)]
             elif 2 not in groups:
                 of(2, "full")
             groups[world] = processes.agreeing(processes.run(MODULE, cases, world, folder))
@@ -60,10 +60,10 @@ def test_a_whole_state_dict_broadcast(results: Results) -> None:
     assert results(2, "full")["off"] == [0.0, 0.0]
 
 
-@pytest.mark.parametrize("how", INSIDE)
-def test_a_file_of_each_process_inside_a_window(results: Results, how: str) -> None:
-    result = results(2, f"inside:{how}")
+@pytest.mark.parametrize("how", FILES)
+def test_a_file_of_each_process(results: Results, how: str) -> None:
+    result = results(2, f"files:{how}")
     if how.endswith("same"):
         assert result == {"same": True}
     else:
-        assert "by rank S of 2 processes, this is rank R of 2" in result["error"]
+        assert "the shards of rank S of 2 processes, this is rank R of 2" in result["error"]
