@@ -16,14 +16,17 @@ from torch.optim import Optimizer
 
 from . import backends
 from .integrations import checkpoint
+from .integrations.face import SharingOptimizer
 from .options import Options
 from .rules import packages, registry
 from .update.masters import Masters
 from .update.updater import Updater
 from .window.advice import Advice
 from .window.collector import Collector
+from .window.engines import exchanged, refuse_exchange
 from .window.grad_scaler import Scaling
 from .window.reducing import Parts, Reducing
+from .window.shards import is_sharded
 from .window.trouble import PART
 from .window.weights import Window
 
@@ -95,7 +98,7 @@ class Core:
             engines = self.collector.engines
             engines.reduction = Reduction(engines.parts, options.process_group, settings=settings)
 
-    def change(self, name: str, value: Any, wrapper: type[Optimizer]) -> None:
+    def change(self, name: str, value: Any) -> None:
         """Assign a setting.
 
         Raises:
@@ -103,7 +106,7 @@ class Core:
             RuntimeError: for another number of micro-batches inside a window.
         """
         old = self.options
-        options = replace(old, **{name: value}).checked(self.optimizer, wrapper)
+        options = replace(old, **{name: value}).checked(self.optimizer, SharingOptimizer)
         steps = options.gradient_accumulation_steps
         if steps != old.gradient_accumulation_steps:
             self.collector.look()
@@ -126,6 +129,7 @@ class Core:
         """Have every gradient in its accumulator, or raise before anything is updated."""
         self.check_usable()
         self.collector.check()
+        self._follow_exchange()
         self.collector.engines.at_step()
         self.check_params()
         self.collector.adopt_assigned()
@@ -151,6 +155,7 @@ class Core:
             return
         if self._moving is not None:
             self._reattach()
+        self._follow_exchange()
         self.collector.attach_groups(self.optimizer.param_groups)
         if self.collector.attached.changed() is None:
             return
@@ -158,6 +163,20 @@ class Core:
             self._reattach()
         else:
             self.collector.attached.refuse_changed()
+
+    def _follow_exchange(self) -> None:
+        """Serve shards that took the place of all parameters before anything was done with them.
+
+        Raises:
+            RuntimeError: where something was.
+        """
+        newcomers = exchanged(self.collector.slots, self.optimizer.param_groups)
+        if not newcomers or not all(is_sharded(param) for param in newcomers):
+            return
+        if self.optimizer.state or self.collector.is_open:
+            refuse_exchange(self.collector.slots, self.optimizer.param_groups)
+        self.collector.attached.detach()
+        self._build()
 
     def _reattach(self) -> None:
         """Build everything anew for parameters that moved; states move with them."""

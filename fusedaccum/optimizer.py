@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from .core import Core
 from .integrations import checkpoint
 from .integrations.dcp import only_initialises
-from .integrations.face import SharingOptimizer, step_hooks
+from .integrations.face import HandedOver, SharingOptimizer, step_hooks
 from .options import Options, calls_closure, check_positive, check_weight
 from .update import describe
 
@@ -41,29 +41,7 @@ class Setting:
                 f"{self.__get__(wrapper)!r}, got {value!r}. Call detach() and wrap again with "
                 f"{self._name}={value!r}"
             )
-        wrapper._core.change(self._name, value, FusedAccumOptimizer)
-
-
-class HandedOver:
-    """What GradScaler sets on an optimizer for one step(); `vars()` keeps it, and step() finds it.
-
-    It is not to be read here: GradScaler would multiply its scale with what an interrupted step()
-    has left.
-    """
-
-    def __set_name__(self, owner: type, name: str) -> None:
-        self._name = name
-
-    def __get__(self, wrapper: Any, kind: type | None = None) -> Any:
-        if wrapper is None:
-            return self
-        raise AttributeError(self._name)
-
-    def __set__(self, wrapper: Any, value: Any) -> None:
-        vars(wrapper)[self._name] = value
-
-    def __delete__(self, wrapper: Any) -> None:
-        vars(wrapper).pop(self._name, None)
+        wrapper._core.change(self._name, value)
 
 
 class FusedAccumOptimizer(SharingOptimizer):
@@ -392,6 +370,9 @@ class FusedAccumOptimizer(SharingOptimizer):
         """What a linked GradScaler asks, instead of unscaling `p.grad`: it is unscaled already."""
         sums = self._core.sums_so_far()
         return {sums.device: self._core.scaling.found_inf(sums)}
+
+    def _take_parameters(self) -> None:
+        self._core.check_params()
 
     def _hooks(self) -> AbstractContextManager[Any]:
         """Hooks of step(), but for an optimizer whose own step() runs them itself."""

@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ..backends.tensors import is_dtensor
 from ..rules import registry
 from ..update.updater import Updater
 from ..window.collector import Collector
 from ..window.saved import go_on, open_accumulators, places, window_numbers, zeros
+from ..window.shards import is_sharded
 from ..window.slots import PARAM_DTYPES, Fill, Slot
 from ..window.watch import place
 from .entries import (
@@ -203,7 +203,7 @@ def check(state_dict: StateDict, updater: Updater) -> None:
 
 def _holds_shards(state_dict: StateDict) -> bool:
     entries = state_dict["state"].values()
-    return any(is_dtensor(type(v)) for entry in entries if entry for v in entry.values())
+    return any(is_sharded(v) for entry in entries if entry for v in entry.values())
 
 
 def _elementwise(updater: Updater) -> set[str]:

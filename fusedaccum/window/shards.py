@@ -25,6 +25,11 @@ def shard_of(param: Tensor) -> Shard | None:
     return Shard(cast("DTensor", param)) if is_dtensor(type(param)) else None
 
 
+def is_sharded(tensor: object) -> bool:
+    """Whether it is a DTensor."""
+    return isinstance(tensor, Tensor) and is_dtensor(type(tensor))
+
+
 def local_of(param: Tensor) -> Tensor:
     """What this process holds of a parameter: its memory."""
     shard = shard_of(param)

@@ -276,6 +276,30 @@ def train_plain(model: nn.Module, opt: Any, windows: range) -> None:
         opt.zero_grad()
 
 
+def exchanged(how: str) -> Report:
+    """The model is sharded after the wrapping, and shards put into the param groups, as frameworks
+    do: "at once", or "late", when there is a state."""
+    torch.manual_seed(0)
+    model, twin = Odd(), Odd()
+    twin.load_state_dict(model.state_dict())
+    world = dist.get_world_size()
+    opt = FusedAccumOptimizer(adamw(model), N)
+    if how == "late":
+        train(model, opt, range(1), rank=0)
+    sharded(model, init_device_mesh("cpu", (world,)))
+    opt.param_groups[0]["params"] = list(model.parameters())
+    one = FusedAccumOptimizer(adamw(twin), N * world)
+    if how == "late":
+        loss_of(model, x_of(0, 0, 0, model)).backward()
+        return {"step": message(opt.step)}
+    for window in range(3):
+        for i in range(N):
+            train_micro(model, opt, dist.get_rank(), window, i)
+            for rank in range(world):
+                train_micro(twin, one, rank, window, i)
+    return {"off": off(values(model), values(twin))}
+
+
 # --- refused ---
 
 

@@ -22,7 +22,8 @@ CASES = {
     (SERVING, 2): [
         *(f"ways:{how}" for how in WAYS), *(f"against_one_process:{case}" for case in ONE),
         "beside_stock:muon", "placed", "bytes_per_parameter:fp32", "bytes_per_parameter:bf16",
-        "two_optimizers", "stochastic", "compiled", "comes_back", "refused",
+        "two_optimizers", "stochastic", "compiled", "comes_back", "exchanged:at once",
+        "exchanged:late", "refused",
     ],
     (GRADIENTS, 2): [
         "one_overflows:data", "one_overflows:shard", "hooks_of_users", "loop_goes_on", "by_hand",
@@ -97,6 +98,13 @@ def test_a_compiled_model(results: Results) -> None:
 
 def test_plain_torch_comes_back(results: Results) -> None:
     assert max(results(SERVING, 2, "comes_back")["off"]) < 1e-6
+
+
+def test_shards_that_take_the_place_of_parameters(results: Results) -> None:
+    assert results(SERVING, 2, "exchanged:at once")["off"] < 1e-7
+    late = results(SERVING, 2, "exchanged:late")["step"]
+    assert "replaced in param_groups by shards (DTensors, the first of shape (5, 16))" in late
+    assert "load a checkpoint after it" in late
 
 
 def test_refused(results: Results) -> None:
