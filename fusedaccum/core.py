@@ -9,9 +9,9 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.nn import Module
-from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.optim import Optimizer
 
 from . import backends
@@ -23,6 +23,7 @@ from .update.masters import Masters
 from .update.updater import Updater
 from .window.advice import Advice
 from .window.collector import Collector
+from .window.deal import Deal
 from .window.engines import exchanged, refuse_exchange
 from .window.grad_scaler import Scaling
 from .window.reducing import Parts, Reducing
@@ -73,6 +74,10 @@ class Core:
             splits=registry.serve(self.optimizer),
             is_stochastic=options.stochastic_rounding,
         )
+        deal = Deal()
+        if options.shard_states:
+            group = options.process_group
+            deal = Deal(dist.get_rank(group), dist.get_world_size(group))
         self.collector = Collector(
             backends.get(options.backend, device),
             self.window,
@@ -82,6 +87,7 @@ class Core:
             device=device,
             check=masters.check,
             serve=partial(_serve, options, type(self.optimizer)),
+            deal=deal,
         )
         self.updater = Updater(
             self.optimizer,
@@ -286,6 +292,13 @@ class Core:
                 "nothing was updated. Call step() after the block; after an exception call "
                 "zero_grad()"
             )
+        shares = self.options.shard_states
+        if shares and not self.collector.reduction.shares:
+            raise RuntimeError(
+                "shard_states=True, but nothing averages gradients over processes, each of which "
+                "updates a part of the parameters; nothing was updated. Wrap the model in "
+                "DistributedDataParallel (DDP), or give process_group= to FusedAccumOptimizer"
+            )
         max_norm = self.window.max_norm or self.options.max_grad_norm
         with hooks as has_run:
             if has_run:
@@ -299,6 +312,8 @@ class Core:
                     self.collector.close_micro_batch()
                 factor = self.collector.reduction.correction(self.window)
                 apply(self.scaling.correction(factor))
+                if shares:
+                    self.collector.reduction.share(self.collector.filled())
                 self.collector.end_window()
                 self.window_closed = True
         return has_gradient
@@ -337,27 +352,17 @@ def _shared(options: Options, kind: type[Optimizer]) -> dict[str, Any]:
     """The settings that the processes of a group must have in common, by name."""
     names = (
         "gradient_accumulation_steps", "max_grad_norm", "master_weights", "skip_nonfinite",
-        "stochastic_rounding", "seed", "fused_unscale",
+        "stochastic_rounding", "seed", "fused_unscale", "shard_states",
     )  # fmt: skip
     return {"optimizer": kind.__name__} | {name: getattr(options, name) for name in names}
 
 
 def _serve(
-    options: Options,
-    kind: type[Optimizer],
-    parts: Parts,
-    modules: Sequence[Module],
+    options: Options, kind: type[Optimizer], parts: Parts, modules: Sequence[Module]
 ) -> Reducing:
-    """Average instead of DDP, or go with shards; see `serve` in `distributed.ddp`, `.sharded`."""
-    from .distributed import ddp, sharded
+    """See `distributed.serving`, which is imported where there are several processes."""
+    from .distributed import serving
 
-    if options.process_group is not None:
-        raise ValueError(
-            "process_group= was given, and DistributedDataParallel (DDP), fully_shard (FSDP2) or "
-            "tensor parallelism has parameters of this optimizer, and groups of its own that are "
-            "taken instead: leave process_group out"
-        )
+    has_group = options.process_group is not None
     settings = _shared(options, kind)
-    if any(slot.shard is not None for slot in parts.slots.values()):
-        return sharded.serve(parts, modules, settings)
-    return ddp.serve(parts, [m for m in modules if isinstance(m, DDP)], settings)
+    return serving.serve(parts, modules, settings, has_group, options.shard_states)

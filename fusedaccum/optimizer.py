@@ -83,6 +83,10 @@ class FusedAccumOptimizer(SharingOptimizer):
             around it: gradients are averaged over them, and the parameters of the first one are
             copied to all at once. None: DistributedDataParallel is found by itself, and its group
             is taken.
+        shard_states: under DistributedDataParallel or with a process_group, each process keeps
+            masters and states of a part of the parameters, updates those, and sends them to the
+            others (ZeRO stage 1). Whole parameters are dealt out. A state dict then holds the
+            states of its own process: use torch.distributed.checkpoint, or a file per process.
 
     `gradient_accumulation_steps` may be assigned between windows (a batch size that grows);
     `max_grad_norm` and `skip_nonfinite` at any time, for the updates to come. The other settings
@@ -122,6 +126,7 @@ class FusedAccumOptimizer(SharingOptimizer):
         grad_scaler: torch.amp.GradScaler | None = None,
         fused_unscale: bool = False,
         process_group: torch.distributed.ProcessGroup | None = None,
+        shard_states: bool = False,
     ) -> None:
         options = Options(
             gradient_accumulation_steps,
@@ -135,6 +140,7 @@ class FusedAccumOptimizer(SharingOptimizer):
             grad_scaler,
             fused_unscale,
             process_group,
+            shard_states,
         ).checked(optimizer, FusedAccumOptimizer)
         self.optimizer = optimizer
         self._core = Core(optimizer, options)
@@ -145,7 +151,8 @@ class FusedAccumOptimizer(SharingOptimizer):
     skip_nonfinite = Setting(is_changeable=True)
     master_weights, backend, bucket_cap_mb = Setting(), Setting(), Setting()
     stochastic_rounding, seed = Setting(), Setting()
-    grad_scaler, fused_unscale, process_group = Setting(), Setting(), Setting()
+    grad_scaler, fused_unscale = Setting(), Setting()
+    process_group, shard_states = Setting(), Setting()
     grad_scale, found_inf = HandedOver(), HandedOver()
 
     def add_param_group(self, param_group: Group) -> None:
@@ -316,6 +323,12 @@ class FusedAccumOptimizer(SharingOptimizer):
         """
         core = self._core
         core.collector.look()
+        if self.shard_states and self.state:
+            raise RuntimeError(
+                "detach() with shard_states=True would leave each process with the states of some "
+                "parameters, of which plain torch would start the others afresh; nothing was done. "
+                "Save with torch.distributed.checkpoint, and load that into a plain optimizer"
+            )
         if core.collector.is_open:
             raise RuntimeError(
                 f"detach() inside a window would lose {self.micro_batches} micro-batches: "

@@ -32,6 +32,7 @@ class Options:
     grad_scaler: torch.amp.GradScaler | None = None
     fused_unscale: bool = False
     process_group: ProcessGroup | None = None
+    shard_states: bool = False
 
     def checked(self, optimizer: object, wrapper: type[Optimizer]) -> Options:
         """The same settings, validated for an optimizer to wrap.
@@ -49,6 +50,7 @@ class Options:
         check_rounding(self.stochastic_rounding, self.seed, self.master_weights)
         check_scaler(self.grad_scaler, self.fused_unscale, steps)
         check_group(self.process_group)
+        check_shards(self.shard_states, optimizer)
         given = {field.name: getattr(self, field.name) for field in fields(self)}
         own = {"gradient_accumulation_steps": steps, "max_grad_norm": max_norm}
         return Options(**{**given, **own, "bucket_cap_mb": bucket})
@@ -210,6 +212,24 @@ def check_group(group: object) -> None:
         raise TypeError(f"{advice}, got {group!r} of type {type(group).__name__}")
     if torch.distributed.get_rank(group) < 0:
         raise ValueError(f"{advice}; got a group without this process")
+
+
+def check_shards(shard_states: object, optimizer: Any) -> None:
+    """Validate `shard_states`."""
+    check_bool("shard_states", shard_states)
+    if not shard_states:
+        return
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        raise ValueError(
+            "shard_states=True shares optimizer states out over processes, and there are none: "
+            "call torch.distributed.init_process_group() first (torchrun starts processes), or "
+            "leave shard_states out"
+        )
+    if calls_closure(optimizer) or callable(getattr(optimizer, "train", None)):
+        raise ValueError(
+            f"shard_states=True cannot serve {type(optimizer).__name__}, which looks at all "
+            "parameters at once (a closure, or train() and eval()): leave shard_states out"
+        )
 
 
 def check_positive_or_none(name: str, value: object) -> float | None:

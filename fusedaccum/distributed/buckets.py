@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from torch.distributed import (
     get_world_size,
 )
 
+from ..window.buffers import Block
 from ..window.slots import Fill, Slot
 
 # fp32 bytes: as DistributedDataParallel has it, but for its first, smaller bucket.
@@ -65,22 +66,24 @@ class Bucket:
             self.flat.div_(self._divisor)
 
 
-def buckets_of(slots: Iterable[Slot], group: ProcessGroup, max_bytes: int) -> Iterator[Bucket]:
-    """Cut parameters into buckets, the last ones first: the backward reaches them first.
+def buckets_of(slots: Sequence[Slot], group: ProcessGroup, max_bytes: int) -> list[Bucket]:
+    """Cut parameters into buckets, in the order in which a backward completes them.
 
     Args:
-        slots: in the optimizer's order, which is that of the flat buffers.
+        slots: in the optimizer's order, which is also that inside a flat buffer; a backward
+            reaches the last ones first.
         group: of processes.
         max_bytes: a bucket ends where it has as many; a larger parameter is one by itself.
     """
-    run: list[Slot] = []
-    n_bytes = 0
-    for slot in reversed(list(slots)):
-        is_neighbour = run and run[-1].block is slot.block and run[-1].position == slot.position + 1
-        if run and (not is_neighbour or n_bytes >= max_bytes):
-            yield Bucket(run[::-1], group)
-            run, n_bytes = [], 0
-        run.append(slot)
-        n_bytes += 4 * slot.numel
-    if run:
-        yield Bucket(run[::-1], group)
+    order = {slot: i for i, slot in enumerate(slots)}
+    runs: list[list[Slot]] = []
+    open_runs: dict[Block, list[Slot]] = {}
+    for slot in reversed(slots):
+        run = open_runs.get(slot.block, [])
+        is_full = sum(4 * s.numel for s in run) >= max_bytes
+        if not run or is_full or run[0].position != slot.position + 1:
+            run = open_runs[slot.block] = []
+            runs.append(run)
+        run.insert(0, slot)
+    runs.sort(key=lambda run: -order[run[0]])
+    return [Bucket(run, group) for run in runs]

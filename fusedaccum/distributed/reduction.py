@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NoReturn
 
 import numpy as np
@@ -66,7 +66,7 @@ class Reduction(Alone):
         self.group = group
         self.world = dist.get_world_size(group)
         self.queue_bytes: float = math.inf
-        self.is_running = self.is_average = False
+        self.is_running, self.is_average, self.shares = False, False, True
         self._slots, self._window, self._scaling, self._trouble, device, _ = parts
         self._is_served, self._is_over, self._is_due = is_served, is_over, is_due
         self._waits, self._settings = waits, settings
@@ -132,6 +132,18 @@ class Reduction(Alone):
             return window.correction()
         return correction_of(self._sums, self.world, window)
 
+    @torch.no_grad()
+    def share(self, slots: Sequence[Slot]) -> None:
+        for rank in sorted({slot.updater for slot in slots}):
+            updated = [slot for slot in slots if slot.updater == rank]
+            params = [slot.param.detach() for slot in updated]
+            # As DDP's constructor does.
+            dist._broadcast_coalesced(  # type: ignore[attr-defined]
+                self.group, params, buckets.BUCKET_BYTES, rank
+            )
+            received = [slot.param for slot in updated if not slot.is_own]
+            torch.autograd.graph.increment_version(received)
+
     def reset(self) -> None:
         self._check_whole()
         self.is_average = False
@@ -167,7 +179,7 @@ class Reduction(Alone):
         served = [slot for param, slot in self._slots.items() if self._is_served(param)]
         if reason := disagreement(self.group, self._settings, served):
             self.fail(reason)
-        self._buckets = list(buckets.buckets_of(served, self.group, buckets.BUCKET_BYTES))
+        self._buckets = buckets.buckets_of(served, self.group, buckets.BUCKET_BYTES)
         self._bucket_of = {slot: bucket for bucket in self._buckets for slot in bucket.slots}
         self._n_slots = len(self._slots)
 

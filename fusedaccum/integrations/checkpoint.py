@@ -40,7 +40,7 @@ from .entries import (
     without_gaps,
     without_ours,
 )
-from .frameworks import is_asked_for_keys, refuse_second_count
+from .frameworks import is_asked_for_keys, refuse_part, refuse_second_count
 from .malformed import refuse_malformed
 
 
@@ -60,6 +60,9 @@ def save(inner: StateDict, updater: Updater) -> StateDict:
     """
     collector, window = updater.collector, updater.collector.window
     slots = _indexed(updater.optimizer, collector)
+    is_part = not all(slot.is_own for slot in slots.values())
+    if is_part:
+        refuse_part()
     state = without_ours(inner)
     held, numbers = open_accumulators(collector), window_numbers(collector)
     zeroed = set() if held else zeros(collector)
@@ -89,6 +92,8 @@ def save(inner: StateDict, updater: Updater) -> StateDict:
         if index in accumulators and index in may_window:
             of_window = open_window(slot, numbers, window.steps, step, of_whom)
             state.setdefault(index, {}).update(of_window)
+        if all_keys and not slot.is_own:
+            state.setdefault(index, {})  # DCP asks for one of each parameter
         if index in state:
             state[index][MICRO_BATCHES] = number(window.micro_batches)
             state[index][IS_OPEN] = number(is_open)
@@ -104,6 +109,7 @@ def save(inner: StateDict, updater: Updater) -> StateDict:
         "skipped_steps": updater.states.skipped,
     }
     extra["rank"], extra["world"] = place()
+    extra["is_part"] = is_part
     return {**inner, "state": state, KEY: extra}
 
 
@@ -179,11 +185,14 @@ def check(state_dict: StateDict, updater: Updater) -> None:
         return
     is_open = extra["window"]["micro_batches"] > 0 or accumulators
     rank, world = extra.get("rank", 0), extra.get("world", 1)
-    if KEY in state_dict and (rank, world) != place() and _holds_shards(state_dict):
+    is_part = extra.get("is_part", False)
+    shares = not all(slot.is_own for slot in updater.collector.slots.values())
+    is_elsewhere = (rank, world) != place() or (is_part and not shares)
+    if KEY in state_dict and is_elsewhere and (is_part or _holds_shards(state_dict)):
         raise ValueError(
             f"the checkpoint holds the shards of rank {rank} of {world} processes, this is rank "
-            f"{place()[0]} of {place()[1]}. Load a file per rank in as many ranks, or use "
-            "torch.distributed.checkpoint, which deals shards out anew"
+            f"{place()[0]} of {place()[1]}. Load a file per rank in as many ranks, with the same "
+            "shard_states, or use torch.distributed.checkpoint, which deals shards out anew"
         )
     has_weights = bool(extra["window"].get("is_explicit"))
     if is_open and (rank, world) not in places(updater.collector, has_weights):
@@ -286,7 +295,11 @@ def load(state_dict: StateDict, updater: Updater) -> None:
         if slot is None:
             continue
         entry = entries.get(index, {})
-        updater.masters[slot].restore(entry.get(MASTER, masters.get(index)))
+        if not slot.is_own:
+            optimizer.state.pop(param, None)
+            entry = {}
+        master = entry.get(MASTER, masters.get(index)) if slot.is_own else None
+        updater.masters[slot].restore(master)
         for name, value in entry.items():
             # It is the caller's, which a step would write, or a view of what `restore` writes.
             if optimizer.state[param].get(name) is value and (

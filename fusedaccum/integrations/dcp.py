@@ -39,7 +39,7 @@ def only_initialises(updater: Updater) -> bool:
             rule = registry.select(optimizer, group)
             for param in group["params"]:
                 slot_or_none = collector.slots.get(param)
-                if slot_or_none is not None and rule is not None:
+                if slot_or_none is not None and slot_or_none.is_own and rule is not None:
                     updater.fused.bind(slot_or_none, rule, group)
     elif not collector.window.micro_batches:
         collector.adopt_assigned()

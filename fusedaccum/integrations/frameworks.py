@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import sys
 from types import FrameType
+from typing import Any
 
 from ..window.engines import PLAIN
 
@@ -13,6 +14,12 @@ _ZERO = tuple(
     f"deepspeed.runtime.{name}" for name in ("zero", "fp16", "bf16_optimizer", "superoffload",
     "zenflow")
 )  # fmt: skip
+# Functions that save what one process has, and whose they are.
+_SAVES = {
+    "_save_optimizer_and_scheduler": "the Trainer",
+    "save_accelerator_state": "Accelerate's save_state()",
+    "dump_checkpoint": "Lightning",
+}
 _PASSED_OVER = ("fusedaccum", "torch", "contextlib")
 
 
@@ -27,6 +34,32 @@ def is_asked_for_keys() -> bool:
         return False
     finally:
         del frame  # or it would keep every local of the caller alive
+
+
+def refuse_part() -> None:
+    """Raise where somebody who saves the state dict of one process asks for it, as that one has the
+    states of some parameters only (`shard_states=True`).
+
+    Raises:
+        RuntimeError: naming who asks, and what to do.
+    """
+    frame = inspect.currentframe()
+    asks = None
+    try:
+        while frame is not None and asks is None:
+            asks = _SAVES.get(frame.f_code.co_name)
+            info: Any = frame.f_locals.get("info")
+            if frame.f_code.co_name == "_get_optim_state_dict" and info.full_state_dict:
+                asks = "StateDictOptions(full_state_dict=True)"
+            frame = frame.f_back
+    finally:
+        del frame  # or it would keep every local of the caller alive
+    if asks is not None:
+        raise RuntimeError(
+            f"{asks} saves the state dict of one process, but with shard_states=True each has the "
+            "states of some parameters only; nothing was saved. Use torch.distributed.checkpoint "
+            "(get_optimizer_state_dict, dcp.save) in all processes, or leave shard_states out"
+        )
 
 
 def is_asked_by(function: str) -> bool:

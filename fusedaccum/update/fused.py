@@ -65,20 +65,22 @@ class FusedStep:
                 slot = self._collector.slots.get(param)
                 if slot is None or not slot.fill:
                     continue
-                master, own = self.bind(slot, rule, group)
-                keep = master.keep
+                keep = self._masters[slot].keep
                 step = steps.get((rule.name, slot.dtype, keep))
                 if step is None:
                     step = steps[rule.name, slot.dtype, keep] = Step(rule, keep, [], scalars)
+                if not slot.is_own:
+                    continue
+                master, own = self.bind(slot, rule, group)
                 kept = master.tensor if master.is_kept else None
                 key = self._key(slot, position) if keep is Keep.STOCHASTIC else 0
                 step.tensors.append(
                     StepTensor(slot.local, slot.acc, own.tensors, slot.row, group_index, kept, key)
                 )
                 updated.append(slot)
-        if not updated:
-            return None
         requests = list(steps.values())
+        if not requests:
+            return None
         family = requests[0].rule.family
         hyper = [(sign(group), *family.hyper(group)) for group in groups]
         backend = self._collector.backend
@@ -87,7 +89,8 @@ class FusedStep:
         def apply(correction: Correction) -> None:
             backend.finalize(Finalize(requests, hyper, correction, partials, max_norm, skip))
             for request in requests:
-                backend.step(request)
+                if request.tensors:  # others may update all
+                    backend.step(request)
             # The kernels write behind autograd's back: a backward through the old weights must
             # notice.
             torch.autograd.graph.increment_version([s.param for s in updated])

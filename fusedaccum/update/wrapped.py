@@ -46,7 +46,7 @@ class WrappedStep:
 
     def prepare(self, max_norm: float | None, partials: Tensor | None, skip: bool) -> Apply:
         """See `Updater.prepare`."""
-        filled = self._collector.filled()
+        filled = [slot for slot in self._collector.filled() if slot.is_own]
         scalars = self._states.scalars
         masters = {s: self._parameter(s) for s in filled if self._masters[s].is_kept}
 

@@ -21,6 +21,7 @@ from ..backends import Backend
 from .adding import Adder
 from .backwards import Backwards, refuse_kind
 from .by_hand import ByHand
+from .deal import Deal
 from .grad_scaler import Scaling
 from .hooks import Attached
 from .reducing import Parts, Reducing
@@ -44,6 +45,7 @@ class Collector:
         device: where the parameters are.
         check: raises for a dtype that cannot be served.
         serve: see `Watch`.
+        deal: says which process updates a parameter.
 
     Attributes:
         attached: the parameters with their hooks.
@@ -67,8 +69,9 @@ class Collector:
         device: torch.device,
         check: Callable[[torch.dtype], None],
         serve: Serve,
+        deal: Deal,
     ) -> None:
-        self.attached = Attached(self, device, check)
+        self.attached = Attached(self, device, check, deal)
         self.slots: Mapping[Tensor, Slot] = self.attached.slots
         self.backend = backend
         self.window = window
@@ -107,7 +110,7 @@ class Collector:
         """Let the sums and the queue fit the parameters, where there are more than before."""
         if len(self.slots) > self._n_fitted:
             self.sums.forget()
-            largest = max(s.nbytes for s in self.slots.values())
+            largest = max(slot.nbytes for slot in self.slots.values())
             self._queue_bytes = self._bucket_bytes - min(largest, self._bucket_bytes // 2)
             self._n_fitted = len(self.slots)
             self.engines.meet()
@@ -138,8 +141,8 @@ class Collector:
         task = torch._C._current_graph_task_id()
         if task not in self.backwards.threads:
             self._begin(task)
-        n_bytes = sum(s.nbytes for s in slots)
-        if any(s.pending for s in slots) or self._queued_bytes + n_bytes > self._limit:
+        n_bytes = self._queued_bytes + sum(s.nbytes for s in slots)
+        if n_bytes > self._limit or any(s.pending for s in slots):
             self.flush()
         limit, self._limit = self._limit, math.inf  # nothing is there yet that could be added
         try:
@@ -174,7 +177,6 @@ class Collector:
             self.backwards.end(task)
             raise
         self.backwards.begin(task)
-
         Variable._execution_engine.queue_callback(self._finish)
         self.engines.end(lambda: self.backwards.end(task))
 
@@ -336,7 +338,7 @@ class Collector:
 
     def filled(self) -> list[Slot]:
         """The parameters that the open window holds a gradient for."""
-        return [s for s in self.slots.values() if s.fill]
+        return [slot for slot in self.slots.values() if slot.fill]
 
     def close_micro_batch(self) -> None:
         """The open micro-batch is over."""
@@ -394,5 +396,5 @@ class Collector:
 
     def sums_of_squares(self) -> Tensor:
         """Partial sums of squares of all filled accumulators; collective where there are shards."""
-        sums = self.sums.of_filled(self.scaling.may_have_divided or may_reduce())
-        return self.reduction.whole(sums)
+        unsure = self.scaling.may_have_divided or may_reduce()
+        return self.reduction.whole(self.sums.of_filled(unsure))

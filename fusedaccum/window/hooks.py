@@ -7,6 +7,7 @@ The hook is on the AccumulateGrad node and not on the tensor: a tensor's hook al
 from __future__ import annotations
 
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
@@ -15,6 +16,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from .buffers import Block
+from .deal import Deal
 from .engines import refuse_exchange
 from .shards import local_of
 from .slots import Slot, check_param
@@ -50,6 +52,7 @@ class Attached:
         owner: takes what arrives.
         device: where all of them are.
         check: raises for a parameter of a dtype that cannot be served.
+        deal: says which process updates a parameter.
 
     Attributes:
         device: as given.
@@ -60,7 +63,11 @@ class Attached:
     """
 
     def __init__(
-        self, owner: Owner, device: torch.device, check: Callable[[torch.dtype], None]
+        self,
+        owner: Owner,
+        device: torch.device,
+        check: Callable[[torch.dtype], None],
+        deal: Deal,
     ) -> None:
         self._owner_ref = weakref.ref(owner)
         self.device = device
@@ -68,7 +75,7 @@ class Attached:
         self.groups: Sequence[dict[str, Any]] = ()
         self.n_cells = 0
         self.taken_over = False
-        self._check = check
+        self._check, self._deal = check, deal
 
     def attach(self, named_params: Iterable[tuple[str, Tensor]]) -> None:
         """Give each named parameter a slot and a hook. All of them, or none if one is wrong."""
@@ -91,16 +98,24 @@ class Attached:
         for owner in owners.values():
             owner.detach()
             owner.taken_over = True
-        for dtype in dict.fromkeys(param.dtype for _, param in named):
-            params = [param for _, param in named if param.dtype is dtype]
-            block = Block([local_of(param) for param in params])
-            for position, param in enumerate(params):
-                slot = Slot(param, block, position, len(self.slots), self.n_cells)
-                self.n_cells += slot.n_cells
-                # Since torch 2.10 None lets `grad` have another dtype than the parameter.
-                param.grad_dtype = None if dtype != torch.float32 else dtype
-                self.slots[param] = slot
-                self._hook(slot)
+        owners_of = self._deal.owners([param for _, param in named])
+        kinds = [(p.dtype, rank) for (_, p), rank in zip(named, owners_of, strict=True)]
+        blocks = {
+            kind: Block([local_of(p) for (_, p), k in zip(named, kinds, strict=True) if k == kind])
+            for kind in dict.fromkeys(kinds)
+        }
+        positions: Counter[tuple[torch.dtype, int]] = Counter()
+        for (_, param), kind in zip(named, kinds, strict=True):
+            dtype, rank = kind
+            is_own = rank == self._deal.rank
+            place = blocks[kind], positions[kind], len(self.slots), self.n_cells
+            slot = Slot(param, *place, updater=rank, is_own=is_own)
+            positions[kind] += 1
+            self.n_cells += slot.n_cells
+            # Since torch 2.10 None lets `grad` have another dtype than the parameter.
+            param.grad_dtype = None if dtype != torch.float32 else dtype
+            self.slots[param] = slot
+            self._hook(slot)
 
     def attach_groups(self, groups: Sequence[dict[str, Any]]) -> None:
         """Attach parameters of param groups that need a gradient and have no slot yet."""

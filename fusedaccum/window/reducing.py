@@ -40,12 +40,14 @@ class Reducing(Protocol):
         is_average: whether the accumulators hold an average of all processes.
         comes_averaged: whether gradients arrive as averages, so that `complete` may be called at
             any time.
+        shares: whether `share` gives others what this process has updated.
     """
 
     queue_bytes: float
     is_running: bool
     is_average: bool
     comes_averaged: bool
+    shares: bool
 
     def is_instead_of(self, modules: Sequence[Module]) -> bool:
         """Whether these DDP modules rest because of this."""
@@ -103,6 +105,9 @@ class Reducing(Protocol):
     def whole(self, sums: Tensor) -> Tensor:
         """Partial sums of squares of the whole gradient, from those of what this process holds."""
 
+    def share(self, slots: Sequence[Slot]) -> None:
+        """Parameters were updated, each by one process: give all of them to all."""
+
     def reset(self) -> None:
         """The window is over, or was discarded."""
 
@@ -114,7 +119,7 @@ class Alone:
     """One process; also what others do not do in another way."""
 
     queue_bytes: float = math.inf
-    is_running = is_average = comes_averaged = False
+    is_running = is_average = comes_averaged = shares = False
 
     def is_instead_of(self, modules: Sequence[Module]) -> bool:
         return False
@@ -153,6 +158,9 @@ class Alone:
 
     def whole(self, sums: Tensor) -> Tensor:
         return sums
+
+    def share(self, slots: Sequence[Slot]) -> None:
+        pass
 
     def reset(self) -> None:
         pass

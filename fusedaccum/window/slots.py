@@ -63,6 +63,8 @@ class Slot:
             of what this process holds of it.
         block, position: the flat buffers that it has a part of, and its place in them.
         row: its row in the update's device tables.
+        updater, is_own: the rank of the process that keeps its states and updates it, and whether
+            that is this one: all do, but where states are shared out.
         acc: its fp32 accumulator, part of a flat buffer, made when first needed.
         grad: the same memory as `acc`, the (D)tensor that `param.grad` shows. It has a version
             counter of its own, so that a change from outside is seen.
@@ -80,12 +82,22 @@ class Slot:
 
     __slots__ = (
         "__weakref__", "acc", "block", "cell", "closed_version", "device", "dtype",
-        "fill", "grad", "has_sums", "hook", "is_contiguous", "is_due", "is_zero", "n_cells",
-        "nbytes", "node", "numel", "param", "pending", "position", "row", "shape", "shard",
-        "stride", "sums_version",
+        "fill", "grad", "has_sums", "hook", "is_contiguous", "is_due", "is_own", "is_zero",
+        "n_cells", "nbytes", "node", "numel", "param", "pending", "position", "row", "shape",
+        "shard", "stride", "sums_version", "updater",
     )  # fmt: skip
 
-    def __init__(self, param: Tensor, block: Block, position: int, row: int, cell: int) -> None:
+    def __init__(
+        self,
+        param: Tensor,
+        block: Block,
+        position: int,
+        row: int,
+        cell: int,
+        *,
+        updater: int,
+        is_own: bool,
+    ) -> None:
         self.param, self.shard = param, shard_of(param)
         local = self.local
         self.dtype, self.device = local.dtype, local.device
@@ -95,6 +107,7 @@ class Slot:
         self.nbytes = self.numel * local.element_size()
         self.block, self.position = block, position
         self.row, self.cell, self.n_cells = row, cell, count_chunks(self.numel)
+        self.updater, self.is_own = updater, is_own
         self.acc: Tensor = None  # type: ignore[assignment]  # see `allocate`
         self.grad: Tensor | None = None
         self.fill = Fill.EMPTY

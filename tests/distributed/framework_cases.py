@@ -33,6 +33,7 @@ from fusedaccum import FusedAccumOptimizer
 from tests import frameworks as fw
 from tests import lightning_module as lm
 from tests.distributed.ddp_cases import Report, is_same_everywhere, whole
+from tests.processes import message
 
 N = 4
 UPDATES = 12
@@ -178,6 +179,19 @@ def resumed(dtype: str) -> Report:
     run(0, 0, 2 * N)
     ended, other = run(1, 2 * N, 5 * N), run(0, 0, 5 * N)
     return {"off": fw.distance(ended.model, other.model)}
+
+
+def part(_: str) -> Report:
+    """Accelerate writes the states of rank 0, but all processes share them out."""
+    accelerator = accelerator_of("ddp")
+    model = fw.tiny_llama()
+    opt = FusedAccumOptimizer(torch.optim.AdamW(model.parameters()), shard_states=True)
+    net, prepared = accelerator.prepare(model, opt)
+    accelerator.backward(net(**fw.collate(fw.sequences(2))).loss)
+    prepared.step()
+    error = message(lambda: accelerator.save_state(os.environ["FOLDER"]))
+    fw.reset()
+    return {"error": error}
 
 
 def lightning(strategy: str) -> Report:

@@ -23,7 +23,7 @@ RUNS = [
     for name in ("trainer", "accelerate-window", "accelerate-each", "lightning")
 ]
 DTYPES = ["float32", "bfloat16"]
-CASES = [*RUNS, "arrives:bfloat16", *(f"resumed:{dtype}" for dtype in DTYPES)]
+CASES = [*RUNS, "arrives:bfloat16", "part:states", *(f"resumed:{dtype}" for dtype in DTYPES)]
 
 
 @pytest.fixture(scope="module")
@@ -55,3 +55,9 @@ def test_accelerate_saves_and_resumes_shards(
     two: Callable[[str], dict[str, Any]], dtype: str
 ) -> None:
     assert two(f"resumed:{dtype}") == {"off": 0.0}
+
+
+def test_a_framework_that_saves_one_process_is_refused_with_shared_states(
+    two: Callable[[str], dict[str, Any]],
+) -> None:
+    assert "Accelerate's save_state() saves the state dict of one" in two("part:states")["error"]

@@ -136,7 +136,7 @@ def test_a_checkpoint_s_master_under_parameters_that_were_written_since() -> Non
     as 0."""
     loaded = torch.tensor([1.001, 1.001, 1.001, float("nan"), 1e-41, 3.4e38])
     param = torch.tensor([1.0, 1.5, 0.0, 2.0, 0.0, float("inf")]).bfloat16()
-    master = Master(Slot(param, Block([param]), 0, 0, 0), Keep.SPLIT)
+    master = Master(Slot(param, Block([param]), 0, 0, 0, updater=0, is_own=True), Keep.SPLIT)
     master.refresh()
     assert master.tensor is not None
     master.tensor.fill_(99)
