@@ -315,7 +315,9 @@ def _shared(options: Options, kind: type[Optimizer]) -> dict[str, Any]:
         "gradient_accumulation_steps", "max_grad_norm", "master_weights", "skip_nonfinite",
         "stochastic_rounding", "seed", "fused_unscale",
     )  # fmt: skip
-    return {"optimizer": kind.__name__} | {name: getattr(options, name) for name in names}
+    of_scaler = options.grad_scaler is not None and options.grad_scaler.is_enabled()
+    named = {"optimizer": kind.__name__, "grad_scaler (linked)": of_scaler}
+    return named | {name: getattr(options, name) for name in names}
 
 
 def _serve(

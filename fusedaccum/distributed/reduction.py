@@ -196,19 +196,25 @@ class Reduction(Alone):
             self._take_over(fill)
             if self._scaling.overflow is not None:
                 self._scaling.overflow.copy_(self._sums[4])
+            if self._scaling.is_linked:
+                self._scaling.agree(self._sums[-2 * self.world :].view(-1, 2))
             self.is_running, self.is_average, self.queue_bytes = False, True, math.inf
 
     def _add_numbers(self, total: float) -> Tensor:
         """The sums over all processes of: the total weight, whether it is a weighted window,
-        whether it is one without, micro-batches per window, overflows, and for each parameter
-        whether it has a gradient; float64."""
-        served = self._bucket_of
-        host = np.zeros(5 + len(served))
+        whether it is one without, micro-batches per window, overflows, for each parameter whether
+        it has a gradient, and the GradScaler's state of each process, which has zeros of the
+        others; float64."""
+        served, scaler = self._bucket_of, self._scaling.state()
+        host = np.zeros(5 + len(served) + (0 if scaler is None else 2 * self.world))
         host[:4] = numbers_of(self._window, total, any(slot.fill for slot in served))
-        host[5:] = [slot.fill is not Fill.EMPTY for slot in served]
+        host[5 : 5 + len(served)] = [slot.fill is not Fill.EMPTY for slot in served]
         sums = self._numbers.set(host).clone()
         if self._scaling.overflow is not None:
             sums[4] = self._scaling.overflow
+        if scaler is not None:
+            at = 5 + len(served) + 2 * dist.get_rank(self.group)
+            sums[at : at + 2] = scaler
         dist.all_reduce(sums, group=self.group)
         return sums
 

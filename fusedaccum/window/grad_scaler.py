@@ -8,7 +8,8 @@ linked (`grad_scaler=`)
     `p.grad` is unscaled at all times. What GradScaler asks of the gradients (`unscale_`, the inf
     check of `step`) is answered from the sums of squares that the accumulation leaves. An
     overflowed micro-batch lowers the scale once; the next one starts the accumulators afresh, and
-    the window is skipped when it ends. All of it on the device.
+    the window is skipped when it ends. All of it on the device. Where processes average, each does
+    so by itself, and at the end of the window all take the lowest scale.
 handed over (`fused_unscale=True`, the loop owns the window)
     GradScaler hands its scale to `step()`, which divides in registers, as torch's fused optimizers
     do. Its own check for inf stays.
@@ -139,6 +140,31 @@ class Scaling:
     def found_inf(self, sums: Tensor) -> Tensor:
         """1 where the sums of squares of all accumulators are not finite, else 0; 0-d fp32."""
         return (~sums.double().sum().isfinite()).float()
+
+    # --- several processes ---
+
+    def state(self) -> Tensor | None:
+        """The linked scaler's scale, and how many updates it has had; float64 [2], or None."""
+        if not self.is_linked or self._control is None:
+            return None
+        scaler: Any = self._scaler
+        if scaler._scale is None:
+            scaler.scale(self._control)  # makes it
+        return torch.stack([scaler._scale.double(), scaler._growth_tracker.double()]).flatten()
+
+    def agree(self, states: Tensor) -> None:
+        """Go on from the lowest scale of all processes, and from the fewest updates it has had.
+
+        A process lowers its scale in the micro-batch that overflows, which others do not see, and
+        one that ends a window early has fewer updates. Nothing is read on the host.
+
+        Args:
+            states: `state` of each, [n, 2].
+        """
+        scaler: Any = self._scaler
+        scale, updates = states.amin(0)
+        scaler._scale.copy_(scale)
+        scaler._growth_tracker.copy_(updates)
 
     # --- the step ---
 
