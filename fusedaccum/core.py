@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.distributed.algorithms.join import JoinHook
 from torch.nn import Module
 from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.optim import Optimizer
@@ -26,6 +28,9 @@ from .window.grad_scaler import Scaling
 from .window.reducing import Parts, Reducing
 from .window.trouble import PART
 from .window.weights import Window
+
+if TYPE_CHECKING:
+    pass
 
 PARTLY_UPDATED = ", so that some parameters may be updated and others not"
 
@@ -50,6 +55,7 @@ class Core:
         self._loading: dict[str, Any] | None = None
         # The state that moves along, until the parts for moved parameters are complete.
         self._moving: dict[str, Any] | None = None
+        self._membership: Any = None  # of process_group, in Join blocks
         self._build()
         if options.process_group is not None:
             from .distributed import reduction
@@ -78,7 +84,7 @@ class Core:
             scaling=self.scaling,
             device=device,
             check=masters.check,
-            serve=partial(_serve, options, type(self.optimizer)),
+            serve=partial(_serve, options, type(self.optimizer), weakref.ref(self)),
         )
         self.updater = Updater(
             self.optimizer,
@@ -89,11 +95,20 @@ class Core:
         )
         self.collector.attach_groups(groups)
         if options.process_group is not None:
+            from .distributed.joining import Membership
             from .distributed.reduction import Reduction
 
             settings = _shared(options, type(self.optimizer))
             engines = self.collector.engines
-            engines.reduction = Reduction(engines.parts, options.process_group, settings=settings)
+            if self._membership is None:
+                self._membership = Membership(self, options.process_group)
+            engines.reduction = Reduction(
+                engines.parts,
+                options.process_group,
+                is_joint=self._membership.is_joint,
+                notify=self._membership.notify,
+                settings=settings,
+            )
 
     def change(self, name: str, value: Any, wrapper: type[Optimizer]) -> None:
         """Assign a setting.
@@ -284,6 +299,31 @@ class Core:
                 self.window_closed = True
         return has_gradient
 
+    # --- Join; see `distributed.joining.Member` ---
+
+    def join(self, joinable: Any, options: dict[str, Any]) -> JoinHook:
+        """See `FusedAccumOptimizer.join_hook`."""
+        if self._membership is None:
+            raise ValueError(
+                "Join with a FusedAccumOptimizer in its list is for one that was given "
+                "process_group=. With DistributedDataParallel leave it out: Join([ddp_model])"
+            )
+        return self._membership.hook(joinable, options)  # type: ignore[no-any-return]
+
+    def whole_state(self) -> Any:
+        self.prepare_save()
+        state = checkpoint.save(self.optimizer.state_dict(), self.updater)
+        return state, self.updater.grad_norm, self.scaling.state()
+
+    def take_over(self, whole_state: Any) -> None:
+        theirs, norm, scale = whole_state
+        own = self.whole_state()[0]
+        checkpoint.load(checkpoint.with_window_of(theirs, own), self.updater)
+        if norm is not None:
+            self.updater.grad_norm = self.updater.states.scalars.norm.copy_(norm)
+        if scale is not None:
+            self.scaling.agree(scale[None])
+
     # --- checkpoints ---
 
     def prepare_save(self) -> None:
@@ -323,11 +363,12 @@ def _shared(options: Options, kind: type[Optimizer]) -> dict[str, Any]:
 def _serve(
     options: Options,
     kind: type[Optimizer],
+    core: weakref.ref[Core],
     parts: Parts,
     modules: Sequence[Module],
 ) -> Reducing:
     """Average instead of DDP, or go with shards; see `serve` in `distributed.ddp`, `.sharded`."""
-    from .distributed import ddp, sharded
+    from .distributed import ddp, joining, sharded
 
     if options.process_group is not None:
         raise ValueError(
@@ -338,4 +379,7 @@ def _serve(
     settings = _shared(options, kind)
     if any(slot.shard is not None for slot in parts.slots.values()):
         return sharded.serve(parts, modules, settings)
-    return ddp.serve(parts, [m for m in modules if isinstance(m, DDP)], settings)
+    this = core()
+    assert this is not None
+    of_ddp = [m for m in modules if isinstance(m, DDP)]
+    return ddp.serve(parts, of_ddp, settings, joining.Membership(this))

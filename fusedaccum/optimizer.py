@@ -9,12 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.algorithms.join import Joinable, JoinHook
 from torch.optim import Optimizer
 
 from .core import Core
 from .integrations import checkpoint
 from .integrations.dcp import only_initialises
-from .integrations.face import SharingOptimizer, step_hooks
+from .integrations.face import HandedOver, SharingOptimizer, step_hooks
 from .options import Options, calls_closure, check_positive, check_weight
 from .update import describe
 
@@ -42,28 +43,6 @@ class Setting:
                 f"{self._name}={value!r}"
             )
         wrapper._core.change(self._name, value, FusedAccumOptimizer)
-
-
-class HandedOver:
-    """What GradScaler sets on an optimizer for one step(); `vars()` keeps it, and step() finds it.
-
-    It is not to be read here: GradScaler would multiply its scale with what an interrupted step()
-    has left.
-    """
-
-    def __set_name__(self, owner: type, name: str) -> None:
-        self._name = name
-
-    def __get__(self, wrapper: Any, kind: type | None = None) -> Any:
-        if wrapper is None:
-            return self
-        raise AttributeError(self._name)
-
-    def __set__(self, wrapper: Any, value: Any) -> None:
-        vars(wrapper)[self._name] = value
-
-    def __delete__(self, wrapper: Any) -> None:
-        vars(wrapper).pop(self._name, None)
 
 
 class FusedAccumOptimizer(SharingOptimizer):
@@ -393,6 +372,27 @@ class FusedAccumOptimizer(SharingOptimizer):
         sums = self._core.sums_so_far()
         return {sums.device: self._core.scaling.found_inf(sums)}
 
+    def join_hook(self, **options: Any) -> JoinHook:
+        """See torch's `Joinable`: `Join([opt])` where `process_group` was given.
+
+        Raises:
+            ValueError: without one; DDP's module, and nothing else, is to be in the list then.
+        """
+        return self._core.join(self, options)
+
+    @property
+    def join_device(self) -> torch.device:
+        """See torch's `Joinable`."""
+        return self._core.collector.attached.device
+
+    @property
+    def join_process_group(self) -> Any:
+        """See torch's `Joinable`."""
+        return self.process_group
+
     def _hooks(self) -> AbstractContextManager[Any]:
         """Hooks of step(), but for an optimizer whose own step() runs them itself."""
         return step_hooks(self) if self._core.updater.is_fused else nullcontext()
+
+
+Joinable.register(FusedAccumOptimizer)

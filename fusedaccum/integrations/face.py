@@ -48,6 +48,28 @@ class _HandedOn:
         delattr(stand_in.optimizer, self.name)
 
 
+class HandedOver:
+    """What GradScaler sets on an optimizer for one step(); `vars()` keeps it, and step() finds it.
+
+    It is not to be read here: GradScaler would multiply its scale with what an interrupted step()
+    has left.
+    """
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, wrapper: Any, kind: type | None = None) -> Any:
+        if wrapper is None:
+            return self
+        raise AttributeError(self._name)
+
+    def __set__(self, wrapper: Any, value: Any) -> None:
+        vars(wrapper)[self._name] = value
+
+    def __delete__(self, wrapper: Any) -> None:
+        vars(wrapper).pop(self._name, None)
+
+
 class SharingOptimizer(Optimizer):
     """Shows the wrapped optimizer's `param_groups`, `state`, `defaults` and hooks as its own.
 

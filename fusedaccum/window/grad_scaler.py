@@ -42,6 +42,7 @@ class Scaling:
     Attributes:
         overflow: 0-d fp32 on the device, above 0 once a micro-batch of the open window overflowed;
             None without a linked scaler.
+        is_behind: whether only other processes go on, so that the scale is theirs.
     """
 
     def __init__(
@@ -60,6 +61,7 @@ class Scaling:
         # Whether a GradScaler asked about the coming step, and whether one did about the last.
         self._was_asked, self._is_likely = False, True
         self.overflow: Tensor | None = None
+        self.is_behind = False
         if scaler is not None and scaler.is_enabled():
             _link(scaler)
             # By whether a parameter has arrived in the open micro-batch before: what 1 / scale is,
@@ -150,7 +152,8 @@ class Scaling:
         scaler: Any = self._scaler
         if scaler._scale is None:
             scaler.scale(self._control)  # makes it
-        return torch.stack([scaler._scale.double(), scaler._growth_tracker.double()]).flatten()
+        state = torch.stack([scaler._scale.double(), scaler._growth_tracker.double()]).flatten()
+        return torch.full_like(state, torch.inf) if self.is_behind else state
 
     def agree(self, states: Tensor) -> None:
         """Go on from the lowest scale of all processes, and from the fewest updates it has had.
