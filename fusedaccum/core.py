@@ -17,15 +17,18 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.optim import Optimizer
 
 from . import backends
-from .integrations import checkpoint
+from .integrations import checkpoint, handover
+from .integrations.face import SharingOptimizer
 from .options import Options
 from .rules import packages, registry
 from .update.masters import Masters
 from .update.updater import Updater
 from .window.advice import Advice
 from .window.collector import Collector
+from .window.engines import exchanged, refuse_exchange
 from .window.grad_scaler import Scaling
 from .window.reducing import Parts, Reducing
+from .window.shards import is_sharded
 from .window.trouble import PART
 from .window.weights import Window
 
@@ -101,7 +104,7 @@ class Core:
             settings = _shared(options, type(self.optimizer))
             engines = self.collector.engines
             if self._membership is None:
-                self._membership = Membership(self, options.process_group)
+                self._membership = Membership(weakref.ref(self), options.process_group)
             engines.reduction = Reduction(
                 engines.parts,
                 options.process_group,
@@ -110,7 +113,7 @@ class Core:
                 settings=settings,
             )
 
-    def change(self, name: str, value: Any, wrapper: type[Optimizer]) -> None:
+    def change(self, name: str, value: Any) -> None:
         """Assign a setting.
 
         Raises:
@@ -118,7 +121,7 @@ class Core:
             RuntimeError: for another number of micro-batches inside a window.
         """
         old = self.options
-        options = replace(old, **{name: value}).checked(self.optimizer, wrapper)
+        options = replace(old, **{name: value}).checked(self.optimizer, SharingOptimizer)
         steps = options.gradient_accumulation_steps
         if steps != old.gradient_accumulation_steps:
             self.collector.look()
@@ -141,6 +144,7 @@ class Core:
         """Have every gradient in its accumulator, or raise before anything is updated."""
         self.check_usable()
         self.collector.check()
+        self._follow_exchange()
         self.collector.engines.at_step()
         self.check_params()
         self.collector.adopt_assigned()
@@ -166,6 +170,7 @@ class Core:
             return
         if self._moving is not None:
             self._reattach()
+        self._follow_exchange()
         self.collector.attach_groups(self.optimizer.param_groups)
         if self.collector.attached.changed() is None:
             return
@@ -173,6 +178,20 @@ class Core:
             self._reattach()
         else:
             self.collector.attached.refuse_changed()
+
+    def _follow_exchange(self) -> None:
+        """Serve shards that took the place of all parameters before anything was done with them.
+
+        Raises:
+            RuntimeError: where something was.
+        """
+        newcomers = exchanged(self.collector.slots, self.optimizer.param_groups)
+        if not newcomers or not all(is_sharded(param) for param in newcomers):
+            return
+        if self.optimizer.state or self.collector.is_open:
+            refuse_exchange(self.collector.slots, self.optimizer.param_groups)
+        self.collector.attached.detach()
+        self._build()
 
     def _reattach(self) -> None:
         """Build everything anew for parameters that moved; states move with them."""
@@ -311,18 +330,10 @@ class Core:
         return self._membership.hook(joinable, options)  # type: ignore[no-any-return]
 
     def whole_state(self) -> Any:
-        self.prepare_save()
-        state = checkpoint.save(self.optimizer.state_dict(), self.updater)
-        return state, self.updater.grad_norm, self.scaling.state()
+        return handover.whole_state(self)
 
     def take_over(self, whole_state: Any) -> None:
-        theirs, norm, scale = whole_state
-        own = self.whole_state()[0]
-        checkpoint.load(checkpoint.with_window_of(theirs, own), self.updater)
-        if norm is not None:
-            self.updater.grad_norm = self.updater.states.scalars.norm.copy_(norm)
-        if scale is not None:
-            self.scaling.agree(scale[None])
+        handover.take_over(self, whole_state)
 
     # --- checkpoints ---
 
@@ -334,6 +345,11 @@ class Core:
         """
         self.check_usable()
         self.collector.check()
+        if self.collector.reduction.keeps_back():
+            raise RuntimeError(
+                "FSDP2 keeps gradients of the open window back, which a checkpoint would lose; "
+                "nothing was done. Save after a backward() that reduces them, or between windows"
+            )
         if self.collector.attached.changed() is None:
             self.collector.attach_groups(self.optimizer.param_groups)
         self.collector.adopt_assigned()
@@ -379,7 +395,5 @@ def _serve(
     settings = _shared(options, kind)
     if any(slot.shard is not None for slot in parts.slots.values()):
         return sharded.serve(parts, modules, settings)
-    this = core()
-    assert this is not None
     of_ddp = [m for m in modules if isinstance(m, DDP)]
-    return ddp.serve(parts, of_ddp, settings, joining.Membership(this))
+    return ddp.serve(parts, of_ddp, settings, joining.Membership(core))

@@ -42,7 +42,7 @@ class Setting:
                 f"{self.__get__(wrapper)!r}, got {value!r}. Call detach() and wrap again with "
                 f"{self._name}={value!r}"
             )
-        wrapper._core.change(self._name, value, FusedAccumOptimizer)
+        wrapper._core.change(self._name, value)
 
 
 class FusedAccumOptimizer(SharingOptimizer):
@@ -373,11 +373,7 @@ class FusedAccumOptimizer(SharingOptimizer):
         return {sums.device: self._core.scaling.found_inf(sums)}
 
     def join_hook(self, **options: Any) -> JoinHook:
-        """See torch's `Joinable`: `Join([opt])` where `process_group` was given.
-
-        Raises:
-            ValueError: without one; DDP's module, and nothing else, is to be in the list then.
-        """
+        """See torch's `Joinable`: for `Join([opt])`, where `process_group` was given."""
         return self._core.join(self, options)
 
     @property
@@ -389,6 +385,9 @@ class FusedAccumOptimizer(SharingOptimizer):
     def join_process_group(self) -> Any:
         """See torch's `Joinable`."""
         return self.process_group
+
+    def _take_parameters(self) -> None:
+        self._core.check_params()
 
     def _hooks(self) -> AbstractContextManager[Any]:
         """Hooks of step(), but for an optimizer whose own step() runs them itself."""

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from fusedaccum import FusedAccumOptimizer
+from tests.same_runs import whole
 
 N = 4
 Make = Callable[[Any], torch.optim.Optimizer]
@@ -109,7 +110,7 @@ class Module(lightning.LightningModule):
         grads = [p.grad.detach().clone() for p in self.parameters()]
         self.first = self.first or grads
         self.rates.append(optimizer.param_groups[0]["lr"])
-        self.norms.append(float(torch.nn.utils.get_total_norm(grads)))
+        self.norms.append(float(whole(torch.nn.utils.get_total_norm(grads))))
 
     def configure_optimizers(self) -> Any:
         opt = self.make(self.parameters())

@@ -18,6 +18,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from tests.tolerances import STEP_ROUNDINGS, U, equal_bits
 
@@ -29,10 +31,12 @@ class Nudged(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        params = [p for group in self.param_groups for p in group["params"]]
+        all_params = [p for group in self.param_groups for p in group["params"]]
+        params = [p.to_local() if isinstance(p, DTensor) else p for p in all_params]
         before = [p.clone() for p in params]
         super().step(closure)
-        generator = torch.Generator().manual_seed(sum(int(self.state[p]["step"]) for p in params))
+        n_steps = sum(int(self.state[p]["step"]) for p in all_params)
+        generator = torch.Generator().manual_seed(n_steps)
         for p, old in zip(params, before, strict=True):
             direction = 2 * torch.rand(p.shape, generator=generator) - 1
             p += direction * STEP_ROUNDINGS * U * (p.abs() + (p - old).abs())
@@ -49,9 +53,14 @@ class Run:
     rates: list[float] = field(default_factory=list)
 
 
+def whole(tensor: Tensor) -> Tensor:
+    """All of a DTensor, of which this process has a shard."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
 def distance(a: Any, b: Any) -> float:
     """L2 distance of two models' parameters."""
-    params = ([p.detach().double() for p in model.parameters()] for model in (a, b))
+    params = ([whole(p).detach().double() for p in model.parameters()] for model in (a, b))
     pairs = zip(*params, strict=True)
     return math.sqrt(sum(float((p - q).square().sum()) for p, q in pairs))
 

@@ -6,8 +6,9 @@ optimizers may have parameters of one group, so one pair of hooks serves all of 
 
 from __future__ import annotations
 
+import itertools
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -83,20 +84,56 @@ class _Hooks:
 _hooks: weakref.WeakKeyDictionary[Any, _Hooks] = weakref.WeakKeyDictionary()
 
 
-def listen(modules: Iterable[Module], listener: Listener) -> Callable[[], None]:
-    """Tell `listener` of the reductions of these modules; returns what ends that."""
-    heard: list[weakref.ref[_Hooks]] = []
-    for module in modules:
-        for group in fsdp2_groups(module):
-            hooks = _hooks.get(group)
-            if hooks is None:
-                hooks = _hooks[group] = _Hooks(group)
-            hooks.add(listener)
-            heard.append(weakref.ref(hooks))
+class Reductions:
+    """Those of some modules, of which `listener` is told.
 
-    def stop() -> None:
-        while heard:
-            if (hooks := heard.pop()()) is not None:
-                hooks.remove(listener)
+    Args:
+        modules: of FSDP2.
+        listener: is told until `stop`.
+    """
 
-    return stop
+    def __init__(self, modules: Iterable[Module], listener: Listener) -> None:
+        self._listener = listener
+        self._groups: list[weakref.ref[Any]] = []
+        for group in itertools.chain.from_iterable(map(fsdp2_groups, modules)):
+            if group not in _hooks:
+                _hooks[group] = _Hooks(group)
+            _hooks[group].add(listener)
+            self._groups.append(weakref.ref(group))
+
+    def _alive(self) -> Iterator[Any]:
+        return (group for ref in self._groups if (group := ref()) is not None)
+
+    def stop(self) -> None:
+        for group in self._alive():
+            _hooks[group].remove(self._listener)
+        self._groups.clear()
+
+    @property
+    def keeps_whole(self) -> bool:
+        """Whether gradients are kept back that were not reduced at all."""
+        params = (param for group in self._alive() for param in group.fsdp_params)
+        return any(
+            param.unsharded_accumulated_grad is not None or _unsharded_grad(param) is not None
+            for param in params
+        )
+
+    @property
+    def keeps(self) -> bool:
+        """Whether gradients are kept back that were not reduced over all processes."""
+        return self.keeps_whole or any(g._partial_reduce_output is not None for g in self._alive())
+
+    def drop(self) -> None:
+        """Forget the gradients that are kept back."""
+        for group in self._alive():
+            group._partial_reduce_output = None
+            for param in group.fsdp_params:
+                param.unsharded_accumulated_grad = None
+                if _unsharded_grad(param) is not None:
+                    param._unsharded_param.grad = None
+
+
+def _unsharded_grad(param: Any) -> Tensor | None:
+    """The gradient of a whole parameter, which is there only from its backward to its reduction."""
+    unsharded = getattr(param, "_unsharded_param", None)
+    return None if unsharded is None else unsharded.grad

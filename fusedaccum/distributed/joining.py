@@ -11,7 +11,7 @@ from __future__ import annotations
 import io
 import pickle
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -57,12 +57,14 @@ class Membership:
     """One optimizer's part in Join blocks.
 
     Args:
-        member: the optimizer.
+        member: gives the optimizer, a weak reference.
         group: of processes, where there is no DDP module to be in the list.
     """
 
-    def __init__(self, member: Member, group: ProcessGroup | None = None) -> None:
-        self._member, self._group = weakref.ref(member), group
+    def __init__(
+        self, member: Callable[[], Member | None], group: ProcessGroup | None = None
+    ) -> None:
+        self._member, self._group = member, group
         self._joinable: weakref.ref[Joinable] | None = None  # while a block is open
 
     @property
@@ -103,6 +105,8 @@ class Membership:
     def notify(self) -> None:
         """Tell processes that have left the block that this one has not."""
         joinable = None if self._joinable is None else self._joinable()
+        if self.member.scaling.is_behind:
+            return
         work = None if joinable is None else Join.notify_join_context(joinable)
         if work is not None:
             work.wait()
@@ -261,7 +265,7 @@ def handed_on(value: Any, rank: int, group: ProcessGroup, device: torch.device) 
         sent = torch.empty(shape, dtype=dtype, device=device)
         if is_source:
             sent.copy_(pickler.tensors[i])
-        # Bytes: not every backend knows every dtype.
-        dist.broadcast(sent.view(-1).view(torch.uint8), source, group)
+        if sent.numel():  # bytes: not every backend knows every dtype
+            dist.broadcast(sent.view(-1).view(torch.uint8), source, group)
         tensors.append(sent.cpu() if kind == "cpu" else sent)
     return _Unpickler(io.BytesIO(text), tensors).load()

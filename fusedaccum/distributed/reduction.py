@@ -75,7 +75,7 @@ class Reduction(Alone):
         self._is_served, self._is_over, self._is_due = is_served, is_over, is_due
         self._waits, self._settings = waits, settings
         self._is_joint, self._notify = is_joint, notify
-        self._has_notified = False  # in this micro-batch; a loop's is one backward
+        self._has_notified = False  # in this micro-batch
         self._buckets: list[Bucket] = []
         self._n_slots = -1  # when the buckets were made
         self._bucket_of: dict[Slot, Bucket] = {}
@@ -93,15 +93,16 @@ class Reduction(Alone):
     def begin(self) -> None:
         self._arrivals.clear()
         self.is_average = False
-        self._holds_average &= any(slot.fill for slot in self._bucket_of)
+        if self._holds_average:
+            self._holds_average = any(slot.fill for slot in self._bucket_of)
         if self._is_over():
             return
         is_due = self._is_due()
         if is_due and self._window.steps is None:
             self._refuse_again()
-        if self._window.steps is None or not self._has_notified:
-            self._has_notified = True
+        if self._window.steps is None:
             self._notify()
+        self._tell()
         if (self._window.is_last if self._window.steps else is_due) and not self._waits:
             self._start()
 
@@ -134,9 +135,10 @@ class Reduction(Alone):
     def changed(self) -> None:
         self.is_average = False
 
-    def close(self) -> None:
-        if self._window.steps is not None and not self._has_notified:
-            self._notify()
+    def refuse_kept(self, is_over: bool) -> None:
+        """Nothing is kept back here, but processes that have left Join hear of a micro-batch now
+        if it had no backward."""
+        self._tell()
         self._has_notified = False
 
     def complete(self, closes: bool) -> None:
@@ -147,6 +149,7 @@ class Reduction(Alone):
                 "for whole windows; nothing was updated. Leave the block, and have every process "
                 "call it then"
             )
+        self._tell()
         if not self.is_average and not self._is_over():
             self._start()
             self._finish(self._window.total_so_far(closes), Fill.EARLIER)
@@ -158,10 +161,16 @@ class Reduction(Alone):
 
     def reset(self) -> None:
         self._check_whole()
-        self.is_average = False
+        self.is_average = self._has_notified = False
 
     def detach(self) -> None:
         self._window.is_shared = False
+
+    def _tell(self) -> None:
+        """Tell processes that have left Join of a micro-batch that is counted, once."""
+        if self._window.steps is not None and not self._has_notified:
+            self._has_notified = True
+            self._notify()
 
     def _refuse_again(self) -> None:
         """A loop is about to average, in a backward.
@@ -289,7 +298,9 @@ def correction_of(sums: Tensor, world: int, window: Window) -> Tensor:
         window: of this process.
     """
     total, n_weighted, n_plain, steps = sums[:4]
-    mean = torch.where(n_weighted > 0, float(window.steps or 1) * world / total, 1.0)
+    # That of a checkpoint which one process has written may be another one.
+    reference = window.reference or window.steps or 1
+    mean = torch.where(n_weighted > 0, float(reference) * world / total, 1.0)
     is_mixed = ((n_weighted > 0) & (n_plain > 0)) | (steps != world * (window.steps or 0))
     return torch.where(is_mixed, torch.nan, mean)
 

@@ -25,20 +25,25 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..backends.mirror import Mirror
 from ..window.reducing import Alone, Parts
-from ..window.slots import Fill, Slot
+from ..window.slots import Slot
 from ..window.weights import Window
 from .agreement import disagreement
-from .fsdp2 import Listener, listen
+from .fsdp2 import Listener, Reductions
 from .reduction import correction_of, numbers_of
 
 _SCALER = (
     "a GradScaler is not supported for sharded parameters (DTensors): each process would have a "
     "scale of its own before the gradients are averaged. Train in bfloat16, which needs none"
 )
-_HELD_BACK = (
-    "no gradient arrived in a micro-batch with a weight: FSDP2 kept it whole, to add it up "
-    "unweighted (set_requires_gradient_sync(False), or a framework's no_sync()). Nothing was "
-    "updated. Reduce in every micro-batch, which FSDP2 does by itself, or give no weights"
+_KEPT_WHOLE = (
+    "FSDP2 keeps the gradient of a micro-batch with a weight back, to add it up unweighted "
+    "(set_requires_gradient_sync(False), or a framework's no_sync()). Nothing was updated. Reduce "
+    "in every micro-batch, which FSDP2 does by itself, or give no weights"
+)
+_KEPT = (
+    "FSDP2 keeps gradients back (set_requires_gradient_sync(False), set_requires_all_reduce(False),"
+    " or a framework's no_sync()) at the end of the window. Nothing was updated. Let the last "
+    "backward() of a window reduce them"
 )
 _NO_SCATTER = (
     "micro_batch(weight=...) with FSDP2 on a mesh that has one process in the dimension of its "
@@ -71,10 +76,9 @@ class Sharded(Alone):
         self._norm = ShardedSums(self._slots.values(), device)
         self._flats: dict[Slot, Tensor] = {}
         self._weighed: set[Slot] = set()
-        self._was_reduced = False  # in this micro-batch
         self._stream: torch.Stream | None = None  # on which FSDP2 assigns gradients
-        stop = listen(modules, self._listener())
-        self._end = weakref.finalize(self, stop)
+        self._reductions = Reductions(modules, self._listener())
+        self._end = weakref.finalize(self, self._reductions.stop)
         parts.window.is_shared = True
 
     def _listener(self) -> Listener:
@@ -99,7 +103,6 @@ class Sharded(Alone):
 
     def _factor(self) -> float:
         """The factor on the gradients that are about to be averaged over processes."""
-        self._was_reduced = True
         return self._window.scale() if self._window.weight is not None else 1.0
 
     def _take(self, slots: Sequence[Slot], flat: Tensor, is_scaled: bool) -> None:
@@ -156,13 +159,17 @@ class Sharded(Alone):
     def changed(self) -> None:
         self.is_average = False
 
-    def close(self) -> None:
-        is_held_back = self._window.weight is not None and not self._was_reduced
-        self._was_reduced = False
-        if is_held_back and not any(s.fill is Fill.CURRENT for s in self._slots.values()):
-            self._fail(_HELD_BACK)
+    def keeps_back(self) -> bool:
+        return self._reductions.keeps
+
+    def refuse_kept(self, is_over: bool) -> None:
+        if self._window.weight is not None and self._reductions.keeps_whole:
+            self._fail(_KEPT_WHOLE)
+        if is_over and self.keeps_back():
+            self._fail(_KEPT)
 
     def complete(self, closes: bool) -> None:
+        self.refuse_kept(is_over=True)
         if self.is_average:
             return
         with self._trouble.unless_done("sharing a window's numbers with other processes"):
@@ -195,9 +202,10 @@ class Sharded(Alone):
         return self._norm.whole(sums)
 
     def reset(self) -> None:
-        self.is_average = self._was_reduced = False
+        self.is_average = False
         self._flats.clear()
         self._weighed.clear()
+        self._reductions.drop()
 
     def detach(self) -> None:
         self._window.is_shared = False

@@ -22,7 +22,8 @@ from torch.optim import Optimizer
 from ..rules import registry
 from ..update.updater import Updater
 from ..window.collector import Collector
-from ..window.saved import go_on, open_accumulators, window_numbers, zeros
+from ..window.saved import go_on, open_accumulators, places, window_numbers, zeros
+from ..window.shards import is_sharded
 from ..window.slots import PARAM_DTYPES, Fill, Slot
 from ..window.watch import place
 from .entries import (
@@ -62,6 +63,7 @@ def save(inner: StateDict, updater: Updater) -> StateDict:
     state = without_ours(inner)
     held, numbers = open_accumulators(collector), window_numbers(collector)
     zeroed = set() if held else zeros(collector)
+    of_whom = places(collector, bool(window.is_explicit))[0]
     accumulators = {i: held[s.param] for i, s in slots.items() if s.param in held}
     is_open = bool(window.micro_batches or accumulators)
     steps: dict[int, float] = {}
@@ -85,7 +87,7 @@ def save(inner: StateDict, updater: Updater) -> StateDict:
         if step is not None and "step" not in (entry or {}):
             steps[index] = step
         if index in accumulators and index in may_window:
-            of_window = open_window(slot, numbers, window.steps, step)
+            of_window = open_window(slot, numbers, window.steps, step, of_whom)
             state.setdefault(index, {}).update(of_window)
         if index in state:
             state[index][MICRO_BATCHES] = number(window.micro_batches)
@@ -186,7 +188,14 @@ def check(state_dict: StateDict, updater: Updater) -> None:
         return
     is_open = extra["window"]["micro_batches"] > 0 or accumulators
     rank, world = extra.get("rank", 0), extra.get("world", 1)
-    if is_open and (rank, world) != place():
+    if KEY in state_dict and (rank, world) != place() and _holds_shards(state_dict):
+        raise ValueError(
+            f"the checkpoint holds the shards of rank {rank} of {world} processes, this is rank "
+            f"{place()[0]} of {place()[1]}. Load a file per rank in as many ranks, or use "
+            "torch.distributed.checkpoint, which deals shards out anew"
+        )
+    has_weights = bool(extra["window"].get("is_explicit"))
+    if is_open and (rank, world) not in places(updater.collector, has_weights):
         own, of_all = place()
         raise ValueError(
             f"the checkpoint was saved inside a window by rank {rank} of {world} processes, this "
@@ -199,6 +208,11 @@ def check(state_dict: StateDict, updater: Updater) -> None:
             f"{extra['gradient_accumulation_steps']}, this optimizer has {window.steps}: construct "
             "it with the same number to finish that window"
         )
+
+
+def _holds_shards(state_dict: StateDict) -> bool:
+    entries = state_dict["state"].values()
+    return any(is_sharded(v) for entry in entries if entry for v in entry.values())
 
 
 def _elementwise(updater: Updater) -> set[str]:

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Mapping
+from typing import Any
+
 import torch
+from torch import Tensor
 
 from ..rules import registry
 from ..update.updater import Updater
@@ -43,7 +48,17 @@ def only_initialises(updater: Updater) -> bool:
     updater.states.is_provisional = True
     for slot in slots:
         slot.param.grad = slot.grad if slot.fill else None
-        if slot.param in optimizer.state:
-            # DCP's unflattening takes from a file what the optimizer has names for.
-            optimizer.state[slot.param].update(dict.fromkeys(OURS))
     return True
+
+
+class WithOurNames(defaultdict[Tensor, Any]):
+    """States by parameter, with the names of what we save beside them.
+
+    Unflattening takes from a flat state dict what the optimizer has names for.
+    """
+
+    def __init__(self, state: Mapping[Tensor, dict[str, Any]]) -> None:
+        super().__init__(dict, state)
+
+    def __getitem__(self, param: Tensor) -> Any:
+        return {**super().__getitem__(param), **dict.fromkeys(OURS)}

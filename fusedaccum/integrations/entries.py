@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from ..window.slots import Fill, Slot
-from ..window.watch import place
 
 VERSION = 1
 KEY = "fusedaccum"
@@ -63,7 +62,9 @@ def number(value: float) -> Tensor:
     return torch.tensor(float(value), dtype=torch.float64, device="cpu")
 
 
-def open_window(slot: Slot, window: StateDict, steps: int | None, step: float | None) -> StateDict:
+def open_window(
+    slot: Slot, window: StateDict, steps: int | None, step: float | None, place: tuple[int, int]
+) -> StateDict:
     """What a parameter's states tell of the open window.
 
     Args:
@@ -71,6 +72,7 @@ def open_window(slot: Slot, window: StateDict, steps: int | None, step: float | 
         window: its numbers, see `window.saved`.
         steps: micro-batches per window, or None.
         step: the parameter's step count, if it is known.
+        place: (rank, number of processes) that the window is of.
     """
     reference, weight = window["reference"], window["weight"]
     values = (
@@ -82,7 +84,7 @@ def open_window(slot: Slot, window: StateDict, steps: int | None, step: float | 
         -1.0 if step is None else step,
         slot.fill,
         -1.0 if weight is None else weight,
-        *place(),
+        *place,
     )
     return {GRAD: slot.grad, **dict(zip(NUMBERS, map(number, values), strict=True))}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import chain
 from typing import Any
@@ -16,7 +16,8 @@ from torch.optim import Optimizer
 from torch.optim import optimizer as torch_optimizer
 from torch.utils._pytree import tree_map_only
 
-from .frameworks import refuse_deepspeed
+from .dcp import WithOurNames
+from .frameworks import is_asked_by, refuse_deepspeed
 
 
 def _wrapper(kind: type[Any]) -> type[Any]:
@@ -70,6 +71,18 @@ class HandedOver:
         vars(wrapper).pop(self._name, None)
 
 
+class _Exchange(list[dict[str, Any]]):
+    """Param groups for a loop that puts other parameters into each; then `taken` is called."""
+
+    def __init__(self, groups: list[dict[str, Any]], taken: Callable[[], None]) -> None:
+        super().__init__(groups)
+        self._taken = taken
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        yield from super().__iter__()
+        self._taken()
+
+
 class SharingOptimizer(Optimizer):
     """Shows the wrapped optimizer's `param_groups`, `state`, `defaults` and hooks as its own.
 
@@ -97,6 +110,9 @@ class SharingOptimizer(Optimizer):
                     if is_first and (name == "__repr__" or not name.startswith("__")):
                         setattr(cls, name, _HandedOn(name))
 
+    def _take_parameters(self) -> None:
+        """Others are in the param groups."""
+
     def __reduce__(self) -> Any:
         """Pickle and deepcopy: the wrapped optimizer wrapped anew, with its state."""
         # The constructor keeps each of its options under its own name.
@@ -117,6 +133,8 @@ class SharingOptimizer(Optimizer):
     def param_groups(self) -> list[dict[str, Any]]:
         """The wrapped optimizer's own list."""
         refuse_deepspeed(getattr(self, "gradient_accumulation_steps", None))
+        if is_asked_by("fsdp2_switch_optimizer_parameters"):  # Accelerate's prepare()
+            return _Exchange(self.optimizer.param_groups, self._take_parameters)
         return self.optimizer.param_groups
 
     @param_groups.setter
@@ -126,6 +144,8 @@ class SharingOptimizer(Optimizer):
     @property
     def state(self) -> defaultdict[Tensor, Any]:
         """The wrapped optimizer's own dict. States are fp32 views of flat buffers."""
+        if is_asked_by("_unflatten_optim_state_dict"):  # torch.distributed.checkpoint
+            return WithOurNames(self.optimizer.state)
         return self.optimizer.state
 
     @state.setter

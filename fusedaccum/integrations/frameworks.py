@@ -29,6 +29,22 @@ def is_asked_for_keys() -> bool:
         del frame  # or it would keep every local of the caller alive
 
 
+def is_asked_by(function: str) -> bool:
+    """Whether a function of this name asks for an attribute of the optimizer, directly or through
+    an engine's own optimizer; called by what the attribute is made with."""
+    frame: FrameType | None = sys._getframe(2)
+    try:
+        for _ in range(3):
+            if frame is None:
+                return False
+            if frame.f_code.co_name == function:
+                return True
+            frame = frame.f_back
+        return False
+    finally:
+        del frame  # or it would keep every local of the caller alive
+
+
 def refuse_second_count(steps: int | None) -> None:
     """Raise where a framework and the wrapper would both count micro-batches.
 

@@ -28,7 +28,8 @@ class Advice:
         """`step()` is about to close a micro-batch, with all that arrived in its accumulators."""
         window, steps = collector.window, collector.window.steps
         count = collector.backwards.count
-        if count == 0 and not collector.has_arrivals and not self._uses_old(collector):
+        has_any = count or collector.has_arrivals or collector.reduction.keeps_back()
+        if not has_any and not self._uses_old(collector):
             self._warn(
                 "nothing",
                 "step() was called, but no gradient arrived since the last one: the backward() "

@@ -340,8 +340,8 @@ class Collector:
 
     def close_micro_batch(self) -> None:
         """The open micro-batch is over."""
+        self.reduction.refuse_kept(is_over=False)
         with self.trouble.unless_done("closing a micro-batch"):
-            self.reduction.close()
             self.scaling.close_micro_batch()
             self.window.close_micro_batch()
             self.backwards.count = 0

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..backends.tensors import refuse_tensor
+from ..backends.tensors import is_dtensor, refuse_tensor
 
 PLAIN = (
     "Give DeepSpeed the plain optimizer, which detach() returns without our hooks: DeepSpeed "
@@ -30,27 +30,41 @@ def refuse_partitioned(name: str, param: Tensor) -> None:
         raise TypeError(f"{name} is partitioned by DeepSpeed's ZeRO-3. {PLAIN}")
 
 
+def exchanged(slots: Mapping[Tensor, Any], groups: Sequence[dict[str, Any]]) -> list[Tensor]:
+    """The parameters that need a gradient, where none of the wrapped ones is left in the groups."""
+    if not slots:
+        return []
+    newcomers: list[Tensor] = []
+    for group in groups:
+        for param in group["params"]:
+            if param in slots:
+                return []
+            if param.requires_grad:
+                newcomers.append(param)
+    return newcomers
+
+
 def refuse_exchange(slots: Mapping[Tensor, Any], groups: Sequence[dict[str, Any]]) -> None:
     """Refuse param groups in which none of the wrapped parameters is left.
 
     Raises:
         RuntimeError: naming who does that, and what to do.
     """
-    if not slots:
+    newcomers = exchanged(slots, groups)
+    if not newcomers:
         return
-    newcomer: Tensor | None = None
-    for group in groups:
-        for param in group["params"]:
-            if param in slots:
-                return
-            if newcomer is None and param.requires_grad:
-                newcomer = param
-    if newcomer is None:
-        return
-    refuse_tensor("a parameter that replaced the wrapped ones", newcomer)
+    shape = tuple(newcomers[0].shape)
+    if is_dtensor(type(newcomers[0])):
+        raise RuntimeError(
+            f"all wrapped parameters were replaced in param_groups by shards (DTensors, the first "
+            f"of shape {shape}), but what was accumulated or learnt for them is of whole ones; "
+            "nothing was updated. Shard (fully_shard, Accelerate's prepare()) before the first "
+            "backward(), and load a checkpoint after it"
+        )
+    refuse_tensor("a parameter that replaced the wrapped ones", newcomers[0])
     raise RuntimeError(
         "all wrapped parameters were replaced in param_groups (by others, the first of shape "
-        f"{tuple(newcomer.shape)}): DeepSpeed's ZeRO and other sharding engines do that and then "
+        f"{shape}): DeepSpeed's ZeRO and other sharding engines do that and then "
         "step their own partitions, for which there is no accumulator here; nothing was updated. "
         f"{PLAIN}. If you replaced them yourself: wrap the optimizer after that"
     )

@@ -76,8 +76,19 @@ class Reducing(Protocol):
     def changed(self) -> None:
         """The accumulators were changed between backwards, in this process alone."""
 
-    def close(self) -> None:
-        """The open micro-batch is about to be closed."""
+    def keeps_back(self) -> bool:
+        """Whether an engine keeps gradients back, to bring them with later ones."""
+
+    def refuse_kept(self, is_over: bool) -> None:
+        """The open micro-batch is about to be closed.
+
+        Args:
+            is_over: whether the window is too.
+
+        Raises:
+            RuntimeError: for gradients that an engine keeps back and that would be lost, or come
+                with another weight. The window is marked.
+        """
 
     def complete(self, closes: bool) -> None:
         """The window is about to be used: average what is not averaged yet.
@@ -128,7 +139,10 @@ class Alone:
     def changed(self) -> None:
         pass
 
-    def close(self) -> None:
+    def keeps_back(self) -> bool:
+        return False
+
+    def refuse_kept(self, is_over: bool) -> None:
         pass
 
     def complete(self, closes: bool) -> None:

@@ -9,12 +9,26 @@ from torch import Tensor
 
 from .collector import Collector
 from .slots import Fill
+from .watch import place
 
 
 def window_numbers(collector: Collector) -> dict[str, Any]:
     """What is kept beside the accumulators. Waits for the device where a GradScaler is linked."""
     overflow = collector.scaling.overflow
     return {**collector.window.saved(), "overflow": 0.0 if overflow is None else float(overflow)}
+
+
+def places(collector: Collector, has_weights: bool) -> list[tuple[int, int]]:
+    """The (rank, number of processes) whose open windows this process can go on with, its own
+    first. (0, 1) is that of one process, or of a window that is the same in all.
+
+    Args:
+        collector: of the parameters.
+        has_weights: whether the window's micro-batches have some: each process knows its own.
+    """
+    if collector.reduction.comes_averaged and not has_weights:
+        return [(0, 1), place()]
+    return [place()]
 
 
 def open_accumulators(collector: Collector) -> dict[Tensor, Tensor]:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
+from torch.utils.dlpack import from_dlpack
 
 from ..backends.tensors import is_dtensor
 
@@ -22,6 +23,11 @@ if TYPE_CHECKING:  # it takes half a second, and whoever has DTensors has import
 def shard_of(param: Tensor) -> Shard | None:
     """How `param` lies over the processes; None for an ordinary tensor."""
     return Shard(cast("DTensor", param)) if is_dtensor(type(param)) else None
+
+
+def is_sharded(tensor: object) -> bool:
+    """Whether it is a DTensor."""
+    return isinstance(tensor, Tensor) and is_dtensor(type(tensor))
 
 
 def local_of(param: Tensor) -> Tensor:
@@ -94,10 +100,22 @@ class Shard:
         from torch.distributed.tensor import DTensor
 
         return DTensor.from_local(
-            local,
+            _alone(local),
             self.mesh,
             self.placements,
             run_check=False,
             shape=self._shape,
             stride=self._stride,
         )
+
+
+def _alone(tensor: Tensor) -> Tensor:
+    """The same memory as a storage of its own, not as part of a flat buffer.
+
+    torch pickles a DTensor as what it is only where its storage offset is 0.
+    """
+    n_bytes = tensor.numel() * tensor.element_size()
+    if tensor.storage_offset() == 0 and tensor.untyped_storage().nbytes() == n_bytes:
+        return tensor
+    alone = from_dlpack(tensor)
+    return alone.as_strided(tensor.shape, tensor.stride())  # dlpack forgets strides of length 1

@@ -15,12 +15,12 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from fusedaccum import FusedAccumOptimizer
 from fusedaccum.distributed import buckets, reduction
+from tests.same_runs import whole as whole
 
 Report = dict[str, Any]
 SMALL = 2048  # bytes of a bucket, so that there are several
@@ -86,11 +86,6 @@ def mean_gradient_of(twin: nn.Module, micros: Sequence[Micro]) -> list[Tensor]:
             if p.grad is not None:
                 acc += whole(p.grad).double() * (weight / total)
     return sums
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """All of a DTensor, of which this process has a shard."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def flat(tensors: Sequence[Tensor]) -> Tensor:

@@ -15,24 +15,42 @@ import tempfile
 import traceback
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import transformers
-from accelerate import Accelerator
-from accelerate.utils import GradientAccumulationPlugin
+from accelerate import Accelerator, FullyShardedDataParallelPlugin, PartialState
+from accelerate.utils import DistributedType, GradientAccumulationPlugin
 from lightning.pytorch import Trainer
-from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from torch import nn
+from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader
 
+from fusedaccum import FusedAccumOptimizer
 from tests import frameworks as fw
 from tests import lightning_module as lm
-from tests.distributed.ddp_cases import Report, is_same_everywhere
+from tests.distributed.ddp_cases import Report, is_same_everywhere, whole
 
 N = 4
 UPDATES = 12
 RATE = 1e-2
+STRATEGIES: dict[str, Any] = {
+    "ddp": DDPStrategy,
+    "fsdp2": partial(ModelParallelStrategy, data_parallel_size=2, tensor_parallel_size=1),
+}
+
+
+class Sharded(lm.Module):
+    """The module on FSDP2, as Lightning has it: in configure_model()."""
+
+    def configure_model(self) -> None:
+        for layer in self.net:
+            if isinstance(layer, nn.Linear):
+                fully_shard(layer, mesh=self.device_mesh["data_parallel"])
+        fully_shard(self.net, mesh=self.device_mesh["data_parallel"])
 
 
 def compared(train: Callable[[fw.Wrap], fw.Run]) -> Report:
@@ -44,13 +62,13 @@ def compared(train: Callable[[fw.Wrap], fw.Run]) -> Report:
     return {
         "differences": fw.differences(runs["ours"], plain, nudged),
         "control": len(fw.differences(runs["faster"], plain, nudged)),
-        "same": is_same_everywhere(list(runs["ours"].model.parameters())),
+        "same": is_same_everywhere([whole(p) for p in runs["ours"].model.parameters()]),
         "learnt": float(fell) > 0,
     }
 
 
-def trainer(_: str) -> Report:
-    """transformers' Trainer, which makes DDP after the optimizer."""
+def trainer(engine: str) -> Report:
+    """transformers' Trainer, which makes DDP, or shards, after the optimizer."""
 
     def train(wrap: fw.Wrap) -> fw.Run:
         model = fw.tiny_llama()
@@ -59,19 +77,41 @@ def trainer(_: str) -> Report:
             settings = transformers.TrainingArguments(**fw.trainer_settings(out) | changes)
             made = transformers.Trainer(model, settings, train_dataset=fw.sequences())
             made.optimizer = wrap(made.create_optimizer())
+            if engine == "fsdp2":
+                shard(made.accelerator)
+                made.is_fsdp_enabled = True
             assert settings.world_size == dist.get_world_size()
             return fw.finished(made)
 
     return compared(train)
 
 
-def accelerate(how: str) -> Report:
+def shard(accelerator: Accelerator) -> None:
+    """Have Accelerate use FSDP2, which it chooses on accelerators only."""
+    PartialState().distributed_type = accelerator.state.distributed_type = DistributedType.FSDP
+    accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2,
+        auto_wrap_policy="transformer_based_wrap",
+        transformer_cls_names_to_wrap=["LlamaDecoderLayer"],
+        cpu_ram_efficient_loading=False,
+    )
+
+
+def accelerator_of(engine: str, when: str = "each") -> Accelerator:
+    """It reduces at the end of a "window", or in "each" micro-batch."""
+    counts = GradientAccumulationPlugin(num_steps=N, sync_each_batch=when == "each")
+    accelerator = Accelerator(cpu=True, gradient_accumulation_plugin=counts)
+    if engine == "fsdp2":
+        shard(accelerator)
+    return accelerator
+
+
+def accelerate(engine: str, when: str) -> Report:
     """A loop with accumulate(); the last window of an epoch is short."""
 
     def train(wrap: fw.Wrap) -> fw.Run:
         torch.manual_seed(0)
-        plugin = GradientAccumulationPlugin(num_steps=N, sync_each_batch=how == "each")
-        accelerator = Accelerator(cpu=True, gradient_accumulation_plugin=plugin)
+        accelerator = accelerator_of(engine, when)
         model = fw.tiny_llama()
         inner = torch.optim.AdamW(model.parameters(), lr=RATE)
         nudged = fw.WRAPS["nudged"]
@@ -97,18 +137,63 @@ def accelerate(how: str) -> Report:
     return compared(train)
 
 
-def lightning(_: str) -> Report:
-    """Automatic optimization on the DDP strategy."""
+def arrives(dtype: str) -> Report:
+    """A model of bf16 that Accelerate shards after the optimizer was made: gradients arrive in fp32
+    from the first backward on."""
+    accelerator = accelerator_of("fsdp2")
+    model = fw.tiny_llama(getattr(torch, dtype))
+    opt = FusedAccumOptimizer(torch.optim.AdamW(model.parameters(), lr=RATE))
+    loader = DataLoader(fw.sequences(8), fw.MICRO_BATCH, collate_fn=fw.collate)  # type: ignore[arg-type]
+    net, prepared, loader = accelerator.prepare(model, opt, loader)
+    accelerator.backward(net(**next(iter(loader))).loss)
+    dtypes = {str(p.grad.dtype) for p in net.parameters()}
+    prepared.step()
+    is_step = {int(entry["step"]) for entry in opt.state_dict()["state"].values()}
+    fw.reset()
+    return {"gradients": dtypes, "steps": is_step, "repr": repr(opt)}
+
+
+def resumed(dtype: str) -> Report:
+    """save_state() and load_state() on FSDP2, between windows: how far the resumed run ends."""
+    folder = f"{os.environ['FOLDER']}/{dtype}"
+
+    def run(seed: int, begins: int, ends: int) -> fw.Run:
+        accelerator = accelerator_of("fsdp2")
+        model = fw.tiny_llama(getattr(torch, dtype), seed)
+        opt = FusedAccumOptimizer(torch.optim.AdamW(model.parameters(), lr=RATE))
+        net, prepared = accelerator.prepare(model, opt)
+        if begins:
+            accelerator.load_state(folder)
+        data = fw.sequences(64)[dist.get_rank() :: 2]
+        for i in range(begins, ends):
+            with accelerator.accumulate(net):
+                accelerator.backward(net(**fw.collate([data[i]])).loss)
+                prepared.step()
+                prepared.zero_grad()
+        if not begins:
+            accelerator.save_state(folder)
+        fw.reset()
+        return fw.Run(model, opt)
+
+    run(0, 0, 2 * N)
+    ended, other = run(1, 2 * N, 5 * N), run(0, 0, 5 * N)
+    return {"off": fw.distance(ended.model, other.model)}
+
+
+def lightning(strategy: str) -> Report:
+    """Automatic optimization on the DDP or ModelParallel (FSDP2) strategy."""
 
     def train(wrap: fw.Wrap) -> fw.Run:
-        module = lm.Module(lambda params: wrap(torch.optim.AdamW(params, lr=RATE)))
+        kind = Sharded if strategy == "fsdp2" else lm.Module
+        module = kind(lambda params: wrap(torch.optim.AdamW(params, lr=RATE)))
         fitted = Trainer(
             max_epochs=3,
             accumulate_grad_batches=2,
             gradient_clip_val=1.0,
+            gradient_clip_algorithm="norm",
             accelerator="cpu",
             devices=dist.get_world_size(),
-            strategy=DDPStrategy(process_group_backend="gloo"),
+            strategy=STRATEGIES[strategy](process_group_backend="gloo"),
             logger=False,
             enable_checkpointing=False,
             enable_progress_bar=False,
@@ -123,13 +208,15 @@ def lightning(_: str) -> Report:
 def main(folder: str, cases: list[str]) -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
+    os.environ["FOLDER"] = folder
     dist.init_process_group("gloo")
     results: dict[str, Any] = {}
     for case in cases:
         name, _, how = case.partition(":")
+        name, _, when = name.partition("-")
         try:
             with contextlib.redirect_stdout(sys.stderr):
-                results[case] = globals()[name](how)
+                results[case] = globals()[name](*[how, when][: 2 if when else 1])
         except Exception:
             results[case] = traceback.format_exc()
         torch.save(results, f"{folder}/results-{dist.get_rank()}")

@@ -180,6 +180,19 @@ def scaled(engine: str) -> Report:
     return report
 
 
+def idle() -> Report:
+    """Micro-batches of which some have no backward, in the only process that has any."""
+    model, net, opt = made("group", torch.float32, 2)
+    with Join([opt]):
+        for i in range(6 if dist.get_rank() == 0 else 0):
+            if i in (0, 3):
+                micro(0, 0, i)[1](net).backward()
+            opt.step()
+            opt.zero_grad()
+    changes = [opt.state[p]["momentum_buffer"] for p in model.parameters()]
+    return {"same": is_same_everywhere([*masters(opt), *changes])}
+
+
 # --- mistakes, which all processes make ---
 
 

@@ -57,9 +57,10 @@ class Odd(nn.Module):
 
 def sharded(model: nn.Module, mesh: Any, **options: Any) -> None:
     """fully_shard, a group for each layer."""
-    layers = model.layers if isinstance(model, Odd) else [model.a, model.norm, model.b]
+    layers = model.layers if isinstance(model, Odd) else [model.a, model.norm, model.b, model.extra]
     for layer in layers:
-        fully_shard(layer, mesh=mesh, **options)
+        if layer is not None:
+            fully_shard(layer, mesh=mesh, **options)
     fully_shard(model, mesh=mesh, **options)
 
 

@@ -36,7 +36,7 @@ REFUSED = {
     "open": "Join was left between backward() and step()",
     "flush": "flush() was called inside Join",
 }
-OTHERS = ["scaled:ddp", "scaled:group", "late", "copied"]
+OTHERS = ["scaled:ddp", "scaled:group", "late", "copied", "idle"]
 MODULE = "tests.distributed.join_cases"
 Results = Callable[[str], dict[str, Any]]
 
@@ -78,6 +78,10 @@ def test_a_scaler_of_a_process_without_data(two: Results, engine: str) -> None:
     assert result["same"]
     scales, skipped = zip(*result["scales"], strict=True)
     assert list(skipped) == [1, 1, 1] and scales[1] > scales[0]
+
+
+def test_micro_batches_without_a_gradient(two: Results) -> None:
+    assert two("idle") == {"same": True}
 
 
 @pytest.mark.parametrize("what", REFUSED)

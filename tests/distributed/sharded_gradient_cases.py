@@ -1,0 +1,158 @@
+"""What test_sharded_serving.py runs in the processes of a group: gradients of shards that users or
+FSDP2 itself keep back, write, and take away."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+
+from fusedaccum import FusedAccumOptimizer
+from tests.distributed.ddp_cases import Report, flat, is_same_everywhere, loss_of, off, whole
+from tests.distributed.sharded_cases import Odd, sharded
+from tests.distributed.sharded_serving_cases import N, adamw, build, train, values, x_of
+from tests.processes import message
+
+
+def one_overflows(where: str) -> Report:
+    """NaN on the last rank, in its shard's gradient or in everybody's."""
+    model = build()
+    opt = FusedAccumOptimizer(adamw(model), N, max_grad_norm=1.0)
+    train(model, opt, range(1))
+    before = values(model)
+    last = dist.get_rank() == dist.get_world_size() - 1
+    for i in range(N):
+        x = x_of(dist.get_rank(), 1, i, model)
+        if where == "data" and last and i == 0:
+            x = x * torch.nan
+        loss_of(model, x).backward()
+        if where == "shard" and last and i == N - 1:
+            grad: Any = next(iter(model.parameters())).grad
+            grad._local_tensor[0] = torch.inf
+        opt.step()
+        opt.zero_grad()
+    report: Report = {
+        "unchanged": all(map(torch.equal, before, values(model))),
+        "skipped": int(opt.skipped_steps),
+    }
+    train(model, opt, range(2, 3))
+    report["went on"] = not all(map(torch.equal, before, values(model)))
+    report["same"] = is_same_everywhere(values(model))
+    return report
+
+
+def hooks_of_users() -> Report:
+    """A hook after the accumulation halves each fresh gradient, and another one comes after FSDP2's
+    reduction: both go on as they did. What the first one writes is what FSDP2 has rounded."""
+    results, seen = [], []
+    for has_hook in (True, False):
+        model = build(torch.bfloat16)
+        if has_hook:
+            for layer in model.layers:
+                layer.set_all_reduce_hook(lambda flat: seen.append(flat.dtype))
+            for p in model.parameters():
+                p.register_post_accumulate_grad_hook(lambda p: p.grad.mul_(0.5))
+        opt = FusedAccumOptimizer(torch.optim.SGD(model.parameters(), lr=0.05), N)
+        for i in range(N):
+            loss_of(model, x_of(dist.get_rank(), 0, i, model)).backward()
+            opt.step()
+        factor = 1.0 if has_hook else 0.5
+        results.append([whole(p.grad).double() * factor for p in model.parameters()])
+    return {"off": off(*results), "seen": len(seen), "dtypes": {str(d) for d in seen}}
+
+
+def loop_goes_on() -> Report:
+    """A loop that does not zero: sums go on, as in torch; zero_grad() of the model too."""
+    model = build()
+    opt = FusedAccumOptimizer(torch.optim.SGD(model.parameters(), lr=0.0))
+    seen = []
+    for step in range(4):
+        if step == 3:
+            model.zero_grad()
+        loss_of(model, x_of(dist.get_rank(), 0, 0, model)).backward()
+        opt.step()
+        seen.append(float(flat([whole(p.grad) for p in model.parameters()]).norm()))
+    return {"ratios": [round(s / seen[0], 5) for s in seen]}
+
+
+def by_hand() -> Report:
+    """Gradients that are assigned, scaled, and taken away between backward and step."""
+    model = build()
+    params = list(model.parameters())
+    opt = FusedAccumOptimizer(torch.optim.SGD(model.parameters(), lr=1.0))
+    loss_of(model, x_of(dist.get_rank(), 0, 0, model)).backward()
+    before, grads = values(model), [whole(p.grad).double() for p in params]
+    params[0].grad = params[0].grad * 3  # type: ignore[operator]
+    params[1].grad.mul_(2)  # type: ignore[union-attr]
+    params[2].grad = None
+    opt.step()
+    moved = [b - a for b, a in zip(before, values(model), strict=True)]
+    factors = [3.0, 2.0, 0.0] + [1.0] * (len(params) - 3)
+    exact = [g * f for g, f in zip(grads, factors, strict=True)]
+    return {"off": off(moved, exact)}
+
+
+def synchronises(how: str) -> Report:
+    """ "gradient", or "reduce" (over copies), "-weighted": FSDP2 waits until the last one."""
+    kind, _, weighted = how.partition("-")
+    results = []
+    for waits in (True, False):
+        torch.manual_seed(0)
+        model: Any = Odd()
+        world = dist.get_world_size()
+        shape = (2, world // 2) if kind == "reduce" else (world,)
+        names = ("copies", "shards")[-len(shape) :]
+        sharded(model, init_device_mesh("cpu", shape, mesh_dim_names=names))
+        opt = FusedAccumOptimizer(torch.optim.SGD(model.parameters(), lr=0.05), N)
+        for i in range(N):
+            is_last = i == N - 1
+            if waits and kind == "reduce":
+                model.set_requires_all_reduce(is_last)
+            elif waits:
+                model.set_requires_gradient_sync(is_last)
+            x = x_of(dist.get_rank(), 0, i, model)
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")
+                if weighted:
+                    with opt.micro_batch(weight=1.0 + i + 2 * dist.get_rank()):
+                        loss_of(model, x).backward()
+                else:
+                    loss_of(model, x).backward()
+                opt.step()
+        results.append(values(model))
+    return {"off": off(*results)}
+
+
+def held_back(how: str) -> Report:
+    """What would lose a gradient that FSDP2 keeps back, or weigh it wrongly."""
+    model = build()
+    n = None if how == "loop" else N
+    opt = FusedAccumOptimizer(torch.optim.SGD(model.parameters(), lr=0.05), n)
+    before = values(model)
+
+    def micro() -> None:
+        loss_of(model, x_of(0, 0, 0, model)).backward()
+
+    model.set_requires_gradient_sync(False)
+    if how == "weighted":
+        with opt.micro_batch(weight=3.0):
+            micro()
+    else:
+        micro()
+    if how == "plain":
+        opt.step()  # closes a micro-batch
+        micro()
+    report: Report = {"saved": message(opt.state_dict)}
+    report |= {"step": message(opt.step), "again": message(opt.step)}
+    report["unchanged"] = all(map(torch.equal, before, values(model)))
+    opt.zero_grad()
+    model.set_requires_gradient_sync(True)
+    for _ in range(n or 1):
+        micro()
+        opt.step()
+    once = [b - a for b, a in zip(before, values(model), strict=True)]
+    report["after"] = off(once, [0.05 * whole(p.grad).double() for p in model.parameters()])
+    return report

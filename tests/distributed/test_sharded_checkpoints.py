@@ -1,0 +1,69 @@
+"""Checkpoints of shards: torch.distributed.checkpoint, on another number of processes, and files
+of each process.
+
+The processes of a group are started once; sharded_checkpoint_cases.py is what they run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from tests import processes
+
+MODULE = "tests.distributed.sharded_checkpoint_cases"
+FORMS = [
+    f"{dtype}-{form}-{window}"
+    for dtype, form, window in (
+        ("fp32", "flat", "closed"), ("bf16", "nested", "closed"), ("bf16", "flat", "open"),
+        ("bf16", "nested", "open"),
+    )
+]  # fmt: skip
+FILES = [f"{w}-{how}" for w in ("closed", "open", "weighted") for how in ("same", "turned")]
+Results = Callable[[int, str], Any]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
+    folder = tmp_path_factory.mktemp("group")
+    groups: dict[int, Callable[[str], Any]] = {}
+
+    def of(world: int, case: str) -> Any:
+        if world not in groups:
+            cases = [f"loaded:{form}" for form in FORMS]
+            if world == 2:
+                cases = [f"saved:{form}" for form in FORMS] + cases
+                cases += ["full", *(f"files:{how}" for how in FILES)]
+            elif 2 not in groups:
+                of(2, "full")
+            groups[world] = processes.agreeing(processes.run(MODULE, cases, world, folder))
+        return groups[world](case)
+
+    return of
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_saved_by_two_processes_and_loaded_by(results: Results, world: int, form: str) -> None:
+    result = results(world, f"loaded:{form}")
+    assert result["now"] == [0.0, 0.0]
+    is_open = form.endswith("open")
+    assert result["micro_batches"] == (1 if is_open else 0)
+    assert result["steps"] == (6 if is_open else 5)
+    # The mean of another number of equal gradients may be rounded in another way.
+    assert max(result["later"]) < (1e-7 if world == 2 else 1e-6)
+
+
+def test_a_whole_state_dict_broadcast(results: Results) -> None:
+    assert results(2, "full")["off"] == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("how", FILES)
+def test_a_file_of_each_process(results: Results, how: str) -> None:
+    result = results(2, f"files:{how}")
+    if how.endswith("same"):
+        assert result == {"same": True}
+    else:
+        assert "the shards of rank S of 2 processes, this is rank R of 2" in result["error"]

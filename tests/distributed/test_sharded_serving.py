@@ -1,0 +1,153 @@
+"""Shards beside one process, beside stock optimizers, and what users do around them.
+
+The processes of a group are started once; sharded_serving_cases.py and sharded_gradient_cases.py
+are what they run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests import processes
+
+SERVING, GRADIENTS = (f"tests.distributed.sharded_{name}_cases" for name in ("serving", "gradient"))
+WAYS = ["late", "unused", "reentrant", "other"]
+ONE = ["adamw-fp32", "adamw-bf16", "sgd-fp32", "nadam-bf16"]
+HELD = ["weighted", "plain", "loop"]
+CASES = {
+    (SERVING, 2): [
+        *(f"ways:{how}" for how in WAYS), *(f"against_one_process:{case}" for case in ONE),
+        "beside_stock:muon", "placed", "bytes_per_parameter:fp32", "bytes_per_parameter:bf16",
+        "two_optimizers", "stochastic", "compiled", "comes_back", "exchanged:at once",
+        "exchanged:late", "refused",
+    ],
+    (GRADIENTS, 2): [
+        "one_overflows:data", "one_overflows:shard", "hooks_of_users", "loop_goes_on", "by_hand",
+        "synchronises:gradient", *(f"held_back:{how}" for how in HELD),
+    ],
+    (GRADIENTS, 4): ["synchronises:reduce", "synchronises:reduce-weighted"],
+    (SERVING, 4): ["bytes_per_parameter:fp32", "bytes_per_parameter:bf16"],
+    (SERVING, 1): ["bytes_per_parameter:fp32", "bytes_per_parameter:bf16", "ways:late"],
+}  # fmt: skip
+Results = Callable[[str, int, str], Any]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
+    groups: dict[tuple[str, int], Callable[[str], Any]] = {}
+
+    def of(module: str, world: int, case: str) -> Any:
+        key = module, world
+        if key not in groups:
+            folder: Path = tmp_path_factory.mktemp("group")
+            groups[key] = processes.agreeing(processes.run(module, CASES[key], world, folder))
+        return groups[key](case)
+
+    return of
+
+
+@pytest.mark.parametrize("case", ONE)
+def test_shards_train_as_one_process_does(results: Results, case: str) -> None:
+    result = results(SERVING, 2, f"against_one_process:{case}")
+    assert len(result["weights"]) == 4
+    assert max(result["weights"]) < 1e-7
+    assert max(result["states"]) < 1e-6
+    assert max(result["norm"]) < 2.5e-7  # an fp32 number each
+
+
+@pytest.mark.parametrize("how", WAYS)
+def test_ways_to_run_a_sharded_model(results: Results, how: str) -> None:
+    assert results(SERVING, 2, f"ways:{how}")["off"] < 1e-6
+
+
+def test_an_optimizer_of_whole_matrices_has_the_bits_of_its_own_run(results: Results) -> None:
+    assert results(SERVING, 2, "beside_stock:muon")["off"] == 0.0
+
+
+def test_what_people_see_is_placed_as_the_parameters_are(results: Results) -> None:
+    result = results(SERVING, 2, "placed")
+    assert result["all"] and result["n"] == 1 and result["dtypes"] == {"torch.float32"}
+    assert "bfloat16 with split master" in result["repr"]
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_bytes_per_parameter(results: Results, dtype: str, world: int) -> None:
+    """Parameter, accumulator and two moments; bf16 has its remainder instead of half of it."""
+    assert results(SERVING, world, f"bytes_per_parameter:{dtype}")["bytes"] == 16 / world
+
+
+def test_two_optimizers_share_what_fsdp2_reduces_at_once(results: Results) -> None:
+    result = results(SERVING, 2, "two_optimizers")
+    assert result["off"] < 1e-7
+    assert "give this micro-batch different factors" in result["message"]
+
+
+def test_stochastic_rounding_of_shards(results: Results) -> None:
+    result = results(SERVING, 2, "stochastic")
+    assert result == {"values": 2, "same": False, "agree": True}
+
+
+def test_a_compiled_model(results: Results) -> None:
+    assert results(SERVING, 2, "compiled")["off"] < 1e-6
+
+
+def test_plain_torch_comes_back(results: Results) -> None:
+    assert max(results(SERVING, 2, "comes_back")["off"]) < 1e-6
+
+
+def test_shards_that_take_the_place_of_parameters(results: Results) -> None:
+    assert results(SERVING, 2, "exchanged:at once")["off"] < 1e-7
+    late = results(SERVING, 2, "exchanged:late")["step"]
+    assert "replaced in param_groups by shards (DTensors, the first of shape (5, 16))" in late
+    assert "load a checkpoint after it" in late
+
+
+def test_refused(results: Results) -> None:
+    result = results(SERVING, 2, "refused")
+    assert "GradScaler is not supported for sharded parameters" in result["scaler"]
+    assert "leave process_group out" in result["group"]
+    assert "give each kind an optimizer of its own" in result["with_ddp"]
+    assert "max_grad_norm is 2.0 on rank 0, 3.0 on rank 1" in result["settings"]
+    assert result["unchanged"]
+
+
+@pytest.mark.parametrize("where", ["data", "shard"])
+def test_an_overflow_of_one_is_skipped_by_all(results: Results, where: str) -> None:
+    result = results(GRADIENTS, 2, f"one_overflows:{where}")
+    assert result == {"unchanged": True, "skipped": 1, "went on": True, "same": True}
+
+
+def test_hooks_of_users_go_on(results: Results) -> None:
+    result = results(GRADIENTS, 2, "hooks_of_users")
+    assert result["seen"] == 8 and result["dtypes"] == {"torch.float32"}
+    assert result["off"] < 2**-8  # what one writes is what FSDP2 has rounded to bf16
+
+
+def test_a_loop_that_does_not_zero_goes_on(results: Results) -> None:
+    assert results(GRADIENTS, 2, "loop_goes_on")["ratios"] == [1.0, 2.0, 3.0, 1.0]
+
+
+def test_gradients_written_by_hand(results: Results) -> None:
+    assert results(GRADIENTS, 2, "by_hand")["off"] < 1e-6
+
+
+@pytest.mark.parametrize(("world", "how"), [(2, "gradient"), (4, "reduce"), (4, "reduce-weighted")])
+def test_fsdp2_may_reduce_in_the_last_micro_batch_only(
+    results: Results, world: int, how: str
+) -> None:
+    assert results(GRADIENTS, world, f"synchronises:{how}")["off"] < 1e-7
+
+
+@pytest.mark.parametrize("how", HELD)
+def test_a_gradient_that_fsdp2_keeps_back_is_not_lost(results: Results, how: str) -> None:
+    result = results(GRADIENTS, 2, f"held_back:{how}")
+    assert "back" in result["step"] and "Nothing was updated" in result["step"]
+    assert how == "loop" or "Call zero_grad()" in result["again"]
+    assert "which a checkpoint would lose" in result["saved"]
+    assert result["unchanged"]
+    assert result["after"] < 2e-5  # of what the parameters moved, in fp32
