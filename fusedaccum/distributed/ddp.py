@@ -22,6 +22,10 @@ from ..window.reducing import Parts, Reducing
 from .joining import DdpHook, Membership
 from .reduction import Reduction
 
+_ONE = (
+    "Use one of each; or leave Join, and let that process call flush(), which may close a window "
+    "early, also an empty one"
+)
 # Who averages instead of each DDP's reducer: tokens, and what takes part in Join for each.
 _served: WeakIdKeyDictionary = WeakIdKeyDictionary()
 # DDP modules whose reducer sees nothing.
@@ -107,7 +111,7 @@ def serve(
             raise ValueError(
                 f"DistributedDataParallel (DDP) wraps parameters of this optimizer, {reason}"
             )
-    shares = any(_others(module, parts) for module in modules)
+    shares = any(_others(module, parts.slots) for module in modules)
     return DdpReduction(parts, modules, settings, shares, membership)
 
 
@@ -117,15 +121,15 @@ def _named(module: DistributedDataParallel) -> dict[str, Tensor]:
     return {name: param for name, param in named if name not in module.parameters_to_ignore}
 
 
-def _others(module: DistributedDataParallel, parts: Parts) -> dict[str, Tensor]:
+def _others(module: DistributedDataParallel, slots: Mapping[Tensor, Any]) -> dict[str, Tensor]:
     """The parameters that need a gradient and are not ours, by name."""
     named = _named(module).items()
-    return {name: p for name, p in named if p.requires_grad and p not in parts.slots}
+    return {name: p for name, p in named if p.requires_grad and p not in slots}
 
 
 def _refusal(module: DistributedDataParallel, parts: Parts) -> str | None:
     """Why this DDP cannot be served, and what to do."""
-    others = _others(module, parts)
+    others = _others(module, parts.slots)
     nobodys = [name for name, param in others.items() if not is_owned(param)]
     if nobodys:
         return (
@@ -190,16 +194,20 @@ def join_hook(module: DistributedDataParallel, **options: Any) -> JoinHook:
     Raises:
         ValueError: for what cannot take part, with the way round.
     """
-    members = list(_served.get(module, {}).values())
-    if len(members) > 1:
+    found = [m for m in _served.get(module, {}).values() if not m.is_over]
+    if any(_others(module, m.member.collector.slots) for m in found):
         raise ValueError(
-            f"Join around a DDP module that {len(members)} FusedAccumOptimizers share: a process "
-            "without data does not know in which order they step. Use one optimizer; or leave "
-            "Join, and let that process call flush() of each, which may close a window early, also "
-            "an empty one"
+            "Join around a DDP module that several FusedAccumOptimizers share: a process without "
+            f"data does not know in which order they step. {_ONE}"
+        )
+    served = [m for m in _served if any(other is n for other in _served[m].values() for n in found)]
+    if len(served) > 1:
+        raise ValueError(
+            f"Join around one of {len(served)} DDP modules that share a FusedAccumOptimizer: a "
+            f"process without data would close each micro-batch as often. {_ONE}"
         )
     hook: JoinHook = type(module).join_hook(module, **options)
-    for membership in members:
+    for membership in found[-1:]:
         membership.check(options)
         hook = DdpHook(module, membership)
     return hook

@@ -68,6 +68,12 @@ class Membership:
         self._joinable: weakref.ref[Joinable] | None = None  # while a block is open
 
     @property
+    def is_over(self) -> bool:
+        """Whether the optimizer is gone, or another one has taken its parameters over."""
+        member = self._member()
+        return member is None or member.collector.attached.taken_over
+
+    @property
     def member(self) -> Member:
         member = self._member()
         assert member is not None

@@ -227,6 +227,18 @@ def refused(what: str) -> Report:
     return report
 
 
+def shared(what: str) -> Report:
+    """Several wrappers around one DDP module, or one around several modules."""
+    models = [Net(), Net()]
+    nets = [DistributedDataParallel(model) for model in models]
+    first, second = (list(model.parameters()) for model in models)
+    groups = [first + second] if what == "modules" else [first[:2], first[2:], second]
+    opts = [FusedAccumOptimizer(torch.optim.SGD(group, lr=0.1), N) for group in groups]
+    report: Report = {"join": message(lambda: Join([nets[0]]))}
+    assert len(opts) == len(groups)
+    return report
+
+
 def late() -> Report:
     """The optimizer is made before DDP, and meets it inside the block; then outside of one."""
     torch.manual_seed(0)
@@ -250,13 +262,15 @@ def late() -> Report:
 
 def copied() -> Report:
     """A DDP module that rests is copied and pickled with its own way to join."""
-    _, net, opt = made("ddp", torch.float32, N)
+    model, net, old = made("ddp", torch.float32, 1)
+    opt = FusedAccumOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), N)  # which takes over
     other = copy.deepcopy(net)
     with Join([net]):
         for i in range(2 * N - dist.get_rank()):
             micro(dist.get_rank(), 0, i)[1](net).backward()
             opt.step()
             opt.zero_grad()
+    assert old.gradient_accumulation_steps == 1
     return {
         "copy": type(other.join_hook()).__name__,
         "rests": type(net.join_hook()).__name__,

@@ -36,6 +36,10 @@ REFUSED = {
     "open": "Join was left between backward() and step()",
     "flush": "flush() was called inside Join",
 }
+SHARED = {
+    "modules": "one of 2 DDP modules that share a FusedAccumOptimizer",
+    "wrappers": "a DDP module that several FusedAccumOptimizers share",
+}
 OTHERS = ["scaled:ddp", "scaled:group", "late", "copied", "idle"]
 MODULE = "tests.distributed.join_cases"
 Results = Callable[[str], dict[str, Any]]
@@ -43,7 +47,8 @@ Results = Callable[[str], dict[str, Any]]
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> Results:
-    cases = [*TWO, *OTHERS, *(f"refused:{what}" for what in REFUSED)]
+    cases = [*TWO, *OTHERS]
+    cases += [f"refused:{what}" for what in REFUSED] + [f"shared:{what}" for what in SHARED]
     return processes.agreeing(processes.run(MODULE, cases, 2, tmp_path_factory.mktemp("group")))
 
 
@@ -88,6 +93,12 @@ def test_micro_batches_without_a_gradient(two: Results) -> None:
 def test_what_join_cannot_do(two: Results, what: str) -> None:
     result = two(f"refused:{what}")
     assert REFUSED[what] in result["train"] and result["unchanged"]
+
+
+@pytest.mark.parametrize("what", SHARED)
+def test_modules_and_optimizers_in_pairs(two: Results, what: str) -> None:
+    join = two(f"shared:{what}")["join"]
+    assert join.startswith("ValueError: ") and SHARED[what] in join and "flush()" in join
 
 
 def test_an_optimizer_that_meets_ddp_inside_the_block(two: Results) -> None:
