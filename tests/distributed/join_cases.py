@@ -180,6 +180,26 @@ def scaled(engine: str) -> Report:
     return report
 
 
+def wrapped(name: str) -> Report:
+    """An optimizer with its own step(), and a parameter of no elements."""
+    torch.manual_seed(0)
+    model = Net().bfloat16()
+    model.register_parameter("empty", torch.nn.Parameter(torch.zeros(0, dtype=torch.bfloat16)))
+    net = DistributedDataParallel(model, static_graph=True)
+    inner = getattr(torch.optim, name)(model.parameters(), lr=1e-2)
+    opt = FusedAccumOptimizer(inner, N, CLIP)
+    report: Report = {"same": True}
+    for epoch, per_rank in enumerate(COUNTS["less"]):
+        with Join([net]):
+            for i in range(per_rank[dist.get_rank()]):
+                micro(dist.get_rank(), epoch, i, torch.bfloat16)[1](net).backward()
+                opt.step()
+                opt.zero_grad()
+        states = [t for p in opt.state for t in opt.state[p].values() if torch.is_tensor(t)]
+        report["same"] &= is_same_everywhere([*masters(opt), *states])
+    return report
+
+
 def idle() -> Report:
     """Micro-batches of which some have no backward, in the only process that has any."""
     model, net, opt = made("group", torch.float32, 2)

@@ -40,7 +40,7 @@ SHARED = {
     "modules": "one of 2 DDP modules that share a FusedAccumOptimizer",
     "wrappers": "a DDP module that several FusedAccumOptimizers share",
 }
-OTHERS = ["scaled:ddp", "scaled:group", "late", "copied", "idle"]
+OTHERS = ["scaled:ddp", "scaled:group", "wrapped:Adafactor", "late", "copied", "idle"]
 MODULE = "tests.distributed.join_cases"
 Results = Callable[[str], dict[str, Any]]
 
@@ -83,6 +83,10 @@ def test_a_scaler_of_a_process_without_data(two: Results, engine: str) -> None:
     assert result["same"]
     scales, skipped = zip(*result["scales"], strict=True)
     assert list(skipped) == [1, 1, 1] and scales[1] > scales[0]
+
+
+def test_an_optimizer_with_its_own_step(two: Results) -> None:
+    assert two("wrapped:Adafactor") == {"same": True}
 
 
 def test_micro_batches_without_a_gradient(two: Results) -> None:
