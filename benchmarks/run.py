@@ -18,17 +18,18 @@ import torch
 from fusedaccum.bench.forms import Plan
 from fusedaccum.doctor import output
 
-from . import cases, linear, suites
+from . import cases, linear, reduction, suites
 from .measure import arguments, warn_if_busy
 from .suites import Suite
 from .tables import report
 
 # What `--device` measures by default.
 SHAPES = {
-    "cpu": {"micro": ["flat_64mi"], "cycle": ["gpt2_small"]},
+    "cpu": {"micro": ["flat_64mi"], "cycle": ["gpt2_small"], "reduction": ["lora_500"]},
     "cuda": {
         "micro": ["flat_64mi", "lora_500", "llama_1b"],
         "cycle": ["lora_500", "llama_1b"],
+        "reduction": ["gpt2_small"],
     },
 }
 KINDS: dict[str, Callable[[Suite, str, str], None]] = {
@@ -42,7 +43,7 @@ BUDGETS = {"micro": 8.0, "cycle": 60.0, "linear": 2.0}
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = arguments(__doc__)
     parser.set_defaults(n=[8])
-    parser.add_argument("--only", choices=("micro", "cycle", "linear"))
+    parser.add_argument("--only", nargs="+", choices=("micro", "cycle", "linear", "reduction"))
     parser.add_argument("--shapes", nargs="+", choices=sorted(cases.SHAPES))
     parser.add_argument("--forms", choices=("eager", "compiled"), help="without or with compiling")
     parser.add_argument("--show", type=Path, help="measure nothing: print the rows of this file")
@@ -53,7 +54,8 @@ def measure_all(args: argparse.Namespace) -> Suite:
     """Run what the arguments ask for."""
     device = torch.device(args.device)
     warn_if_busy(device)
-    kinds = ["micro", "cycle"] if args.only is None else [args.only] * (args.only in KINDS)
+    only: list[str] = args.only or []
+    kinds = [kind for kind in KINDS if kind in only or not only]
     passes = [args.forms] if args.forms else ["eager"] if args.quick else ["eager", "compiled"]
     rounds = args.rounds or (3 if args.quick else 20 if device.type == "cuda" else 9)
 
@@ -79,14 +81,18 @@ def measure_all(args: argparse.Namespace) -> Suite:
         rounds=rounds,
         budget_s=0.0,
         gate_shapes=cases.tiny() if args.quick else cases.odd(),
-        name="-".join(filter(None, (args.only or "all", args.forms, args.quick and "quick"))),
+        name="-".join(filter(None, (*(only or ["all"]), args.forms, args.quick and "quick"))),
     )
-    by_default = args.only is None and args.forms is None and device.type == "cuda"
-    if args.only == "linear" or by_default:
+    by_default = not only and args.forms is None
+    if "linear" in only or (by_default and device.type == "cuda"):
         layers = ["linear_tiny"] if args.quick else [n for n in linear.LAYERS if n != "linear_tiny"]
         suite.race.budget_s = args.budget or BUDGETS["linear"]
         for layer, tokens in itertools.product(layers, [64] if args.quick else linear.TOKENS):
             linear.linear(suite, layer, tokens)
+    if "reduction" in only or by_default:
+        suite.plan = replace(suite.plan, n=max(args.n))
+        for shape, dtype in itertools.product(shapes("reduction"), (suites.BF16, suites.FP32)):
+            reduction.reduction(suite, shape, dtype)
     with output.Progress(len(work), "measurement") as bar:
         for forms_of, shape, kind, n in work:
             bar.describe(f"{kind} {shape} {forms_of} N={n}")

@@ -30,6 +30,9 @@ COLUMNS: dict[str, output.Column] = {
     "GB/s": lambda row: f"{row['bytes'] / row['p50_ms'] / 1e6:.1f}",
     **{name: BENCH[name] for name in ("% of copy rate", "host ms", "grad error")},
 }
+REDUCED: dict[str, output.Column] = COLUMNS | {
+    "before the end": lambda row: f"{row['early']} of {row['launched']}" if row["launched"] else "",
+}
 TRAINING: dict[str, output.Column] = {
     "": column("variant"),
     "p20": column("p20_ms", ".1f"),
@@ -61,7 +64,8 @@ def show(rows: Sequence[Row]) -> None:
         what += f", {head['tokens']} tokens" if head.get("tokens") else ""
         rows = sorted(rows, key=lambda r: (r["grad_error"] is not None, r["p50_ms"]))
     title = f"{what}, N={head['n']}, {head['samples']} samples, load {head['load']}"
-    output.print_rows(title, rows, TRAINING if "tax_p50" in head else COLUMNS)
+    columns = TRAINING if "tax_p50" in head else REDUCED if "launched" in head else COLUMNS
+    output.print_rows(title, rows, columns)
 
 
 def judge(rows: Sequence[Row], device: str) -> list[str]:

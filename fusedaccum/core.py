@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import weakref
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
-from torch.nn import Module
 from torch.optim import Optimizer
 
 from . import backends
-from .integrations import checkpoint
+from .distributed.processes import Processes
+from .integrations import checkpoint, handover
 from .integrations.face import SharingOptimizer
 from .options import Options
 from .rules import packages, registry
@@ -23,10 +22,8 @@ from .update.masters import Masters
 from .update.updater import Updater
 from .window.advice import Advice
 from .window.collector import Collector
-from .window.deal import Deal
 from .window.engines import exchanged, refuse_exchange
 from .window.grad_scaler import Scaling
-from .window.reducing import Parts, Reducing
 from .window.shards import is_sharded
 from .window.trouble import PART
 from .window.weights import Window
@@ -43,6 +40,7 @@ class Core:
 
     Attributes:
         window, scaling, collector, updater: the parts.
+        processes: what other processes have to do with it.
         window_closed: whether the last step() or flush() ended a window.
     """
 
@@ -54,11 +52,9 @@ class Core:
         self._loading: dict[str, Any] | None = None
         # The state that moves along, until the parts for moved parameters are complete.
         self._moving: dict[str, Any] | None = None
+        self.processes = Processes(weakref.ref(self), type(optimizer), options)
         self._build()
-        if options.process_group is not None:
-            from .distributed import reduction
-
-            reduction.broadcast(self.collector.slots, options.process_group)
+        self.processes.broadcast(self.collector.slots)
 
     def _build(self) -> None:
         """Accumulators, hooks and tables for the parameters as they are now."""
@@ -74,10 +70,6 @@ class Core:
             splits=registry.serve(self.optimizer),
             is_stochastic=options.stochastic_rounding,
         )
-        deal = Deal()
-        if options.shard_states:
-            group = options.process_group
-            deal = Deal(dist.get_rank(group), dist.get_world_size(group))
         self.collector = Collector(
             backends.get(options.backend, device),
             self.window,
@@ -86,8 +78,8 @@ class Core:
             scaling=self.scaling,
             device=device,
             check=masters.check,
-            serve=partial(_serve, options, type(self.optimizer)),
-            deal=deal,
+            serve=self.processes.serve,
+            deal=self.processes.deal(),
         )
         self.updater = Updater(
             self.optimizer,
@@ -97,12 +89,7 @@ class Core:
             seed=options.seed,
         )
         self.collector.attach_groups(groups)
-        if options.process_group is not None:
-            from .distributed.reduction import Reduction
-
-            settings = _shared(options, type(self.optimizer))
-            engines = self.collector.engines
-            engines.reduction = Reduction(engines.parts, options.process_group, settings=settings)
+        self.processes.average_in_group(self.collector.engines)
 
     def change(self, name: str, value: Any) -> None:
         """Assign a setting.
@@ -127,7 +114,7 @@ class Core:
             self.window.steps = steps
             self.scaling.count_to(steps)
         self.collector.adder.wants_norm = options.wants_norm
-        self.options = options
+        self.options = self.processes.options = options
 
     # --- gradients ---
 
@@ -292,13 +279,7 @@ class Core:
                 "nothing was updated. Call step() after the block; after an exception call "
                 "zero_grad()"
             )
-        shares = self.options.shard_states
-        if shares and not self.collector.reduction.shares:
-            raise RuntimeError(
-                "shard_states=True, but nothing averages gradients over processes, each of which "
-                "updates a part of the parameters; nothing was updated. Wrap the model in "
-                "DistributedDataParallel (DDP), or give process_group= to FusedAccumOptimizer"
-            )
+        self.processes.refuse_alone(self.collector.reduction)
         max_norm = self.window.max_norm or self.options.max_grad_norm
         with hooks as has_run:
             if has_run:
@@ -312,11 +293,19 @@ class Core:
                     self.collector.close_micro_batch()
                 factor = self.collector.reduction.correction(self.window)
                 apply(self.scaling.correction(factor))
-                if shares:
+                if self.options.shard_states:
                     self.collector.reduction.share(self.collector.filled())
                 self.collector.end_window()
                 self.window_closed = True
         return has_gradient
+
+    # --- Join; see `distributed.joining.Member` ---
+
+    def whole_state(self) -> Any:
+        return handover.whole_state(self)
+
+    def take_over(self, whole_state: Any) -> None:
+        handover.take_over(self, whole_state)
 
     # --- checkpoints ---
 
@@ -346,23 +335,3 @@ class Core:
         self.check_params(reattach=True)  # Accelerate moves the model, then loads state_dict()
         checkpoint.load(state_dict, self.updater)
         self._loading = None
-
-
-def _shared(options: Options, kind: type[Optimizer]) -> dict[str, Any]:
-    """The settings that the processes of a group must have in common, by name."""
-    names = (
-        "gradient_accumulation_steps", "max_grad_norm", "master_weights", "skip_nonfinite",
-        "stochastic_rounding", "seed", "fused_unscale", "shard_states",
-    )  # fmt: skip
-    return {"optimizer": kind.__name__} | {name: getattr(options, name) for name in names}
-
-
-def _serve(
-    options: Options, kind: type[Optimizer], parts: Parts, modules: Sequence[Module]
-) -> Reducing:
-    """See `distributed.serving`, which is imported where there are several processes."""
-    from .distributed import serving
-
-    has_group = options.process_group is not None
-    settings = _shared(options, kind)
-    return serving.serve(parts, modules, settings, has_group, options.shard_states)

@@ -129,22 +129,12 @@ class FusedAccumOptimizer(SharingOptimizer):
         shard_states: bool = False,
     ) -> None:
         options = Options(
-            gradient_accumulation_steps,
-            max_grad_norm,
-            master_weights,
-            skip_nonfinite,
-            backend,
-            bucket_cap_mb,
-            stochastic_rounding,
-            seed,
-            grad_scaler,
-            fused_unscale,
-            process_group,
+            gradient_accumulation_steps, max_grad_norm, master_weights, skip_nonfinite, backend,
+            bucket_cap_mb, stochastic_rounding, seed, grad_scaler, fused_unscale, process_group,
             shard_states,
-        ).checked(optimizer, FusedAccumOptimizer)
+        ).checked(optimizer, FusedAccumOptimizer)  # fmt: skip
         self.optimizer = optimizer
-        self._core = Core(optimizer, options)
-        self._calls_closure = calls_closure(optimizer)
+        self._core, self._calls_closure = Core(optimizer, options), calls_closure(optimizer)
 
     gradient_accumulation_steps = Setting(is_changeable=True)
     max_grad_norm = Setting(is_changeable=True)
@@ -212,8 +202,7 @@ class FusedAccumOptimizer(SharingOptimizer):
             ...         model(torch.randn(n_tokens, 4)).mean().backward()
             ...     opt.step()
         """
-        value = check_weight(weight)
-        core, window = self._core, self._core.window
+        value, core, window = check_weight(weight), self._core, self._core.window
         core.check_params()  # one that was unfrozen since gets its hook before the forward
         core.collector.look()
         if window.weight is not None or core.collector.has_arrivals:
@@ -384,9 +373,24 @@ class FusedAccumOptimizer(SharingOptimizer):
         sums = self._core.sums_so_far()
         return {sums.device: self._core.scaling.found_inf(sums)}
 
+    # torch's Joinable: for `Join([opt])`, where `process_group` was given.
+
+    def join_hook(self, **options: Any) -> Any:
+        """What this process does in the block when it has left it."""
+        return self._core.processes.join(self, options)
+
+    join_device = property(lambda self: self._core.collector.attached.device)
+    join_process_group = property(lambda self: self.process_group)
+
     def _take_parameters(self) -> None:
         self._core.check_params()
 
     def _hooks(self) -> AbstractContextManager[Any]:
         """Hooks of step(), but for an optimizer whose own step() runs them itself."""
         return step_hooks(self) if self._core.updater.is_fused else nullcontext()
+
+
+if torch.distributed.is_available():
+    from torch.distributed.algorithms.join import Joinable
+
+    Joinable.register(FusedAccumOptimizer)

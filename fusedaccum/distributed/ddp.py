@@ -8,23 +8,25 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Mapping, Sequence
+from types import MethodType
 from typing import Any
 
 from torch import Tensor
+from torch.distributed.algorithms.join import JoinHook
 from torch.nn import Module
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ..window.hooks import is_owned
 from ..window.reducing import Parts, Reducing
+from .joining import DdpHook, Membership
 from .reduction import Reduction
 
-_JOIN = (
-    "inside Join, where a process that has run out of data would still take part in DDP's own "
-    "reductions, which do not happen here. Leave Join, and let that process call flush(), which "
-    "may close a window early, also an empty one"
+_ONE = (
+    "Use one of each; or leave Join, and let that process call flush(), which may close a window "
+    "early, also an empty one"
 )
-# Who averages instead of each DDP's reducer: a set of tokens.
+# Who averages instead of each DDP's reducer: tokens, and what takes part in Join for each.
 _served: WeakIdKeyDictionary = WeakIdKeyDictionary()
 # DDP modules whose reducer sees nothing.
 _resting: WeakIdKeyDictionary = WeakIdKeyDictionary()
@@ -40,6 +42,7 @@ class DdpReduction(Reduction):
         shares: whether other wrappers have some of their parameters. Processes whose graphs differ
             would start the collectives of two wrappers in different orders, but step() is called
             in the same.
+        membership: of the optimizer in Join blocks.
     """
 
     def __init__(
@@ -48,19 +51,23 @@ class DdpReduction(Reduction):
         modules: Sequence[DistributedDataParallel],
         settings: Mapping[str, Any],
         shares: bool,
+        membership: Membership,
     ) -> None:
         held = [weakref.ref(module) for module in modules]
         # Frozen ones too, which may be unfrozen later: DDP itself would miss those then.
         params = {p for module in modules for p in _named(module).values()}
 
+        def alive() -> list[DistributedDataParallel]:
+            return [module for ref in held if (module := ref()) is not None]
+
         def is_over() -> bool:
-            return all(ref() is None for ref in held)
+            return not alive()
 
         def is_due() -> bool:
-            alive = [module for ref in held if (module := ref()) is not None]
-            if any(module._join_config.enable for module in alive):
-                self.fail(f"DistributedDataParallel (DDP) was used {_JOIN}. Nothing was updated")
-            return all(module.require_backward_grad_sync for module in alive)
+            return all(module.require_backward_grad_sync for module in alive())
+
+        def is_joint() -> bool:
+            return any(module._join_config.enable for module in alive())
 
         super().__init__(
             parts,
@@ -69,12 +76,13 @@ class DdpReduction(Reduction):
             is_over=is_over,
             is_due=is_due,
             waits=shares,
+            is_joint=is_joint,
             settings=settings,
         )
         self._token = token = object()
         for module in modules:
             _rest(module)
-            _served.setdefault(module, set()).add(token)
+            _served.setdefault(module, {})[token] = membership
         # Without us a DDP that rests would average nothing, and say nothing.
         self._wake = weakref.finalize(self, _wake, held, token)
         self._wake.atexit = False
@@ -88,7 +96,10 @@ class DdpReduction(Reduction):
 
 
 def serve(
-    parts: Parts, modules: Sequence[DistributedDataParallel], settings: Mapping[str, Any]
+    parts: Parts,
+    modules: Sequence[DistributedDataParallel],
+    settings: Mapping[str, Any],
+    membership: Membership,
 ) -> Reducing:
     """Average instead of DDP from now on; called in a backward, before a gradient was added.
 
@@ -100,8 +111,8 @@ def serve(
             raise ValueError(
                 f"DistributedDataParallel (DDP) wraps parameters of this optimizer, {reason}"
             )
-    shares = any(_others(module, parts) for module in modules)
-    return DdpReduction(parts, modules, settings, shares)
+    shares = any(_others(module, parts.slots) for module in modules)
+    return DdpReduction(parts, modules, settings, shares, membership)
 
 
 def _named(module: DistributedDataParallel) -> dict[str, Tensor]:
@@ -110,15 +121,15 @@ def _named(module: DistributedDataParallel) -> dict[str, Tensor]:
     return {name: param for name, param in named if name not in module.parameters_to_ignore}
 
 
-def _others(module: DistributedDataParallel, parts: Parts) -> dict[str, Tensor]:
+def _others(module: DistributedDataParallel, slots: Mapping[Tensor, Any]) -> dict[str, Tensor]:
     """The parameters that need a gradient and are not ours, by name."""
     named = _named(module).items()
-    return {name: p for name, p in named if p.requires_grad and p not in parts.slots}
+    return {name: p for name, p in named if p.requires_grad and p not in slots}
 
 
 def _refusal(module: DistributedDataParallel, parts: Parts) -> str | None:
     """Why this DDP cannot be served, and what to do."""
-    others = _others(module, parts)
+    others = _others(module, parts.slots)
     nobodys = [name for name, param in others.items() if not is_owned(param)]
     if nobodys:
         return (
@@ -143,8 +154,11 @@ def _refusal(module: DistributedDataParallel, parts: Parts) -> str | None:
             "with a communication hook, which would not run any more: gradients are averaged in "
             "float32 here. Do not register one"
         )
-    if module._join_config.enable:
-        return _JOIN
+    if module._join_config.enable and module not in _resting:
+        return (
+            "and met it inside Join (DDP knows no end of a Join block): make the "
+            "FusedAccumOptimizer after DDP, and before Join"
+        )
     if getattr(module, "_use_python_reducer", False):
         return (
             'with torch._dynamo.config.optimize_ddp="python_reducer", which averages in the '
@@ -169,6 +183,34 @@ def _rest(module: DistributedDataParallel) -> None:
     _resting[module] = True
     # A static graph reduces its first backward from a callback of its own.
     module._static_graph_delay_allreduce_enqueued = True
+    module.join_hook = MethodType(join_hook, module)  # type: ignore[method-assign]
+
+
+def join_hook(module: DistributedDataParallel, **options: Any) -> JoinHook:
+    """What DDP's own `join_hook` gives, for a module that rests; Join calls it.
+
+    Its name is that of the method, so that a copy or a pickle of the module has that one.
+
+    Raises:
+        ValueError: for what cannot take part, with the way round.
+    """
+    found = [m for m in _served.get(module, {}).values() if not m.is_over]
+    if any(_others(module, m.member.collector.slots) for m in found):
+        raise ValueError(
+            "Join around a DDP module that several FusedAccumOptimizers share: a process without "
+            f"data does not know in which order they step. {_ONE}"
+        )
+    served = [m for m in _served if any(other is n for other in _served[m].values() for n in found)]
+    if len(served) > 1:
+        raise ValueError(
+            f"Join around one of {len(served)} DDP modules that share a FusedAccumOptimizer: a "
+            f"process without data would close each micro-batch as often. {_ONE}"
+        )
+    hook: JoinHook = type(module).join_hook(module, **options)
+    for membership in found[-1:]:
+        membership.check(options)
+        hook = DdpHook(module, membership)
+    return hook
 
 
 def _wake(held: Sequence[weakref.ref[DistributedDataParallel]], token: object) -> None:
@@ -177,10 +219,10 @@ def _wake(held: Sequence[weakref.ref[DistributedDataParallel]], token: object) -
         module: Any = ref()
         if module is None or token not in _served.get(module, ()):
             continue
-        _served[module].remove(token)
+        del _served[module][token]
         if _served[module]:
             continue
-        del _served[module], _resting[module]
+        del _served[module], _resting[module], module.join_hook
         parameters, is_sparse = module._build_params_for_reducer()
         names = module._build_debug_param_to_name_mapping(parameters)
         module._ddp_init_helper(parameters, is_sparse, names, module.static_graph)

@@ -49,6 +49,8 @@ class Reduction(Alone):
         is_due: asked as a backward begins: whether the loop wants an average at its end, where it
             owns the window. Where the wrapper counts, the last micro-batch's has one.
         waits: whether to average in step() and not before.
+        is_joint: whether a Join block is open, which processes leave at different times.
+        notify: tells those that have left it that a micro-batch begins.
         settings: by name; all processes must have the same.
     """
 
@@ -61,6 +63,8 @@ class Reduction(Alone):
         is_over: Callable[[], bool] = lambda: False,
         is_due: Callable[[], bool] = lambda: True,
         waits: bool = False,
+        is_joint: Callable[[], bool] = lambda: False,
+        notify: Callable[[], object] = lambda: None,
         settings: Mapping[str, Any],
     ) -> None:
         self.group = group
@@ -70,6 +74,8 @@ class Reduction(Alone):
         self._slots, self._window, self._scaling, self._trouble, device, _ = parts
         self._is_served, self._is_over, self._is_due = is_served, is_over, is_due
         self._waits, self._settings = waits, settings
+        self._is_joint, self._notify = is_joint, notify
+        self._has_notified = False  # in this micro-batch
         self._buckets: list[Bucket] = []
         self._n_slots = -1  # when the buckets were made
         self._bucket_of: dict[Slot, Bucket] = {}
@@ -79,6 +85,7 @@ class Reduction(Alone):
         self._expected: Counter[Slot] = Counter()
         self._numbers = Mirror(device)
         self._sums: Tensor | None = None  # of the numbers, over the group
+        self._holds_average = False  # whether the accumulators hold one, and more perhaps
         parts.window.is_shared = True
 
     # --- in a backward; see `window.reducing.Reducing` ---
@@ -86,9 +93,16 @@ class Reduction(Alone):
     def begin(self) -> None:
         self._arrivals.clear()
         self.is_average = False
+        if self._holds_average:
+            self._holds_average = any(slot.fill for slot in self._bucket_of)
         if self._is_over():
             return
         is_due = self._is_due()
+        if is_due and self._window.steps is None:
+            self._refuse_again()
+        if self._window.steps is None:
+            self._notify()
+        self._tell()
         if (self._window.is_last if self._window.steps else is_due) and not self._waits:
             self._start()
 
@@ -121,8 +135,21 @@ class Reduction(Alone):
     def changed(self) -> None:
         self.is_average = False
 
+    def refuse_kept(self, is_over: bool) -> None:
+        """Nothing is kept back here, but processes that have left Join hear of a micro-batch now
+        if it had no backward."""
+        self._tell()
+        self._has_notified = False
+
     def complete(self, closes: bool) -> None:
         self._check_whole()
+        if self._window.steps and not self._window.is_last and self._is_joint():
+            raise RuntimeError(
+                "flush() was called inside Join, where processes that have no data any more wait "
+                "for whole windows; nothing was updated. Leave the block, and have every process "
+                "call it then"
+            )
+        self._tell()
         if not self.is_average and not self._is_over():
             self._start()
             self._finish(self._window.total_so_far(closes), Fill.EARLIER)
@@ -146,10 +173,31 @@ class Reduction(Alone):
 
     def reset(self) -> None:
         self._check_whole()
-        self.is_average = False
+        self.is_average = self._has_notified = False
 
     def detach(self) -> None:
         self._window.is_shared = False
+
+    def _tell(self) -> None:
+        """Tell processes that have left Join of a micro-batch that is counted, once."""
+        if self._window.steps is not None and not self._has_notified:
+            self._has_notified = True
+            self._notify()
+
+    def _refuse_again(self) -> None:
+        """A loop is about to average, in a backward.
+
+        Raises:
+            RuntimeError: if it has before, in the same window and inside Join. The window is
+                marked.
+        """
+        if self._holds_average and self._is_joint():
+            self.fail(
+                "inside Join, a loop that owns the window averaged twice without zero_grad() in "
+                "between, of which a process that has left it knows nothing. Nothing was updated. "
+                "Run every backward but a window's last one under no_sync(), or let the wrapper "
+                "count (gradient_accumulation_steps=N)"
+            )
 
     def _check_whole(self) -> None:
         if self.is_running:
@@ -208,19 +256,26 @@ class Reduction(Alone):
             self._take_over(fill)
             if self._scaling.overflow is not None:
                 self._scaling.overflow.copy_(self._sums[4])
+            if self._scaling.is_linked:
+                self._scaling.agree(self._sums[-2 * self.world :].view(-1, 2))
             self.is_running, self.is_average, self.queue_bytes = False, True, math.inf
+            self._holds_average = True
 
     def _add_numbers(self, total: float) -> Tensor:
         """The sums over all processes of: the total weight, whether it is a weighted window,
-        whether it is one without, micro-batches per window, overflows, and for each parameter
-        whether it has a gradient; float64."""
-        served = self._bucket_of
-        host = np.zeros(5 + len(served))
+        whether it is one without, micro-batches per window, overflows, for each parameter whether
+        it has a gradient, and the GradScaler's state of each process, which has zeros of the
+        others; float64."""
+        served, scaler = self._bucket_of, self._scaling.state()
+        host = np.zeros(5 + len(served) + (0 if scaler is None else 2 * self.world))
         host[:4] = numbers_of(self._window, total, any(slot.fill for slot in served))
-        host[5:] = [slot.fill is not Fill.EMPTY for slot in served]
+        host[5 : 5 + len(served)] = [slot.fill is not Fill.EMPTY for slot in served]
         sums = self._numbers.set(host).clone()
         if self._scaling.overflow is not None:
             sums[4] = self._scaling.overflow
+        if scaler is not None:
+            at = 5 + len(served) + 2 * dist.get_rank(self.group)
+            sums[at : at + 2] = scaler
         dist.all_reduce(sums, group=self.group)
         return sums
 
@@ -263,9 +318,9 @@ def correction_of(sums: Tensor, world: int, window: Window) -> Tensor:
 
 
 @torch.no_grad()
-def broadcast(params: Iterable[Tensor], group: ProcessGroup) -> None:
-    """Give every process the parameters of the group's first one; collective."""
-    source = dist.get_global_rank(group, 0)
+def broadcast(params: Iterable[Tensor], group: ProcessGroup, rank: int = 0) -> None:
+    """Give every process the parameters of one, by default of the group's first; collective."""
+    source = dist.get_global_rank(group, rank)
     for param in params:
         dist.broadcast(param.detach(), source, group)
         torch.autograd.graph.increment_version(param)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch.distributed as dist
 from torch import Tensor
@@ -12,39 +12,48 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..window.reducing import Parts, Reducing
 from . import ddp, sharded
+from .joining import Member, Membership
 
 
-def serve(
-    parts: Parts,
-    modules: Sequence[Module],
-    settings: Mapping[str, Any],
-    has_group: bool,
-    shares: bool,
-) -> Reducing:
+class Request(NamedTuple):
+    """What is asked for beside the averages.
+
+    Attributes:
+        settings: by name; all processes must have the same.
+        member: gives the optimizer, a weak reference.
+        has_group: whether `process_group` was given.
+        shares: whether each process updates a part of the parameters (`shard_states`).
+    """
+
+    settings: Mapping[str, Any]
+    member: Callable[[], Member | None]
+    has_group: bool
+    shares: bool
+
+
+def serve(parts: Parts, modules: Sequence[Module], request: Request) -> Reducing:
     """Average instead of DDP, or go with shards.
 
     Args:
         parts: of a collector.
         modules: of DDP and FSDP2, with parameters of it.
-        settings: by name; all processes must have the same.
-        has_group: whether `process_group` was given.
-        shares: whether each process updates a part of the parameters (`shard_states`).
+        request: how.
 
     Raises:
         ValueError: for what cannot be served, naming it and the way round.
     """
-    if has_group:
+    if request.has_group:
         raise ValueError(
             "process_group= was given, and DistributedDataParallel (DDP), fully_shard (FSDP2) or "
             "tensor parallelism has parameters of this optimizer, and groups of its own that are "
             "taken instead: leave process_group out"
         )
     engines = [module for module in modules if isinstance(module, DistributedDataParallel)]
-    if shares:
+    if request.shares:
         _refuse_to_share(parts, engines)
     if any(slot.shard is not None for slot in parts.slots.values()):
-        return sharded.serve(parts, modules, settings)
-    return ddp.serve(parts, engines, settings)
+        return sharded.serve(parts, modules, request.settings)
+    return ddp.serve(parts, engines, request.settings, Membership(request.member))
 
 
 def _refuse_to_share(parts: Parts, engines: Sequence[DistributedDataParallel]) -> None:

@@ -129,6 +129,15 @@ def _may_lack_states(updater: Updater, surely: bool) -> set[int]:
     return found
 
 
+def with_window_of(state_dict: StateDict, own: StateDict) -> StateDict:
+    """A state dict of another process, with the open window of this one's."""
+    names = (
+        "gradient_accumulation_steps", "window", "accumulators", "arrived", "zeros", "rank",
+        "world",
+    )  # fmt: skip
+    return {**state_dict, KEY: {**state_dict[KEY], **{name: own[KEY][name] for name in names}}}
+
+
 def check(state_dict: StateDict, updater: Updater) -> None:
     """Refuse a checkpoint of something else, and a second count, before anything is changed.
 

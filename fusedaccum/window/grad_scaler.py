@@ -8,7 +8,8 @@ linked (`grad_scaler=`)
     `p.grad` is unscaled at all times. What GradScaler asks of the gradients (`unscale_`, the inf
     check of `step`) is answered from the sums of squares that the accumulation leaves. An
     overflowed micro-batch lowers the scale once; the next one starts the accumulators afresh, and
-    the window is skipped when it ends. All of it on the device.
+    the window is skipped when it ends. All of it on the device. Where processes average, each does
+    so by itself, and at the end of the window all take the lowest scale.
 handed over (`fused_unscale=True`, the loop owns the window)
     GradScaler hands its scale to `step()`, which divides in registers, as torch's fused optimizers
     do. Its own check for inf stays.
@@ -41,6 +42,7 @@ class Scaling:
     Attributes:
         overflow: 0-d fp32 on the device, above 0 once a micro-batch of the open window overflowed;
             None without a linked scaler.
+        is_behind: whether only other processes go on, so that the scale is theirs.
     """
 
     def __init__(
@@ -59,6 +61,7 @@ class Scaling:
         # Whether a GradScaler asked about the coming step, and whether one did about the last.
         self._was_asked, self._is_likely = False, True
         self.overflow: Tensor | None = None
+        self.is_behind = False
         if scaler is not None and scaler.is_enabled():
             _link(scaler)
             # By whether a parameter has arrived in the open micro-batch before: what 1 / scale is,
@@ -139,6 +142,32 @@ class Scaling:
     def found_inf(self, sums: Tensor) -> Tensor:
         """1 where the sums of squares of all accumulators are not finite, else 0; 0-d fp32."""
         return (~sums.double().sum().isfinite()).float()
+
+    # --- several processes ---
+
+    def state(self) -> Tensor | None:
+        """The linked scaler's scale, and how many updates it has had; float64 [2], or None."""
+        if not self.is_linked or self._control is None:
+            return None
+        scaler: Any = self._scaler
+        if scaler._scale is None:
+            scaler.scale(self._control)  # makes it
+        state = torch.stack([scaler._scale.double(), scaler._growth_tracker.double()]).flatten()
+        return torch.full_like(state, torch.inf) if self.is_behind else state
+
+    def agree(self, states: Tensor) -> None:
+        """Go on from the lowest scale of all processes, and from the fewest updates it has had.
+
+        A process lowers its scale in the micro-batch that overflows, which others do not see, and
+        one that ends a window early has fewer updates. Nothing is read on the host.
+
+        Args:
+            states: `state` of each, [n, 2].
+        """
+        scaler: Any = self._scaler
+        scale, updates = states.amin(0)
+        scaler._scale.copy_(scale)
+        scaler._growth_tracker.copy_(updates)
 
     # --- the step ---
 

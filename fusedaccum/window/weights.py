@@ -81,6 +81,10 @@ class Window:
         self.micro_batches += 1
         self.weight = None
 
+    def pass_micro_batch(self) -> None:
+        """Other processes close one, and this one has no data: it counts, without a weight."""
+        self.micro_batches += 1
+
     def correction(self) -> float:
         """What the accumulated sum is multiplied with to make it the mean."""
         if self.reference is None or self.total == 0.0:

@@ -183,15 +183,18 @@ def different(what: str) -> Report:
     steps = 2 if second and what == "steps" else 1
     clip = 1.0 if second and what == "clip" else None
     kind = torch.optim.SGD if second and what == "optimizer" else torch.optim.AdamW
+    scaler = torch.amp.GradScaler("cpu", enabled=second and what == "scaler")
     with mock.patch.object(reduction, "broadcast", lambda *_: None):
         inner = kind(model.parameters(), lr=1e-2)
-        opt = FusedAccumOptimizer(inner, steps, clip, process_group=dist.group.WORLD)
+        opt = FusedAccumOptimizer(
+            inner, steps, clip, process_group=dist.group.WORLD, grad_scaler=scaler
+        )
     start = flat(list(model.parameters()))
 
     def train() -> None:
         for i in range(2):
-            loss_of(model, batch(dist.get_rank(), 0, i)).backward()
-            opt.step()
+            scaler.scale(loss_of(model, batch(dist.get_rank(), 0, i))).backward()
+            scaler.step(opt)
 
     report: Report = {"backward": message(train)}
     report["unchanged"] = torch.equal(start, flat(list(model.parameters())))

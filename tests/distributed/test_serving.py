@@ -26,6 +26,7 @@ DIFFERENT = {
     "different:clip": "max_grad_norm is None on rank 0, 1.0 on rank 1",
     "different:parameters": "number of parameters that need a gradient is 8 on rank 0, 10 on rank",
     "different:optimizer": "optimizer is 'AdamW' on rank 0, 'SGD' on rank 1",
+    "different:scaler": "grad_scaler (linked) is False on rank 0, True on rank 1",
 }
 OTHERS = [
     "detached", "taken_over", "broadcast", "gone", "unfrozen", "two_wrappers:n",

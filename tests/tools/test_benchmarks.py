@@ -72,7 +72,7 @@ def check_dry_run(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert len(files) == 5 and any(name.endswith("train_gpt.json") for name in names)
     assert {row["operation"] for rows in files.values() for row in rows} == {
         *("accumulate_first", "accumulate", "accumulate_last_norm", "norm", "step", "window"),
-        *("linear_wgrad", "train_window"),
+        *("linear_wgrad", "train_window", "reduced_window"),
     }
     (cycle,) = (path for path in files if "cycle" in path.name)
     assert {(row["group"], row["n"]) for row in files[cycle]} == {(1, 1), (2, 2)}
@@ -83,7 +83,9 @@ def check_dry_run(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "split masters" in windows["fused_hooks"]["precision"]
     assert benchmarks_run.main(["--show", str(cycle)]) == 0
     assert "fused_hooks takes" in capsys.readouterr().out
-    (linear,) = ({row["variant"]: row for row in files[p]} for p in files if "linear" in p.name)
+    (rows,) = (files[p] for p in files if "linear" in p.name)
+    check_reduction([row for row in rows if row["operation"] == "reduced_window"])
+    linear = {row["variant"]: row for row in rows if row["operation"] == "linear_wgrad"}
     assert linear.keys() >= {"mm", "fused_functional", "per_tensor_add"}
     assert linear["mm"]["tokens"] == 64 and linear["fused_functional"]["grad_error"] < 4e-3
     text = (folder / "gpu.log").read_text("utf-8")
@@ -94,6 +96,19 @@ def check_dry_run(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     check_training(training, capsys)
     if importlib.util.find_spec("matplotlib"):
         check_figures(folder, training.name, files[training][0])
+
+
+def check_reduction(rows: list[dict[str, Any]]) -> None:
+    """4 bytes of each parameter are sent, and stock DDP's 2 of bf16; buckets are counted."""
+    for dtype, stock, size in (("bfloat16", "plain_bf16", 2), ("float32", "native_fp32", 4)):
+        group = {row["variant"]: row for row in rows if row["dtype"] == dtype}
+        assert group.keys() == {"copy", "copy_again", "fused_hooks", stock}
+        ours, theirs, n = group["fused_hooks"], group[stock], group["copy"]["n_elements"]
+        # Ours also sends some numbers and pads each tensor to 16 elements.
+        assert 4 * n <= ours["bytes"] < 4 * n + 600 and theirs["bytes"] == size * n
+        assert (ours["launched"], theirs["launched"]) == (2, 1)
+        assert ours["world"] == 2 and ours["comm"] == "gloo" and ours["grad_error"] < 1e-6
+        assert (theirs["grad_error"] < 1e-6) == (dtype == "float32")
 
 
 def check_training(path: Path, capsys: pytest.CaptureFixture[str]) -> None:

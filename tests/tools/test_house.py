@@ -28,7 +28,7 @@ ROOMS: dict[str, str] = {
     "window": "backends",
     "options": "rules",
     "update": "kernels backends rules options window",
-    "distributed": "backends window",
+    "distributed": "backends options window",
     "integrations": "rules window update",
     "core": "backends rules options window update distributed integrations",
     "optimizer": "options update integrations core",

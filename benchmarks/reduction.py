@@ -1,0 +1,205 @@
+"""Windows of two processes: what is sent, what starts before the backward ends, and the time.
+
+The wrapper on DistributedDataParallel averages fp32 accumulators once per window; beside it stock
+DDP, under `no_sync()` but for the last micro-batch, on parameters of the same dtype: bf16, whose
+sums and averages are rounded to 8 bits (`plain_bf16`), and fp32 (`native_fp32`). Gradients are
+given, layer by layer, so that a window is reductions and updates and nothing else. NCCL on two
+GPUs, gloo on a CPU. Launches of the last backward are counted by their order, not by time.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.multiprocessing.spawn import spawn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fusedaccum import FusedAccumOptimizer
+from fusedaccum.bench.timing import Samples
+from fusedaccum.doctor.checks import Wrong
+
+from . import cases
+from .suites import CEILINGS, COPY, Suite
+
+WORLD = 2
+MAX_NORM = 1.0
+# fp32 sums of N micro-batches of two processes; stock DDP on bf16 stands with its error.
+MAX_ERROR = 1e-6
+# What a row of a ceiling says.
+UNKNOWN = {"launched": None, "early": None, "grad_error": None, "copy_share": None}
+
+
+class Given(torch.autograd.Function):
+    """A layer that has nothing but a gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, param: Tensor, grad: Tensor, log: list[int]) -> Tensor:
+        ctx.grad, ctx.log = grad, log
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *dy: Tensor) -> tuple[Tensor | None, ...]:
+        ctx.log.append(0)  # a gradient, among the bytes of reductions
+        return dy[0], ctx.grad, None, None
+
+
+class Layers(nn.Module):
+    """Parameters that get these gradients, the last one first."""
+
+    def __init__(self, params: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
+        super().__init__()
+        self.params = nn.ParameterList(p.clone() for p in params)
+        self.grads, self.log = grads, list[int]()
+
+    def forward(self) -> Tensor:
+        x = torch.zeros((), device=self.grads[0].device, requires_grad=True)
+        for param, grad in zip(self.params, self.grads, strict=True):
+            x = Given.apply(x, param, grad, self.log)  # type: ignore[no-untyped-call]
+        return x
+
+
+class Launches(TorchDispatchMode):
+    """Logs the bytes of each all-reduce, of DDP's reducer too."""
+
+    def __init__(self, log: list[int]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._log = log
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.c10d.allreduce_.default:
+            self._log.append(sum(t.nbytes for t in args[0]))
+        return func(*args, **(kwargs or {}))
+
+
+class Window:
+    """A window of `n` micro-batches, by the wrapper or by stock DDP."""
+
+    def __init__(self, layers: Layers, n: int, wrap: Callable[..., Any] | None = None) -> None:
+        self.layers, self.n, self.is_ours = layers, n, wrap is not None
+        self.net = DistributedDataParallel(layers)
+        inner = torch.optim.AdamW(layers.parameters(), lr=1e-4, fused=wrap is None)
+        self.opt = inner if wrap is None else wrap(inner, n, MAX_NORM)
+
+    def __call__(self, look: Callable[[Callable[[], Tensor]], Any] | None = None) -> None:
+        for i in range(self.n):
+            is_last = i == self.n - 1
+            with nullcontext() if self.is_ours or is_last else self.net.no_sync():
+                if look is not None and is_last:
+                    look(self.net)
+                else:
+                    self.net().backward()
+            if is_last and not self.is_ours:
+                nn.utils.clip_grad_norm_(self.layers.parameters(), MAX_NORM)
+            if is_last or self.is_ours:
+                self.opt.step()
+                self.opt.zero_grad()
+
+    def seen(self, exact: Sequence[Tensor]) -> dict[str, Any]:
+        """What the last backward sends, when it starts to, and the error of the mean gradient."""
+        log, columns = self.layers.log, dict[str, Any]()
+
+        def look(net: Callable[[], Tensor]) -> None:
+            log.clear()
+            with Launches(log):
+                net().backward()
+            pairs = zip(self.layers.parameters(), exact, strict=True)
+            off = sum(float((p.grad - e).square().sum()) for p, e in pairs if p.grad is not None)
+            columns["grad_error"] = (off / sum(float(e.square().sum()) for e in exact)) ** 0.5
+
+        self(look)
+        last_gradient = len(log) - 1 - log[::-1].index(0)
+        # Of an all-reduce each process sends this part of its bytes twice.
+        columns["bytes"] = round(sum(log) * 2 * (WORLD - 1) / WORLD)
+        columns["launched"] = sum(n > 0 for n in log)
+        columns["early"] = sum(n > 0 for n in log[:last_gradient])
+        return columns
+
+
+def _timed(run: Callable[[], object], device: torch.device) -> float:
+    """Milliseconds of a call that both processes begin together."""
+    wait = torch.accelerator.synchronize if device.type == "cuda" else int  # int() does nothing
+    dist.barrier()
+    wait()
+    began = time.perf_counter()
+    run()
+    wait()
+    return 1e3 * (time.perf_counter() - began)
+
+
+def _work(rank: int, folder: str, kind: str, shape: str, dtype: torch.dtype, *rest: Any) -> None:
+    """What each process does; the first one writes what it measured."""
+    n, rounds, threads, backend = rest
+    torch.set_num_threads(threads)
+    device, comm = torch.device("cpu"), "gloo"
+    if kind == "cuda":
+        device, comm = torch.device("cuda", rank), "nccl"
+        torch.cuda.set_device(device)
+    dist.init_process_group(comm, f"file://{folder}/group", rank=rank, world_size=WORLD)
+    params = cases.random(cases.SHAPES[shape](), dtype, device, seed=1, std=0.02)
+    own, other = (cases.gradients(shape, dtype, device, seed=2 + abs(rank - r)) for r in (0, 1))
+    exact = [(a.double() + b.double()) / WORLD for a, b in zip(own, other, strict=True)]
+    wrap = partial(FusedAccumOptimizer, backend=backend)
+    stock = "plain_bf16" if dtype is torch.bfloat16 else "native_fp32"
+    windows = {
+        "fused_hooks": Window(Layers(params, own), n, wrap),
+        stock: Window(Layers(params, [grad / n for grad in own]), n),
+    }
+    source, target = (torch.ones(sum(p.numel() for p in params), device=device) for _ in range(2))
+    calls: dict[str, Callable[[], object]] = dict(windows)
+    calls |= {name: partial(CEILINGS[name], source, target) for name in (COPY, "copy_again")}
+    samples = {name: Samples(first := _timed(run, device), first) for name, run in calls.items()}
+    # The wrapper learnt in its first window how often each gradient comes.
+    seen = {name: window.seen(exact) for name, window in windows.items()}
+    for done in range(rounds):
+        order = list(calls)
+        random.Random(done).shuffle(order)  # the same in both
+        for name in order:
+            samples[name].times.append(_timed(calls[name], device))
+    common = {"bytes": 8 * source.numel(), "comm": comm, "world": WORLD, "n_threads": threads}
+    rows = {
+        name: UNKNOWN | common | seen.get(name, {}) | timed.columns(5, on_gpu=kind == "cuda")
+        for name, timed in samples.items()
+    }
+    for name, timed in samples.items():
+        rows[name]["ratio"] = round(timed.quantile(0.5) / samples[COPY].quantile(0.5), 4)
+    if rank == 0:
+        Path(folder, "rows").write_text(json.dumps(rows), "utf-8")
+    dist.destroy_process_group()
+
+
+def reduction(suite: Suite, shape: str, dtype: torch.dtype) -> None:
+    """Time windows of one dtype in two processes, and keep their rows."""
+    kind, plan, name = suite.device.type, suite.plan, str(dtype).removeprefix("torch.")
+    if kind == "cuda" and torch.cuda.device_count() < WORLD:
+        suite.skipped["reduction"] = "two GPUs are needed"
+        return
+    threads = max(1, torch.get_num_threads() // WORLD)
+    own = kind, shape, dtype, plan.n, suite.race.rounds, threads, plan.backend
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            spawn(_work, (folder, *own), WORLD)
+        except Exception as error:
+            suite.refuse(f"reduction of {shape}, {name}", error)
+            return
+        rows = json.loads(Path(folder, "rows").read_text("utf-8"))
+    suite.groups += 1
+    what = {"operation": "reduced_window", "shape": shape, "dtype": name, "n": plan.n}
+    what |= {"tokens": None, "n_elements": cases.count(cases.SHAPES[shape]())}
+    for variant, row in rows.items():
+        if variant in ("fused_hooks", "native_fp32") and not row["grad_error"] <= MAX_ERROR:
+            suite.refuse(variant, Wrong(f"mean gradient off by {row['grad_error']:.1e}"))
+        else:
+            suite.add(row, variant=variant, **what)
+    suite.save()
