@@ -58,7 +58,8 @@ class FusedAccumOptimizer(SharingOptimizer):
     inspect it as ever.
 
     Args:
-        optimizer: the optimizer to wrap, over dense bf16, fp16 or fp32 parameters on one device.
+        optimizer: the optimizer to wrap, over dense bf16, fp16 or fp32 parameters on one device,
+            or DTensors of those (FSDP2, tensor parallelism), of which it steps the local shards.
         gradient_accumulation_steps: N: `step()` closes a micro-batch and every N-th updates with
             the mean (do not divide the loss); `zero_grad()` inside a window keeps it. None: the
             loop owns the window, every `step()` updates with the sum of what arrived.

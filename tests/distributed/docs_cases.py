@@ -11,6 +11,8 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import fusedaccum
@@ -47,17 +49,21 @@ def names(dtype: torch.dtype, seed: int) -> dict[str, Any]:
     return {
         "torch": torch, "dist": dist, "fusedaccum": fusedaccum, "Path": Path, "model": model,
         "DistributedDataParallel": DistributedDataParallel, "device": torch.device("cpu"),
+        "fully_shard": fully_shard, "MixedPrecisionPolicy": MixedPrecisionPolicy,
+        "get_optimizer_state_dict": get_optimizer_state_dict,
         "loader": [(x.to(dtype), y) for x, y in data],
     }  # fmt: skip
 
 
-def from_deepspeed(block: str) -> Report:
-    """A block that trains."""
+def page(case: str) -> Report:
+    """ "distributed.md/DDP": a block that trains."""
+    name, block = case.split("/")
     dtype = torch.float16 if block == "fp16" else torch.bfloat16
     given = names(dtype, dist.get_rank())
-    before = [p.detach().to(dtype) for p in given["model"].parameters()]
-    code = blocks("from_deepspeed.md")[block]
-    exec(compile(code, "from_deepspeed.md", "exec"), given)
+    if block in ("DDP", "ZeRO-1", "process group"):
+        given["model"] = given["model"].to(dtype)
+    before = [p.detach().to(dtype, copy=True) for p in given["model"].parameters()]
+    exec(compile(blocks(name)[block], name, "exec"), given)
     after = [whole(p.detach()) for p in given["model"].parameters()]
     opt: fusedaccum.FusedAccumOptimizer = given["opt"]
     return {
