@@ -59,7 +59,10 @@ def save(inner: StateDict, updater: Updater) -> StateDict:
     """
     collector, window = updater.collector, updater.collector.window
     slots = _indexed(updater.optimizer, collector)
-    state = without_ours(inner)
+    state, all_keys = without_ours(inner), is_asked_for_keys()
+    for index, slot in slots.items():
+        if not all_keys and updater.states.is_unused(slot):
+            state.pop(index, None)  # plain torch would take them for those of an update
     held, numbers = open_accumulators(collector), window_numbers(collector)
     zeroed = set() if held else zeros(collector)
     accumulators = {i: held[s.param] for i, s in slots.items() if s.param in held}
@@ -67,7 +70,6 @@ def save(inner: StateDict, updater: Updater) -> StateDict:
     steps: dict[int, float] = {}
     masters: dict[int, Tensor] = {}
     # Many an optimizer takes an entry for a complete one: plain torch would not load ours alone.
-    all_keys = is_asked_for_keys()
     may_window = slots if all_keys else {*state, *_may_lack_states(updater, True)}
     may_add = slots if all_keys else {*state, *_may_lack_states(updater, False)}
     for index, slot in slots.items():
