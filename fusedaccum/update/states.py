@@ -201,12 +201,16 @@ class States(dict[Slot, RuleState]):
                 number.fill_(existing)
             elif existing.data_ptr() != number.data_ptr():
                 number.copy_(existing)
-        own.is_new |= not state
+        had_states = bool(state)
+        own.is_new = not had_states or (own.is_new and not is_foreign)
         state.update(shown)
-        own.starts = rule.starts(group)
         own.tensors = tensors
         own.numbers = {name: number for number, name, _ in numbers}
         own.shown, own.step, own.knows_step = shown, step, False
+        starts = rule.starts(group)
+        if own.is_new and had_states:
+            self._start_later(own, state, starts)
+        own.starts = starts
         return own
 
     @staticmethod

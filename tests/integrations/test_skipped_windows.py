@@ -43,7 +43,7 @@ def train(model: Gradients, opt: Any) -> torch.Tensor:
     return end
 
 
-@pytest.mark.parametrize("how", ["load", "new", "deepcopy", "model.to", "detach"])
+@pytest.mark.parametrize("how", ["load", "new", "deepcopy", "model.to", "grown", "detach"])
 @pytest.mark.parametrize("case", RULES, ids=case_id)
 def test_a_rate_that_changes_while_windows_are_skipped(case: Case, how: str) -> None:
     """ASGD's and Rprop's states start as the rate of the first update, resumed or not."""
@@ -66,6 +66,8 @@ def test_a_rate_that_changes_while_windows_are_skipped(case: Case, how: str) -> 
             for convert in (model.bfloat16, model.float):
                 convert()
                 opt.zero_grad()
+        elif resumes and how == "grown":  # the tables of step counts are others then
+            opt.add_param_group({"params": [torch.nn.Parameter(torch.ones(5))]})
         elif resumes:
             opt = FusedAccumOptimizer(opt.detach(), 1)
         lower_rate(opt)
@@ -82,7 +84,7 @@ def test_the_plain_optimizer_goes_on_as_from_its_start(case: Case, how: str) -> 
     plain = case.make(model.parameters())
     if how == "saved-again":
         opt.load_state_dict(copy.deepcopy(opt.state_dict()))
-    if how == "grown":  # the tables of step counts are others then
+    if how == "grown":
         for each in (opt, plain):
             each.add_param_group({"params": [torch.nn.Parameter(torch.ones(5))]})
         opt.param_groups[1]["params"][0].sum().backward()
