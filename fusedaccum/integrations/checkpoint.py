@@ -112,12 +112,12 @@ def _may_lack_states(updater: Updater, surely: bool) -> set[int]:
     or, where that need not be sure, it has no rule and none after its own step()."""
     found: set[int] = set()
     start = 0
-    slots, stepped = updater.collector.slots, updater.wrapped.has_own_states
+    slots, keeps_none = updater.collector.slots, updater.wrapped.keeps_none
     for group in updater.optimizer.param_groups:
         rule = registry.select(updater.optimizer, group)
         lacks = rule and not (rule.states or rule.family.memory or rule.family.step_key)
         for index, param in enumerate(group["params"], start):
-            if lacks or (rule is None and not surely and slots.get(param) in stepped):
+            if lacks or (rule is None and not surely and slots.get(param) in keeps_none):
                 found.add(index)
         start += len(group["params"])
     return found
@@ -257,6 +257,7 @@ def load(state_dict: StateDict, updater: Updater) -> None:
     updater.wrapped.has_own_states = {
         collector.slots[param] for param in stand_ins if param in optimizer.state
     }
+    updater.wrapped.keeps_none = set()
     updater.states.is_provisional = False
     collector.discard()
     accumulators = extra.get("accumulators", {})
