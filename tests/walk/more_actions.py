@@ -165,6 +165,7 @@ def load_fresh(world: World) -> str:
     if saved.holds_window() and saved.steps != oracle.steps:
         raise Unspecified("another window")
     new = oracle.resumed(saved)
+    new.is_whole = saved.is_whole  # whatever came in between
     _is_new(new)
     world.oracle = new
     return f"p = fresh(p)\nrestore(p, values)\n{world.wrap()}\nopt.load_state_dict(saved)"
