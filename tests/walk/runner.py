@@ -147,6 +147,8 @@ def compare(world: World, names: dict[str, Any], action: str) -> None:
             raise Mismatch("grad_norm", wrong)
     if world.config.watches_skipped and int(opt.skipped_steps) != update.skipped:
         raise Mismatch("skipped_steps", f"got {int(opt.skipped_steps)}, not {update.skipped}")
+    if action == "load_into_plain":
+        _compare_plain(world, names["q"])
     if action == "save" and not oracle.expected.error:
         _compare_saved(world, names["saved"])
     if action == "rewrap" and not oracle.expected.error:
@@ -166,6 +168,15 @@ def _compare_param(world: World, i: int, param: Param, p: Tensor) -> None:
     world.shown[i] = p.clone()
     if not param.has_master:
         world.oracle.update.believe(i, p)
+
+
+def _compare_plain(world: World, q: list[Tensor]) -> None:
+    """What the plain optimizer made of the parameters in fp32."""
+    assert world.plain is not None
+    for i, (param, got) in enumerate(zip(world.plain.params, q, strict=True)):
+        exact, bound = param.value, param.error
+        if param.dtype == torch.float32 and (wrong := _worst(got, exact, bound)):
+            raise Mismatch("the plain optimizer", f"q[{i}]: {wrong}")
 
 
 def _compare_saved(world: World, saved: dict[str, Any]) -> None:
