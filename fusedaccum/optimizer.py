@@ -333,7 +333,8 @@ class FusedAccumOptimizer(SharingOptimizer):
         """The wrapped optimizer's state dict plus the key "fusedaccum".
 
         It loads into the plain optimizer too. Saved inside a window it carries the accumulators,
-        and a run that resumes from it goes on bit for bit. Tensors are shared, not copied.
+        and a run that resumes from it goes on bit for bit. A parameter whose updates were all
+        skipped has no states in it, as before its first update. Tensors are shared, not copied.
 
         Raises:
             RuntimeError: after a backward that raised half-way.

@@ -187,6 +187,13 @@ def differences(a: Any, b: Any, path: str = "") -> Iterator[str]:
         yield f"{path}: {a!r}, {b!r}"
 
 
+def _master(saved: dict[str, Any], i: int) -> Tensor | None:
+    """The precise value of parameter `i`: beside its states, or where those are not there."""
+    apart: dict[int, Tensor] = saved["opt"]["fusedaccum"]["masters"]
+    master: Tensor | None = saved["opt"]["state"].get(i, {}).get("master_param", apart.get(i))
+    return master
+
+
 class Oracle:
     """The plain optimizer in float64, from a checkpoint of the wrapper between two windows."""
 
@@ -195,7 +202,7 @@ class Oracle:
         states = saved["opt"]["state"]
         self.params: list[Tensor] = []
         for i, stored in enumerate(saved["params"]):
-            precise = states.get(i, {}).get("master_param")
+            precise = _master(saved, i)
             value = stored if precise is None else precise
             if precise is not None and not torch.equal(precise.to(stored.dtype), stored):
                 raise AssertionError(f"the master of parameter {i} is not what the parameter shows")
@@ -230,7 +237,7 @@ class Oracle:
     def check(self, saved: dict[str, Any]) -> None:
         """Raise AssertionError if the wrapper's parameters are not what the update makes."""
         for i, (exact, before) in enumerate(zip(self.params, self.before, strict=True)):
-            precise = saved["opt"]["state"].get(i, {}).get("master_param")
+            precise = _master(saved, i)
             stored = saved["params"][i]
             ours = (stored if precise is None else precise).double()
             change = float((exact - before).abs().max())

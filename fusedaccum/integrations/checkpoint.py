@@ -63,7 +63,10 @@ def save(inner: StateDict, updater: Updater) -> StateDict:
     is_part = not all(slot.is_own for slot in slots.values())
     if is_part:
         refuse_part()
-    state = without_ours(inner)
+    state, all_keys = without_ours(inner), is_asked_for_keys()
+    for index, slot in slots.items():
+        if not all_keys and updater.states.is_unused(slot):
+            state.pop(index, None)  # plain torch would take them for those of an update
     held, numbers = open_accumulators(collector), window_numbers(collector)
     zeroed = set() if held else zeros(collector)
     of_whom = places(collector, bool(window.is_explicit))[0]
@@ -72,7 +75,6 @@ def save(inner: StateDict, updater: Updater) -> StateDict:
     steps: dict[int, float] = {}
     masters: dict[int, Tensor] = {}
     # Many an optimizer takes an entry for a complete one: plain torch would not load ours alone.
-    all_keys = is_asked_for_keys()
     may_window = slots if all_keys else {*state, *_may_lack_states(updater, True)}
     may_add = slots if all_keys else {*state, *_may_lack_states(updater, False)}
     for index, slot in slots.items():
@@ -118,12 +120,12 @@ def _may_lack_states(updater: Updater, surely: bool) -> set[int]:
     or, where that need not be sure, it has no rule and none after its own step()."""
     found: set[int] = set()
     start = 0
-    slots, stepped = updater.collector.slots, updater.wrapped.has_own_states
+    slots, keeps_none = updater.collector.slots, updater.wrapped.keeps_none
     for group in updater.optimizer.param_groups:
         rule = registry.select(updater.optimizer, group)
         lacks = rule and not (rule.states or rule.family.memory or rule.family.step_key)
         for index, param in enumerate(group["params"], start):
-            if lacks or (rule is None and not surely and slots.get(param) in stepped):
+            if lacks or (rule is None and not surely and slots.get(param) in keeps_none):
                 found.add(index)
         start += len(group["params"])
     return found
@@ -287,6 +289,7 @@ def load(state_dict: StateDict, updater: Updater) -> None:
     updater.wrapped.has_own_states = {
         collector.slots[param] for param in stand_ins if param in optimizer.state
     }
+    updater.wrapped.keeps_none = set()
     updater.states.is_provisional = False
     collector.discard()
     accumulators = extra.get("accumulators", {})

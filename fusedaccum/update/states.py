@@ -28,18 +28,19 @@ class RuleState:
         tensors: the states with the parameter's shape, fp32, in the rule's order.
         starts: what states and numbers started as, by name, where that is not zero.
         step: its step count, 0-d, on the device; None until the states are there.
-        knows_step: whether a checkpoint told its step count.
+        knows_step: whether its step count is in the device tables, though `step` is None.
+        is_new: whether the optimizer had no states of it when these were made.
         numbers: the 0-d states that `state[param]` shows, by torch's names.
         shown: all that `state[param]` was made to show.
     """
 
-    __slots__ = ("knows_step", "numbers", "shown", "starts", "step", "tensors")
+    __slots__ = ("is_new", "knows_step", "numbers", "shown", "starts", "step", "tensors")
 
     def __init__(self) -> None:
         self.tensors: tuple[Tensor, ...] = ()
         self.starts: dict[str, float] = {}
         self.step: Tensor | None = None
-        self.knows_step = False
+        self.knows_step = self.is_new = False
         self.numbers: dict[str, Tensor] = {}
         self.shown: dict[str, Tensor] = {}
 
@@ -86,7 +87,9 @@ class States(dict[Slot, RuleState]):
                 new.steps[: len(old.steps)] = old.steps
                 new.norm, new.skipped = old.norm, old.skipped
                 for state in self.values():
-                    state.step = None  # what `optimizer.state` shows is in the old tables
+                    # What `optimizer.state` shows is in the old tables.
+                    state.knows_step |= state.step is not None
+                    state.step = None
             self._scalars = new
         assert self._scalars is not None
         return self._scalars
@@ -100,7 +103,7 @@ class States(dict[Slot, RuleState]):
         """
         own = self[slot]
         own.tensors, own.step, own.numbers = (), None, {}
-        own.knows_step = step is not None
+        own.knows_step, own.is_new = step is not None, False
         self.scalars.steps[slot.row] = 0.0 if step is None else float(step)
 
     def step_of(self, slot: Slot, entry: dict[str, Any] | None) -> float | None:
@@ -114,6 +117,18 @@ class States(dict[Slot, RuleState]):
         if own.knows_step and self._scalars is not None:
             return float(self._scalars.steps[slot.row])
         return None
+
+    def is_unused(self, slot: Slot) -> bool:
+        """Whether a parameter's states are there, and every update so far was skipped.
+
+        The optimizer alone would have none yet: SGD takes a momentum buffer that is there for one
+        of an earlier update, and what ASGD and Rprop start from is the rate of the first update.
+        What an optimizer makes as it is constructed (Adagrad), or somebody puts there, is not ours.
+        Waits for the device.
+        """
+        own, state = self[slot], self._optimizer.state.get(slot.param, {})
+        is_ours = own.is_new and all(state.get(name) is own.shown[name] for name in own.shown)
+        return is_ours and self.step_of(slot, None) == 0
 
     def forget_provisional(self) -> None:
         """Let states that are provisional start as if there had been none."""
@@ -131,10 +146,9 @@ class States(dict[Slot, RuleState]):
         if self.is_provisional:
             self._optimizer.state.clear()
         for param, slot in self._collector.slots.items():
+            if self.is_unused(slot):
+                self._optimizer.state.pop(param, None)
             entry = self._optimizer.state.get(param, {})
-            if "step" not in entry and self.step_of(slot, None) == 0:
-                # Every update was skipped. SGD takes a buffer that is there for a later one's.
-                entry = self._optimizer.state.pop(param, {})
             for name, value in entry.items():
                 if not isinstance(value, Tensor):
                     continue
@@ -187,11 +201,16 @@ class States(dict[Slot, RuleState]):
                 number.fill_(existing)
             elif existing.data_ptr() != number.data_ptr():
                 number.copy_(existing)
+        had_states = bool(state)
+        own.is_new = not had_states or (own.is_new and not is_foreign)
         state.update(shown)
-        own.starts = rule.starts(group)
         own.tensors = tensors
         own.numbers = {name: number for number, name, _ in numbers}
-        own.shown, own.step = shown, step
+        own.shown, own.step, own.knows_step = shown, step, False
+        starts = rule.starts(group)
+        if own.is_new and had_states:
+            self._start_later(own, state, starts)
+        own.starts = starts
         return own
 
     @staticmethod

@@ -34,7 +34,8 @@ class Swap:
             stand_ins: by parameter.
             with_states: whether the parameters' states go along; else the stand-ins have none.
         """
-        self._known = {stand_ins.get(key, key) for key in self._optimizer.state}
+        known = set(self._optimizer.state)
+        self._known = known.union(stand_ins.get(key, key) for key in known)
         self._originals = {stand_in: param for param, stand_in in stand_ins.items()}
         try:
             self._exchange(stand_ins, with_states)

@@ -32,6 +32,7 @@ class WrappedStep:
     Attributes:
         swap: puts the masters in the place of the parameters.
         has_own_states: the parameters whose states were made for fp32.
+        keeps_none: those for which the optimizer's last step() of them left no states.
     """
 
     def __init__(
@@ -43,6 +44,7 @@ class WrappedStep:
         self._parameters: dict[Slot, torch.nn.Parameter] = {}
         self.swap = Swap(optimizer)
         self.has_own_states: set[Slot] = set()
+        self.keeps_none: set[Slot] = set()
 
     def prepare(self, max_norm: float | None, partials: Tensor | None, skip: bool) -> Apply:
         """See `Updater.prepare`."""
@@ -74,6 +76,9 @@ class WrappedStep:
                         slot.sums_version = None  # the sums are of the gradient before this
             with self._substituted(dict(zip(filled, grads, strict=True)), masters):
                 self._optimizer.step()
+            state = self._optimizer.state
+            self.keeps_none.difference_update(filled)
+            self.keeps_none.update(slot for slot in filled if not state.get(slot.param))
             for slot, master in masters.items():
                 slot.param.copy_(master)
 

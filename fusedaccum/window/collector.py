@@ -245,7 +245,7 @@ class Collector:
         adding = [(s, g) for s, g in assigned if not (loop_owned or s.fill is Fill.CURRENT)]
         if adding:
             # Of a parameter that was unfrozen since, autograd kept it, and no hook saw a backward.
-            self.window.check_arrival(decides=False)
+            self.window.check_arrival()
             self.scaling.begin(self.attached.device)
             self.backwards.count = max(self.backwards.count, 1)  # so that its removal is seen
         with self.trouble.unless_done("taking over gradients that were assigned to p.grad"):

@@ -45,18 +45,15 @@ class Window:
         """Whether the open micro-batch is the one that fills the window."""
         return self.steps is not None and self.micro_batches == self.steps - 1
 
-    def check_arrival(self, decides: bool = True) -> None:
+    def check_arrival(self) -> None:
         """Gradients come: all micro-batches of a window have a weight, or none has.
-
-        Args:
-            decides: whether they say which of the two, where none has come before.
 
         Raises:
             RuntimeError: for a mixture.
         """
         explicit = self.weight is not None
         if self.is_explicit is None:
-            self.is_explicit = explicit if decides else None
+            self.is_explicit = explicit
         elif self.is_explicit is not explicit:
             here = "inside" if explicit else "outside"
             raise RuntimeError(

@@ -384,3 +384,15 @@ def test_a_weight_without_a_gradient_is_not_loaded_where_another_one_counts() ->
     model.backward([torch.ones(3)])
     opt.step()
     assert model.params[0].tolist() == [-1.0] * 3
+
+
+def test_a_native_steps_cleared_states_are_none_in_the_plain_optimizer_too() -> None:
+    """Adafactor takes an entry for a complete one; a master alone is none."""
+    model = Gradients([torch.ones(3, 2, dtype=torch.bfloat16)])
+    opt = FusedAccumOptimizer(torch.optim.Adafactor(model.parameters()), 1)
+    model.backward([torch.ones(3, 2)])
+    opt.step()
+    opt.state.clear()
+    plain = torch.optim.Adafactor(Gradients([torch.ones(3, 2).bfloat16()]).parameters())
+    plain.load_state_dict(opt.state_dict())
+    assert opt.state_dict()["fusedaccum"]["masters"].keys() == {0}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -165,6 +166,7 @@ def load_fresh(world: World) -> str:
     if saved.holds_window() and saved.steps != oracle.steps:
         raise Unspecified("another window")
     new = oracle.resumed(saved)
+    new.is_whole = saved.is_whole  # whatever came in between
     _is_new(new)
     world.oracle = new
     return f"p = fresh(p)\nrestore(p, values)\n{world.wrap()}\nopt.load_state_dict(saved)"
@@ -217,11 +219,25 @@ def rewrap(world: World, steps: Any, max_norm: Any, skip: bool, masters: str | N
 
 @action(0.5)
 def load_into_plain(world: World) -> str:
-    """A state dict of the wrapper loads into the plain optimizer, and leaves the wrapper alone."""
-    if world.saved is None or len(world.saved.update.layout) != len(world.oracle.update.layout):
+    """A state dict of the wrapper loads into the plain optimizer, and leaves the wrapper alone.
+
+    The plain one goes on from there with parameters in fp32; others' states it rounds.
+    """
+    saved = world.saved
+    if saved is None or len(saved.update.layout) != len(world.oracle.update.layout):
         raise Unspecified("nothing to load")
     plain = world.wrap().splitlines()[0].replace("inner", "plain").replace("p[", "q[")
-    return f"q = fresh(p)\n{plain}\nplain.load_state_dict(saved)"
+    lines = [f"q = fresh(p)\nrestore(q, values)\n{plain}"]
+    lines.append("plain.load_state_dict(copy.deepcopy(saved))")  # else it steps saved
+    world.plain = copy.deepcopy(saved.update)
+    grads: list[Any] = [None] * len(world.specs)
+    for i, spec in enumerate(world.specs):
+        if spec.dtype is torch.float32:
+            grad = helpers.fill(spec.shape, torch.float64, i)
+            grads[i] = grad, torch.zeros_like(grad)
+            lines.append(f"q[{i}].grad = fill(q[{i}].shape, F32, {i})")
+    world.plain.run(grads, None, skip=False, overflow=False)
+    return "\n".join([*lines, "plain.step()"])
 
 
 @action(0.5)

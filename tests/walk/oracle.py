@@ -159,9 +159,11 @@ class Oracle(Window):
         slot.grad.value, slot.grad.error = slot.grad.value * factor, slot.grad.error * abs(factor)
 
     def _check_not_zero(self) -> None:
-        """Zeros that are written as zeros cannot be told from a window that was zeroed (README)."""
+        """Zeros that are written as zeros cannot be told from a window that was zeroed (README),
+        which ends a clip too that a loop has asked for."""
         accs = [s.acc for s in self.slots if s.acc is not None and s.grad is not None]
-        if self.micro_batches and not self.has_arrivals and not any(a.value.any() for a in accs):
+        is_begun = self.micro_batches or (not self.counts and self.clip is not None)
+        if is_begun and not self.has_arrivals and not any(a.value.any() for a in accs):
             raise Unspecified("zeros written over zeros in the middle of a window")
 
     def clip_grad_norm(self, max_norm: float) -> None:
@@ -254,6 +256,9 @@ class Oracle(Window):
             slot.is_known &= slot.needs_grad or slot.acc is None
             slot.is_attached = mine.is_attached or mine.needs_grad
             slot.by_save |= mine.by_save
+        if snapshot.steps != self.steps:
+            result._start()  # it holds nothing, and what it was to weigh by or clip to is forgotten
+        result.is_whole &= self.is_whole
         result.steps, result.max_norm, result.skip = self.steps, self.max_norm, self.skip
         result.warned, result.window_closed = self.warned, None
         result.update.norm_is_known = False

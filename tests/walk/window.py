@@ -180,6 +180,8 @@ class Window:
             return
         assert slot.grad is not None
         replaces = not self.counts or slot.arrived
+        if not replaces and self.weighted is None:
+            self.weighted = self.weight is not None
         if replaces or slot.acc is None:
             zero = torch.zeros_like(slot.grad.value)
             slot.acc = Grad(zero, slot.grad.error)

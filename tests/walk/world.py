@@ -109,6 +109,7 @@ class World:
     specs: list[ParamSpec] = field(init=False)
     shown: list[Tensor] = field(init=False)  # parameters, as they showed after the last line
     saved: Oracle | None = None
+    plain: Update | None = None  # of the plain optimizer that loaded what was saved
 
     def __post_init__(self) -> None:
         config = self.config

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -53,6 +54,28 @@ def test_an_unweighted_gradient_of_what_was_unfrozen_is_not_weighed_against_othe
     opt.step()
     torch.testing.assert_close(model.params[0].detach(), torch.full((3,), -0.25))
     torch.testing.assert_close(model.params[1].detach(), torch.full((2,), -0.75))
+
+
+@pytest.mark.parametrize("weighted", [True, False])
+@pytest.mark.parametrize("how", ["assigned", "unfrozen"])
+def test_a_gradient_that_no_hook_saw_is_not_weighed_against_others(
+    how: str, weighted: bool
+) -> None:
+    """The same as where a hook saw it, which depends on whether a checkpoint had states of it."""
+    model = Gradients([torch.zeros(3), torch.zeros(2)])
+    model.params[1].requires_grad_(how == "assigned")
+    opt = FusedAccumOptimizer(torch.optim.SGD(model.parameters(), lr=1.0), 3)
+    with opt.micro_batch(weight=4) if weighted else contextlib.nullcontext():
+        if how == "assigned":
+            model.params[1].grad = torch.ones(2)
+        else:
+            model.params[1].requires_grad_(True)
+            model.backward([None, torch.ones(2)])
+    opt.step()
+    words = "outside" if weighted else "inside"
+    other = contextlib.nullcontext() if weighted else opt.micro_batch(weight=4)
+    with pytest.raises(RuntimeError, match=rf"{words} micro_batch\(weight=\.\.\.\)"), other:
+        model.backward([torch.ones(3), None])
 
 
 def test_a_micro_batch_without_a_gradient_keeps_its_weight() -> None:
