@@ -10,7 +10,7 @@ import pytest
 from tests import processes
 from tests.distributed.docs_cases import blocks
 
-TRAINS = ["DDP", "fp16", "FSDP2"]
+TRAINS = ["DDP", "fp16", "shard_states", "FSDP2"]
 
 
 @pytest.fixture(scope="module")
