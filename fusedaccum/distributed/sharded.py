@@ -31,10 +31,6 @@ from .agreement import disagreement
 from .fsdp2 import Listener, Reductions
 from .reduction import correction_of, numbers_of
 
-_SCALER = (
-    "a GradScaler is not supported for sharded parameters (DTensors): each process would have a "
-    "scale of its own before the gradients are averaged. Train in bfloat16, which needs none"
-)
 _KEPT_WHOLE = (
     "FSDP2 keeps the gradient of a micro-batch with a weight back, to add it up unweighted "
     "(set_requires_gradient_sync(False), or a framework's no_sync()). Nothing was updated. Reduce "
@@ -266,8 +262,6 @@ def serve(parts: Parts, modules: Sequence[Module], settings: Mapping[str, Any]) 
             "sharded (DTensors): give each kind an optimizer of its own, or let fully_shard with a "
             "mesh of two dimensions (HSDP) replicate shards"
         )
-    if parts.scaling.takes_part:
-        raise ValueError(_SCALER)
     for slot in parts.slots.values():
         mesh = slot.shard.mesh if slot.shard is not None else None
         if mesh is not None and slot.device.type != mesh.device_type:

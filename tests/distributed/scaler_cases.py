@@ -7,7 +7,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from tests.distributed.ddp_cases import Report, batch, flat, is_same_everywhere, loss_of, masters
+from tests.distributed.ddp_cases import (
+    Report,
+    batch,
+    flat,
+    is_same_everywhere,
+    loss_of,
+    masters,
+    whole,
+)
 from tests.distributed.window_cases import made
 
 N = 3
@@ -42,11 +50,13 @@ def scaled(case: str) -> Report:
         opt.zero_grad()
 
     for window in range(6):
-        before = flat(masters(opt))
+        before = flat(list(map(whole, masters(opt))))
         is_early = where == "early" and window == 2 and rank == 1
         for i in range(n - is_early):
             if engine == "ddp":
                 net.require_backward_grad_sync = steps is not None or i == n - 1
+            elif engine == "fsdp2" and steps is None:
+                net.set_requires_gradient_sync(i == n - 1)
             loss = loss_of(net, batch(rank, window, i).to(getattr(torch, dtype)))
             overflow_at = 0 if where == "early" else min(int(where), n - 1)
             if (window, i, rank) == (1, overflow_at, 1):
@@ -62,9 +72,11 @@ def scaled(case: str) -> Report:
         if where != "early" or window != 2:  # there the first process has one update more
             report["growth"].append(scaler._get_growth_tracker())
         report["skipped"].append(int(opt.skipped_steps))
-        report["changed"].append(not torch.equal(before, flat(masters(opt))))
-        report["same"] &= is_same_everywhere([p for g in opt.param_groups for p in g["params"]])
-        report["same"] &= is_same_everywhere(masters(opt))
+        report["changed"].append(not torch.equal(before, flat(list(map(whole, masters(opt))))))
+        report["same"] &= is_same_everywhere(
+            [whole(p) for g in opt.param_groups for p in g["params"]]
+        )
+        report["same"] &= is_same_everywhere(list(map(whole, masters(opt))))
         if opt.grad_norm is not None:  # stock: GradScaler does not call step() after an overflow
             report["same"] &= is_same_everywhere([opt.grad_norm])
     return report

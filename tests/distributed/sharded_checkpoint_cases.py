@@ -17,6 +17,9 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.checkpoint.stateful import Stateful
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from fusedaccum import FusedAccumOptimizer
 from tests.distributed.ddp_cases import DTYPES, Report, loss_of, off
@@ -93,6 +96,94 @@ def loaded(case: str) -> Report:
     report["later"] = [off(precise(opt), later[0]), off(states(opt), later[1])]
     report["steps"] = int(next(iter(opt.state_dict()["state"].values()))["step"])
     return report
+
+
+class Container(torch.optim.Optimizer, Stateful):
+    """In the manner of torchtitan's: an optimizer for each part of a model (a stage of a pipeline),
+    shown as one, whose state dict is flat."""
+
+    def __init__(self, parts: list[nn.Module]) -> None:
+        self.parts = parts
+        self.own = [FusedAccumOptimizer(adamw(part)) for part in parts]
+        params = [p for part in parts for p in part.parameters()]
+        torch.optim.Optimizer.__init__(self, params, {"lr": 0.01})
+
+    def step(self) -> None:  # type: ignore[override]
+        for opt in self.own:
+            opt.step()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        for opt in self.own:
+            opt.zero_grad(set_to_none)
+
+    def state_dict(self) -> dict[str, Any]:
+        options = StateDictOptions(flatten_optimizer_state_dict=True)
+        found: dict[str, Any] = {}
+        for part, opt in zip(self.parts, self.own, strict=True):
+            found.update(get_optimizer_state_dict(part, opt, options=options))
+        return found
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        options = StateDictOptions(flatten_optimizer_state_dict=True)
+        for part, opt in zip(self.parts, self.own, strict=True):
+            set_optimizer_state_dict(part, opt, optim_state_dict=state_dict, options=options)
+
+
+class Stages(nn.Module):
+    """Two parts with names of their own."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        self.first, self.second = build(torch.bfloat16, seed), nn.Linear(1, 3).bfloat16()
+        fully_shard(self.second, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+
+    def forward(self, x: Any) -> Any:
+        return self.second(self.first(x))
+
+
+class Part(nn.Module):
+    """A stage under the name that it has in the whole."""
+
+    def __init__(self, name: str, module: nn.Module) -> None:
+        super().__init__()
+        self.add_module(name, module)
+
+
+def run_container(windows: range, seed: int, load: bool = False) -> Any:
+    model = Stages(seed)
+    container = Container([Part("first", model.first), Part("second", model.second)])
+    schedulers = [
+        torch.optim.lr_scheduler.LambdaLR(opt, lambda step: 0.9**step) for opt in container.own
+    ]
+    folder = f"{os.environ['FOLDER']}/container"
+    if load:
+        state = {"model": get_model_state_dict(model), "optimizer": container}
+        dcp.load(state, checkpoint_id=folder)
+        for _ in range(windows.start):
+            for scheduler in schedulers:
+                scheduler.step()
+    for window in windows:
+        container.zero_grad()
+        for i in range(N):
+            (loss_of(model, x_of(0, window, i, model)) / N).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 0.05)
+        container.step()
+        for scheduler in schedulers:
+            scheduler.step()
+        if window == 2:
+            state = {"model": get_model_state_dict(model), "optimizer": container}
+            dcp.save(state, checkpoint_id=folder)
+    return [p for opt in container.own for p in precise(opt)]
+
+
+def container(how: str) -> Report:
+    """ "saved", or "loaded" by another number of processes: how far it ends from the first run."""
+    path = f"{os.environ['FOLDER']}/container.pt"
+    if how == "saved":
+        torch.save(run_container(range(5), 0), path)
+        return {}
+    ended = run_container(range(3, 5), 1, load=True)
+    return {"off": off(ended, torch.load(path))}
 
 
 def full() -> Report:

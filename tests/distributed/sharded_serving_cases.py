@@ -307,9 +307,6 @@ def refused() -> Report:
     model = build()
     report: Report = {}
 
-    def scaler() -> None:
-        FusedAccumOptimizer(adamw(model), N, grad_scaler=torch.amp.GradScaler("cpu"))
-
     def group() -> None:
         FusedAccumOptimizer(adamw(model), N, process_group=dist.group.WORLD)
 
@@ -319,7 +316,7 @@ def refused() -> Report:
         params = [*model.parameters(), *net.parameters()]
         FusedAccumOptimizer(torch.optim.SGD(params, lr=0.1), N)
 
-    for case in (scaler, group, with_ddp):
+    for case in (group, with_ddp):
         report[case.__name__] = message(case)
     mine = N + (dist.get_rank() == 1)
     opt = FusedAccumOptimizer(adamw(model), 1, max_grad_norm=float(mine))

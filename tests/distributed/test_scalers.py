@@ -20,6 +20,8 @@ CASES = [
         "group-counted-bfloat16-0", "ddp-unscaled-float16-0", "group-unscaled-float32-2",
         "ddp-loop-float16-0", "group-loop-float16-2", "ddp-handed-float16-0",
         "group-handed-float32-2", "ddp-stock-float16-0", "group-stock-float32-2",
+        "fsdp2-counted-float16-0", "fsdp2-counted-float32-2", "fsdp2-unscaled-float16-2",
+        "fsdp2-loop-float16-0", "fsdp2-handed-float16-2", "fsdp2-stock-float32-0",
     )
 ]  # fmt: skip
 EARLY = ["scaled:ddp-counted-float16-early", "scaled:group-unscaled-float32-early"]

@@ -32,9 +32,9 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
 
     def of(world: int, case: str) -> Any:
         if world not in groups:
-            cases = [f"loaded:{form}" for form in FORMS]
+            cases = [*(f"loaded:{form}" for form in FORMS), "container:loaded"]
             if world == 2:
-                cases = [f"saved:{form}" for form in FORMS] + cases
+                cases = [*(f"saved:{form}" for form in FORMS), "container:saved", *cases]
                 cases += ["full", *(f"files:{how}" for how in FILES)]
             elif 2 not in groups:
                 of(2, "full")
@@ -54,6 +54,11 @@ def test_saved_by_two_processes_and_loaded_by(results: Results, world: int, form
     assert result["steps"] == (6 if is_open else 5)
     # The mean of another number of equal gradients may be rounded in another way.
     assert max(result["later"]) < (1e-7 if world == 2 else 1e-6)
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_a_container_of_optimizers_as_torchtitan_has_it(results: Results, world: int) -> None:
+    assert results(world, "container:loaded")["off"] <= (0.0 if world == 2 else 1e-6)
 
 
 def test_a_whole_state_dict_broadcast(results: Results) -> None:

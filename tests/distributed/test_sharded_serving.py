@@ -109,7 +109,6 @@ def test_shards_that_take_the_place_of_parameters(results: Results) -> None:
 
 def test_refused(results: Results) -> None:
     result = results(SERVING, 2, "refused")
-    assert "GradScaler is not supported for sharded parameters" in result["scaler"]
     assert "leave process_group out" in result["group"]
     assert "give each kind an optimizer of its own" in result["with_ddp"]
     assert "max_grad_norm is 2.0 on rank 0, 3.0 on rank 1" in result["settings"]

@@ -15,6 +15,7 @@ from torch.distributed.checkpoint.state_dict import (
     get_optimizer_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
 from fusedaccum import FusedAccumOptimizer
@@ -32,6 +33,7 @@ from tests.distributed.ddp_cases import (
     off,
     watched,
 )
+from tests.distributed.sharded_cases import sharded
 from tests.processes import message
 
 N = 4
@@ -43,6 +45,8 @@ def made(
     """A model, what is called instead of it, and its optimizer."""
     torch.manual_seed(0)
     model = Net().to(dtype)
+    if engine == "fsdp2":
+        sharded(model, init_device_mesh("cpu", (dist.get_world_size(),)))
     net: Any = DistributedDataParallel(model) if engine == "ddp" else model
     group = dist.group.WORLD if engine == "group" else None
     inner = torch.optim.AdamW(model.parameters(), lr=1e-2)
