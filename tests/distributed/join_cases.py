@@ -248,12 +248,16 @@ def refused(what: str) -> Report:
 
 
 def shared(what: str) -> Report:
-    """Several wrappers around one DDP module, or one around several modules."""
+    """Several wrappers around one DDP module, or one around several modules; shared states."""
     models = [Net(), Net()]
     nets = [DistributedDataParallel(model) for model in models]
     first, second = (list(model.parameters()) for model in models)
     groups = [first + second] if what == "modules" else [first[:2], first[2:], second]
-    opts = [FusedAccumOptimizer(torch.optim.SGD(group, lr=0.1), N) for group in groups]
+    groups = [first] if what == "states" else groups
+    opts = [
+        FusedAccumOptimizer(torch.optim.SGD(group, lr=0.1), N, shard_states=what == "states")
+        for group in groups
+    ]
     report: Report = {"join": message(lambda: Join([nets[0]]))}
     assert len(opts) == len(groups)
     return report

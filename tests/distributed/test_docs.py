@@ -11,7 +11,7 @@ from tests import processes
 from tests.distributed.docs_cases import blocks
 
 PAGES = {
-    "from_deepspeed.md": ["DDP", "fp16", "FSDP2"],
+    "from_deepspeed.md": ["DDP", "fp16", "shard_states", "FSDP2"],
     "distributed.md": ["DDP", "ZeRO-1", "FSDP2", "process group"],
 }
 TRAINS = [f"{page}/{block}" for page in PAGES for block in PAGES[page]]
