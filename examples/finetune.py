@@ -180,7 +180,8 @@ def progress(label: str, n: int) -> Any:
 
 @torch.no_grad()
 def mean_loss(model: nn.Module, loader: Batches) -> float:
-    return torch.stack([model(x, y) for x, y in loader]).mean().item()
+    losses = [float(model(x, y)) for x, y in loader]
+    return sum(losses) / len(losses)
 
 
 def gradient_errors(model: nn.Module, loader: Batches) -> dict[str, float]:
@@ -214,7 +215,7 @@ def bytes_at_rest(make: Any, model: nn.Module, loader: Batches) -> float:
     before = bytes_alive()
     way = make(copy.deepcopy(model), 1e-5, len(loader))
     way.window(loader)
-    n = sum(p.numel() for p in way.model.parameters())
+    n: int = sum(p.numel() for p in way.model.parameters())
     return (bytes_alive() - before) / n
 
 
@@ -290,7 +291,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     torch.manual_seed(0)
     torch.set_num_threads(1)  # a model this small gains nothing from more
     updates, first = (4, 4) if args.quick else (args.updates, 400)
-    counts = (1, 4) if args.quick else (1, 4, 16, 64)
+    counts = (2, 4) if args.quick else (2, 4, 16, 64)  # one gradient is no sum
     shape = (4, 64)
     code, prose = texts()
     held_out, prose = prose[:100_000], prose[100_000:]
