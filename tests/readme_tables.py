@@ -1,4 +1,4 @@
-"""The READMEs' tables, made from the rows under benchmarks/results and from the code.
+"""The tables of README and docs, made from the rows under benchmarks/results and from the code.
 
     python -m tests.readme_tables            say which tables are not as they would be made
     python -m tests.readme_tables --write    write them
@@ -21,7 +21,10 @@ from tests import readme_optimizers
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-READMES = (ROOT / "README.md", ROOT / "benchmarks" / "README.md")
+PAGES = tuple(
+    ROOT / name
+    for name in ("README.md", "docs/numbers.md", "docs/optimizers.md", "benchmarks/README.md")
+)
 BEGIN = "<!-- {}: python -m tests.readme_tables --write -->\n"
 END = "<!-- end -->"
 
@@ -219,7 +222,7 @@ def demo() -> str:
     return table(["", *columns], lines)
 
 
-# --- the READMEs ---
+# --- the pages ---
 
 TABLES: dict[str, Callable[[], str]] = {
     "optimizers": readme_optimizers.table,
@@ -234,12 +237,12 @@ TABLES: dict[str, Callable[[], str]] = {
 
 
 def names(text: str) -> list[str]:
-    """Of the tables in a README, in order."""
+    """Of the tables in a page, in order."""
     return re.findall(BEGIN.format("(.*)").rstrip("\n"), text)
 
 
 def remade(text: str, wanted: Iterable[str]) -> str:
-    """A README's text with these of its tables made anew."""
+    """A page's text with these of its tables made anew."""
     for name in wanted:
         before, rest = text.split(BEGIN.format(name))
         _, after = rest.split(END, 1)
@@ -249,7 +252,7 @@ def remade(text: str, wanted: Iterable[str]) -> str:
 
 def main(argv: list[str]) -> int:
     stale = 0
-    for path in READMES:
+    for path in PAGES:
         text = path.read_text("utf-8")
         new = remade(text, names(text))
         if argv == ["--write"]:
