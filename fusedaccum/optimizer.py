@@ -228,7 +228,7 @@ class FusedAccumOptimizer(SharingOptimizer):
     def step(self, closure: Closure | None = None) -> Any:
         """Close the micro-batch; update if that ends the window.
 
-        Nothing waits for the device (but see the README for optimizers without a fused rule).
+        Nothing waits for the device (but docs/wrong_use.md names the exception).
 
         Args:
             closure: run first, with gradients enabled; its value is returned.

@@ -19,7 +19,7 @@ LOOPS = ["loop", "weights", "unfrozen", "few"]
 FORMS = ["nested", "flat"]
 LOADED = [f"{form}-{whose}" for form in FORMS for whose in ("part", "all")]
 FILES = [f"{window}-{whose}" for window in ("closed", "open") for whose in ("own", "other")]
-BYTES = [f"bytes_per_parameter:{dtype}" for dtype in ("fp32", "bf16")]
+BYTES = [f"bytes_per_parameter:{case}" for case in ("fp32-part", "bf16-part", "bf16-all")]
 CASES = {
     2: [
         *(f"beside_all:{case}" for case in BESIDE), *(f"loops:{how}" for how in LOOPS), *BYTES,
@@ -68,8 +68,9 @@ def test_loops(results: Results, how: str) -> None:
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_bytes_per_parameter(results: Results, world: int) -> None:
     """Parameter and accumulator whole, moments and remainder in parts."""
-    assert results(world, "bytes_per_parameter:fp32")["bytes"] == 4 + 4 + 8 / world
-    assert results(world, "bytes_per_parameter:bf16")["bytes"] == 2 + 4 + 10 / world
+    assert results(world, "bytes_per_parameter:fp32-part")["bytes"] == 4 + 4 + 8 / world
+    assert results(world, "bytes_per_parameter:bf16-part")["bytes"] == 2 + 4 + 10 / world
+    assert results(world, "bytes_per_parameter:bf16-all")["bytes"] == 16
 
 
 def test_an_overflow_is_skipped_by_all(results: Results) -> None:
