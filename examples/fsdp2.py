@@ -14,8 +14,6 @@ marked (*) are about the wrapper.
 from __future__ import annotations
 
 import argparse
-import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -23,7 +21,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
-from ddp import Model, micro_batches, text  # type: ignore[import-not-found]
+from ddp import Model, micro_batches, started, text  # type: ignore[import-not-found]
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -40,17 +38,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true", help="a smoke test")
     args = parser.parse_args(argv)
     updates = 4 if args.quick else args.updates
-
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        torch.cuda.set_device(device)
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    if "RANK" in os.environ:
-        dist.init_process_group(backend)
-    else:
-        store = f"file://{tempfile.mkdtemp()}/store"
-        dist.init_process_group(backend, init_method=store, rank=0, world_size=1)
+    device = started()
     rank, world = dist.get_rank(), dist.get_world_size()
 
     torch.manual_seed(0)
