@@ -291,6 +291,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     torch.manual_seed(0)
     torch.set_num_threads(1)  # a model this small gains nothing from more
     updates, first = (4, 4) if args.quick else (args.updates, 400)
+    args.n = min(args.n, 2) if args.quick else args.n
     counts = (2, 4) if args.quick else (2, 4, 16, 64)  # one gradient is no sum
     shape = (4, 64)
     code, prose = texts()
