@@ -189,6 +189,8 @@ class Attached:
         def prehook(grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...] | None:
             arriving, owner = slot_ref(), owner_ref()
             if arriving is not None and owner is not None and arriving.node is not None:
+                if arriving.takes_products and grads[0] is None:
+                    return None  # on a GPU this may be another thread than the backward's
                 owner.arrive(arriving, grads[0] is not None)
                 # Here, where every process is at the same place of the same graph.
                 if arriving.shard is not None and grads[0] is not None:
