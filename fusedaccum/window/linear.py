@@ -20,12 +20,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
+from .linear_traced import KEY, remember, traced_forward
 from .products import Products
 
 _functorch = torch._C._functorch.peek_interpreter_stack
 _is_tracing = torch._C._get_tracing_state
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-KEY = "_fusedaccum_products"  # of a module's `__dict__`
 
 Forward = Callable[[Any, Tensor], Tensor]
 
@@ -84,7 +84,8 @@ class _Linear(torch.autograd.Function):
 def _forward(module: Any, x: Tensor, stock: Forward, is_transposed: bool) -> Tensor:
     """The forward of a swapped module; `stock` where its weight gradient is not taken."""
     if torch.compiler.is_compiling():
-        return stock(module, x)
+        traced = traced_forward(module, x, is_transposed)
+        return stock(module, x) if traced is None else traced
     products_ref = module.__dict__[KEY]
     products, parameters = products_ref(), module._parameters
     weight, bias = parameters.get("weight"), parameters.get("bias")
@@ -149,6 +150,7 @@ def swap(module: nn.Module, products: Products) -> None:
     """Have a module's weight gradient taken by `products`, which it does not keep alive."""
     stock: Any = type(module)
     vars(module)[KEY] = weakref.ref(products)
+    remember(module)
     module.__class__ = _swapped(stock, _kinds()[stock])
 
 

@@ -7,6 +7,7 @@ import weakref
 from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
+from weakref import WeakMethod
 
 from torch import Tensor, nn
 
@@ -14,7 +15,8 @@ from ..backends import product
 from ..backends.tensors import is_dtensor
 from .collector import Collector
 from .linear import is_linear, is_swapped_for, refusal, swap, swap_back
-from .products import LINKED, Products
+from .linear_traced import WHY_NOT
+from .products import HOOK, LINKED, Products
 
 Refs = list["weakref.ref[nn.Module]"]
 
@@ -39,10 +41,10 @@ class Linears:
     """
 
     def __init__(self, collector: Collector) -> None:
-        self._collector = collector
-        self._products = Products(collector)
         self._modules: Refs = []
         self._skipped: dict[str, str] = {}
+        self._products = Products(collector)
+        self.follow(collector)
         # A module may live longer than the optimizer, and is stock again then.
         weakref.finalize(self._products, _swap_back, self._modules).atexit = False
 
@@ -52,6 +54,7 @@ class Linears:
         self._products.follow(collector)
         for module in self._alive():
             self._mark(module)
+        collector.attached.when_taken_over = WeakMethod(self.unfuse)
 
     def fuse(self, model: nn.Module, min_numel: int) -> FusedLinears:
         """See `FusesLinear.fuse_linear_wgrad`."""
@@ -98,6 +101,8 @@ class Linears:
             if reasons:
                 listing = ", ".join(f"{n} {reason}" for reason, n in reasons.items())
                 line += f"; {what}: {listing}"
+        if WHY_NOT is not None:
+            line += f"; not under torch.compile: {WHY_NOT}"
         return [line]
 
     def _alive(self) -> list[nn.Module]:
@@ -130,6 +135,8 @@ class Linears:
             return "a weight that is not contiguous, or not what it was when it was wrapped"
         if self._collector.scaling.is_linked:
             return LINKED
+        if weight._backward_hooks or weight._post_accumulate_grad_hooks:
+            return HOOK
         return product.why_not(slot.device, slot.dtype)
 
 

@@ -15,6 +15,10 @@ from ..backends import product
 from .collector import Collector
 from .slots import Fill, Slot
 
+# Of an AccumulateGrad node: False in autograd.grad() and backward(inputs=) of other tensors; raises
+# RuntimeError in autograd.grad() of this one.
+is_wanted = torch._C._will_engine_execute_node
+HOOK = "a hook on the weight"
 LINKED = "a linked GradScaler, whose factor is on the device"
 
 
@@ -62,10 +66,10 @@ class Products:
         if slot is None or slot.node is None or slot.difference() is not None:
             return False
         try:
-            if not torch._C._will_engine_execute_node(slot.node):
-                return True  # autograd.grad() or backward(inputs=), of other tensors
+            if not is_wanted(slot.node):
+                return True
         except RuntimeError:
-            return False  # autograd.grad() of this one
+            return False
         reason = self.refuses(slot, a.dtype)
         if reason is not None:
             self.ordinary[reason] += 1
@@ -85,7 +89,7 @@ class Products:
         param = slot.param
         # Hooks expect a gradient; those of the second kind one in `p.grad`.
         if param._backward_hooks or param._post_accumulate_grad_hooks:
-            return "a hook on the weight"
+            return HOOK
         if self._collector.scaling.is_linked:
             return LINKED
         return product.why_not(slot.device, dtype)
