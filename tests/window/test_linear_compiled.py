@@ -36,8 +36,8 @@ def fused(n: int | None = 1, **options: Any) -> tuple[nn.Module, Any, Any]:
 def gradients(
     model: nn.Module, opt: Any, call: Any, *, is_autocast: bool, lengths: Sequence[int]
 ) -> list[Tensor]:
-    """The accumulators of the second of two windows."""
-    shown: list[Tensor] = []
+    """The accumulators of two windows, those of the first one first."""
+    found: list[Tensor] = []
     for window in range(2):
         for i, length in enumerate(lengths):
             with autocast() if is_autocast else nullcontext():
@@ -47,8 +47,9 @@ def gradients(
             opt.step()
             opt.zero_grad()
         assert opt.window_closed
-    assert len(shown) == len(list(model.parameters()))
-    return shown
+        found += shown
+    assert len(found) == 2 * len(list(model.parameters()))
+    return found
 
 
 CASES: list[tuple[torch.dtype, bool, dict[str, Any]]] = [
@@ -87,7 +88,8 @@ def test_inductor_and_three_lengths(dtype: torch.dtype, added: list[Tensor]) -> 
     theirs = gradients(plain, other, plain, is_autocast=False, lengths=lengths)
     assert counter.frame_count == 2 and len(added) == 2 * 4 * 4
     rtol = 1e-4 if dtype is torch.float32 else 0.05  # inductor rounds to bf16 in other places
-    for a, b in zip(ours, theirs, strict=True):
+    # Of the first window: AdamW's first update is the gradient's sign, which rounding may turn.
+    for a, b in list(zip(ours, theirs, strict=True))[: len(ours) // 2]:
         assert float((a - b).norm() / b.norm()) < rtol
 
 
