@@ -86,8 +86,8 @@ def _forward(module: Any, x: Tensor, stock: Forward, is_transposed: bool) -> Ten
     if torch.compiler.is_compiling():
         traced = traced_forward(module, x, is_transposed)
         return stock(module, x) if traced is None else traced
-    products_ref = module.__dict__[KEY]
-    products, parameters = products_ref(), module._parameters
+    products_ref, parameters = module.__dict__.get(KEY), module._parameters
+    products = None if products_ref is None else products_ref()
     weight, bias = parameters.get("weight"), parameters.get("bias")
     if (
         products is None
@@ -156,14 +156,16 @@ def swap(module: nn.Module, products: Products) -> None:
 
 def swap_back(module: nn.Module) -> None:
     """Make it what it was; one that is not swapped stays."""
-    if isinstance(module, Swapped):
+    if not isinstance(module, Swapped):
+        return
+    if "stock" in vars(type(module)):  # else somebody, FSDP2 say, derived a class from ours
         module.__class__ = module.stock  # type: ignore[assignment]
-        vars(module).pop(KEY, None)
+    vars(module).pop(KEY, None)
 
 
 def is_swapped_for(module: nn.Module, products: Products) -> bool:
     """Whether `products` takes a module's weight gradient."""
-    return isinstance(module, Swapped) and vars(module)[KEY]() is products
+    return isinstance(module, Swapped) and vars(module).get(KEY, lambda: None)() is products
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -173,7 +175,7 @@ def is_linear(module: nn.Module) -> bool:
 
 def refusal(module: nn.Module) -> str | None:
     """Why a module cannot be swapped, whatever its weight is; None if it can."""
-    if isinstance(module, Swapped):
+    if isinstance(module, Swapped) and KEY in vars(module):
         return "fused for another optimizer"
     if type(module) not in _kinds():
         return f"a subclass: {type(module).__name__}, which may do anything with its weight"

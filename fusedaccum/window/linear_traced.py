@@ -150,6 +150,7 @@ def traced_forward(module: Any, x: Tensor, is_transposed: bool) -> Tensor | None
     weight, bias = module.weight, module.bias
     if (
         WHY_NOT is not None
+        or not hasattr(module, KEY)
         or _is_transformed()
         or torch.compiler.is_exporting()
         or not torch.is_grad_enabled()

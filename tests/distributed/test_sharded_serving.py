@@ -23,7 +23,7 @@ CASES = {
         *(f"ways:{how}" for how in WAYS), *(f"against_one_process:{case}" for case in ONE),
         "beside_stock:muon", "placed", "bytes_per_parameter:fp32", "bytes_per_parameter:bf16",
         "two_optimizers", "stochastic", "compiled", "comes_back", "exchanged:at once",
-        "exchanged:late", "refused",
+        "exchanged:late", "refused", "fused_linears:before", "fused_linears:after",
     ],
     (GRADIENTS, 2): [
         "one_overflows:data", "one_overflows:shard", "hooks_of_users", "loop_goes_on", "by_hand",
@@ -94,6 +94,13 @@ def test_stochastic_rounding_of_shards(results: Results) -> None:
 
 def test_a_compiled_model(results: Results) -> None:
     assert results(SERVING, 2, "compiled")["off"] < 1e-6
+
+
+def test_linear_layers_of_shards_are_not_fused(results: Results) -> None:
+    after, before = (results(SERVING, 2, f"fused_linears:{order}") for order in ("after", "before"))
+    assert after["fused"] == 0 and before["fused"] == 3  # but the one of one row
+    assert max(after["off"], before["off"]) < 1e-6
+    assert after["skipped"] and set(after["skipped"]) <= {"a DTensor", "a subclass"}
 
 
 def test_plain_torch_comes_back(results: Results) -> None:
