@@ -25,6 +25,7 @@ CASES: dict[str, dict[int, list[str]]] = {
             *(f"ways:{how}" for how in WAYS), *(f"against_one_process:{case}" for case in ONE),
             *BYTES, "beside_stock:muon", "placed", "two_optimizers", "stochastic", "compiled",
             "comes_back", "exchanged:at once", "exchanged:late", "refused",
+            "fused_linears:before", "fused_linears:after",
         ],
         4: BYTES,
     },
@@ -92,6 +93,13 @@ def test_stochastic_rounding_of_shards(results: Results) -> None:
 
 def test_a_compiled_model(results: Results) -> None:
     assert results(SERVING, 2, "compiled")["off"] < 1e-6
+
+
+def test_linear_layers_of_shards_are_not_fused(results: Results) -> None:
+    after, before = (results(SERVING, 2, f"fused_linears:{order}") for order in ("after", "before"))
+    assert after["fused"] == 0 and before["fused"] == 3  # but the one of one row
+    assert max(after["off"], before["off"]) < 1e-6
+    assert after["skipped"] and set(after["skipped"]) <= {"a DTensor", "a subclass"}
 
 
 def test_plain_torch_comes_back(results: Results) -> None:
