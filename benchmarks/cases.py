@@ -10,9 +10,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fusedaccum.bench.gate import random as random
 from fusedaccum.bench.shapes import Shapes, gpt
 from fusedaccum.bench.shapes import count as count
+from fusedaccum.doctor.judge import random as random
 
 
 def _llama(dim: int, key_value: int, hidden: int) -> Shapes:

@@ -27,11 +27,12 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fusedaccum import FusedAccumOptimizer
+from fusedaccum.bench.race import CEILINGS, COPY, COPY_AGAIN
 from fusedaccum.bench.timing import Samples
 from fusedaccum.doctor.checks import Wrong
 
 from . import cases
-from .suites import CEILINGS, COPY, Suite
+from .suites import Suite
 
 WORLD = 2
 MAX_NORM = 1.0
@@ -158,7 +159,7 @@ def _work(rank: int, folder: str, kind: str, shape: str, dtype: torch.dtype, *re
     }
     source, target = (torch.ones(sum(p.numel() for p in params), device=device) for _ in range(2))
     calls: dict[str, Callable[[], object]] = dict(windows)
-    calls |= {name: partial(CEILINGS[name], source, target) for name in (COPY, "copy_again")}
+    calls |= {name: partial(CEILINGS[name], source, target) for name in (COPY, COPY_AGAIN)}
     samples = {name: Samples(first := _timed(run, device), first) for name, run in calls.items()}
     # The wrapper learnt in its first window how often each gradient comes.
     seen = {name: window.seen(exact) for name, window in windows.items()}
@@ -186,7 +187,7 @@ def reduction(suite: Suite, shape: str, dtype: torch.dtype) -> None:
         suite.skipped["reduction"] = "two GPUs are needed"
         return
     threads = max(1, torch.get_num_threads() // WORLD)
-    own = kind, shape, dtype, plan.n, suite.race.rounds, threads, plan.backend
+    own = kind, shape, dtype, plan.n, suite.rounds, threads, plan.backend
     with tempfile.TemporaryDirectory() as folder:
         try:
             spawn(_work, (folder, *own), WORLD)
@@ -201,5 +202,5 @@ def reduction(suite: Suite, shape: str, dtype: torch.dtype) -> None:
         if variant in ("fused_hooks", "native_fp32") and not row["grad_error"] <= MAX_ERROR:
             suite.refuse(variant, Wrong(f"mean gradient off by {row['grad_error']:.1e}"))
         else:
-            suite.add(row, variant=variant, **what)
+            suite.add(variant=variant, **what, **row)
     suite.save()

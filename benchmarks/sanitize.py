@@ -21,12 +21,12 @@ import torch
 from fusedaccum import functional
 from fusedaccum.backends import reference
 from fusedaccum.bench import gate
-from fusedaccum.bench.forms import Plan
-from fusedaccum.bench.ours import Operations
 from fusedaccum.doctor import checks
+from fusedaccum.doctor.plan import Plan
 
 from . import cases
 from .measure import ROOT
+from .ours import Operations
 
 TOOLS = ("memcheck", "racecheck")
 FOUND_SOMETHING = 9

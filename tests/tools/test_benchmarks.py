@@ -21,9 +21,9 @@ from benchmarks.forms import FORMS
 from benchmarks.loops import LOOPS
 from benchmarks.suites import Suite
 from fusedaccum.bench import gate, timing
-from fusedaccum.bench.forms import Plan
 from fusedaccum.bench.shapes import count
 from fusedaccum.doctor import machine
+from fusedaccum.doctor.plan import Plan
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
@@ -239,11 +239,11 @@ def test_misaligned_tensors_are() -> None:
 def test_what_does_not_fit_is_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OUT", str(tmp_path))
     suite = Suite(CPU, Plan(n=2), rounds=3, budget_s=1, gate_shapes=cases.tiny(), name="x")
-    params = cases.random([(1000,)], torch.bfloat16, CPU, seed=0)
     names = ["fused_backend", "native_fp32", "foreach_add", "plain_bf16"]
-    # 8 bytes per element for the ceilings, 16 and 18 for the first two; the third shares theirs.
-    monkeypatch.setattr(machine, "memory_bytes", lambda device: 1000 * 43 / 0.9)
-    assert [*suite.build(names, params, suite.plan)] == names[:3]
+    # 14 bytes per element for parameters, gradients and ceilings, 16 and 18 for the first two
+    # forms; the third shares theirs.
+    monkeypatch.setattr(machine, "memory_bytes", lambda device: 1000 * 49 / 0.9)
+    assert [*suite.build(names, [(1000,)], torch.bfloat16)] == names[:3]
     assert list(suite.skipped) == ["plain_bf16, 1,000 elements"]
     assert not suite.refused
 
