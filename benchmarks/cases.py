@@ -35,16 +35,6 @@ def llama_1b() -> Shapes:
     return [(vocabulary, dim), *_llama(dim, 256, 5632) * 22, (dim,), (vocabulary, dim)]
 
 
-def llama_8b_slice() -> Shapes:
-    """Two of the 32 layers of an 8 B Llama, 436,224,000 parameters: few tensors, all large."""
-    return _llama(4096, 1024, 14336) * 2
-
-
-def many_700() -> Shapes:
-    """700 matrices of 1,048,576 elements, 734,003,200 in all: a launch per tensor shows."""
-    return [(1024, 1024)] * 700
-
-
 def lora_500() -> Shapes:
     """500 low-rank matrices, 32,768,000 parameters: many tensors, little in each."""
     return [(16, 4096)] * 500
@@ -77,7 +67,7 @@ def tiny() -> Shapes:
 SHAPES: dict[str, Callable[[], Shapes]] = {
     function.__name__: function
     for function in (
-        *(gpt2_small, llama_1b, llama_8b_slice, lora_500, many_700),
+        *(gpt2_small, llama_1b, lora_500),
         *(flat_64mi, odd, unaligned, tiny),
     )
 }

@@ -147,10 +147,10 @@ class Run(Suite):
         super().__init__(device, plan, name=name, rounds=args.rounds, budget_s=args.budget)
         self.clock = WaitingClock() if device.type == "cuda" else timing.Clock()
         self.size = args.size
-        self.model, self.model_name = decoder.build(decoder.SIZES[args.size], device, args.model)
+        self.model = decoder.build(decoder.SIZES[args.size], device)
         # The loops that passed, with their errors. Of a small model: fp64 copies are large.
         sizes = decoder.SIZES["llama_tiny"]
-        small, _ = decoder.build(sizes, device, args.model)
+        small = decoder.build(sizes, device)
         self.errors: dict[str, dict[str, float]] = {}
         for name, kind in LOOPS.items():
             try:
@@ -200,7 +200,7 @@ class Run(Suite):
                 operation="train_window",
                 variant=name,
                 shape=self.size,
-                model=self.model_name,
+                model="benchmarks.decoder.Decoder",
                 dtype="bfloat16",
                 n=n,
                 tokens=tokens,
@@ -231,7 +231,6 @@ class Run(Suite):
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = arguments(__doc__)
     parser.add_argument("--size", choices=sorted(decoder.SIZES), help="of the model")
-    parser.add_argument("--model", choices=("transformers", "plain"), help="whose Llama")
     parser.add_argument("--tokens", type=numbers, help="per micro-batch, as 512,2048,8192")
     args = parser.parse_args(argv)
     size, tokens, counts = DEFAULTS[torch.device(args.device).type]
@@ -254,7 +253,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Returns 1 if a loop was refused."""
     args = parse(argv)
     run = Run(args)
-    print(machine.busy(run.device) or "", end="")
+    if busy := machine.busy(run.device):
+        print(busy)
     for tokens, n in grid(args.tokens, args.n):
         run.measure(tokens, n)
         gc.collect()

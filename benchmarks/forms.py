@@ -260,5 +260,5 @@ FORMS: dict[str, type[Form]] = {
 
 def is_exact(variant: str) -> bool:
     """Whether a variant of that name sums in fp32; one that is no form does."""
-    form = FORMS.get(variant.removesuffix("_graph"))
+    form = FORMS.get(variant)
     return form is None or form.is_exact

@@ -78,7 +78,8 @@ def work(args: argparse.Namespace) -> Iterator[tuple[str, int, partial[None]]]:
 def measure_all(args: argparse.Namespace) -> Suite:
     """Run what the arguments ask for."""
     device = torch.device(args.device)
-    print(machine.busy(device) or "", end="")
+    if busy := machine.busy(device):
+        print(busy)
     suite = Suite(
         device,
         Plan(backend=args.backend),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -36,8 +35,6 @@ CYCLE = {
     "eager": ["fused_backend", "fused_hooks", *EAGER, "plain_bf16", "fused_assigned", *RIVALS],
     "compiled": ["fused_backend", "fused_hooks", "compiled"],
 }
-# Which forms are also replayed from a CUDA graph, for shapes where launches are what costs.
-GRAPHED = {"lora_500": ["fused_backend", "per_tensor_add", "foreach_add"]}
 
 
 class Suite(Race):
@@ -109,8 +106,6 @@ def micro(suite: Suite, shape: str, forms_of: str) -> None:
     calls = operations(grads)
     for operation in ("accumulate_first", "accumulate", "accumulate_last_norm"):
         variants = suite.variants(forms, calls[operation])
-        if operation == "accumulate" and suite.device.type == "cuda":
-            variants |= graphed(suite, variants, GRAPHED.get(shape, ()))
         suite.time(operation, shape, BF16, variants, n_elements=cases.count(sizes))
     del forms, variants
     gc.collect()
@@ -120,31 +115,6 @@ def micro(suite: Suite, shape: str, forms_of: str) -> None:
         step(suite, shape, BF16, ["fused_backend", "native_fp32", "plain_bf16", *RIVALS])
     else:
         step(suite, shape, BF16, names)
-
-
-def captured(run: Callable[[], object]) -> Callable[[], object]:
-    """`run` as a CUDA graph, to be replayed."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            run()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    return graph.replay
-
-
-def graphed(suite: Suite, variants: dict[str, Variant], names: Sequence[str]) -> dict[str, Variant]:
-    """Some of these variants once more, replayed from a CUDA graph."""
-    found = {}
-    for name in variants.keys() & set(names):
-        try:
-            found[f"{name}_graph"] = replace(variants[name], run=captured(variants[name].run))
-        except Exception as error:
-            suite.refuse(f"{name}_graph", error)
-    return found
 
 
 def norm(suite: Suite, shape: str) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -31,12 +30,9 @@ def _one_thread() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(scope="module", params=["plain", "transformers"])
-def model(request: pytest.FixtureRequest) -> nn.Module:
-    if request.param == "transformers":
-        os.environ.setdefault("HF_HUB_OFFLINE", "1")
-        pytest.importorskip("transformers")
-    return decoder.build(SIZES, CPU, request.param)[0]
+@pytest.fixture(scope="module")
+def model() -> nn.Module:
+    return decoder.build(SIZES, CPU)
 
 
 def errors(kind: type[Form], model: nn.Module) -> dict[str, float]:
@@ -86,9 +82,9 @@ class Rounded(Plain):
 
 
 @pytest.mark.parametrize("kind", [NotDivided, OneMore, NotCopied, Rounded])
-def test_the_gate_refuses(kind: type[Form]) -> None:
+def test_the_gate_refuses(kind: type[Form], model: nn.Module) -> None:
     with pytest.raises(Wrong):
-        errors(kind, decoder.build(SIZES, CPU, "plain")[0])
+        errors(kind, model)
 
 
 @pytest.mark.parametrize("name", LOOPS)
@@ -145,7 +141,7 @@ def test_a_loop_that_does_not_fit_is_skipped(
     monkeypatch.setattr(Loop, "micro_batch", micro_batch)
     for name in ("native_fp32", "fused_hooks"):
         monkeypatch.delitem(LOOPS, name)
-    arguments = ["--device", "cpu", "--quick", "--model", "plain", "--tokens", "16,64"]
+    arguments = ["--device", "cpu", "--quick", "--tokens", "16,64"]
     assert end_to_end.main(arguments) == 0
     assert "SKIPPED plain_bf16, 64 tokens: OutOfMemoryError: CUDA out of memory.\n" in (
         capsys.readouterr().out
