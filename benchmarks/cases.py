@@ -10,9 +10,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fusedaccum.bench.gate import random as random
 from fusedaccum.bench.shapes import Shapes, gpt
 from fusedaccum.bench.shapes import count as count
+from fusedaccum.doctor.judge import random as random
 
 
 def _llama(dim: int, key_value: int, hidden: int) -> Shapes:
@@ -33,16 +33,6 @@ def llama_1b() -> Shapes:
     """TinyLlama, 1,100,048,384 parameters in 201 tensors; grouped key/value heads, head untied."""
     dim, vocabulary = 2048, 32000
     return [(vocabulary, dim), *_llama(dim, 256, 5632) * 22, (dim,), (vocabulary, dim)]
-
-
-def llama_8b_slice() -> Shapes:
-    """Two of the 32 layers of an 8 B Llama, 436,224,000 parameters: few tensors, all large."""
-    return _llama(4096, 1024, 14336) * 2
-
-
-def many_700() -> Shapes:
-    """700 matrices of 1,048,576 elements, 734,003,200 in all: a launch per tensor shows."""
-    return [(1024, 1024)] * 700
 
 
 def lora_500() -> Shapes:
@@ -77,7 +67,7 @@ def tiny() -> Shapes:
 SHAPES: dict[str, Callable[[], Shapes]] = {
     function.__name__: function
     for function in (
-        *(gpt2_small, llama_1b, llama_8b_slice, lora_500, many_700),
+        *(gpt2_small, llama_1b, lora_500),
         *(flat_64mi, odd, unaligned, tiny),
     )
 }

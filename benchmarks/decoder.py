@@ -1,14 +1,11 @@
-"""The models that `end_to_end.py` trains: a Llama of transformers, or the same in plain torch.
+"""The model that `end_to_end.py` trains: a Llama in plain torch, with random weights.
 
-Both are made from sizes with random weights; the second is for machines without transformers.
 `loss(model, ids)` is the mean cross-entropy of the next token. Nothing is downloaded.
 """
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -106,45 +103,17 @@ class Decoder(nn.Module):
         return logits
 
 
-def build(sizes: Sizes, device: torch.device, kind: str | None = None) -> tuple[nn.Module, str]:
-    """A bf16 model on `device` and what it is, for the rows.
-
-    Args:
-        sizes, device: of it.
-        kind: "transformers", "plain", or None: transformers where it is installed.
-    """
-    if kind is None:
-        kind = "transformers" if importlib.util.find_spec("transformers") else "plain"
+def build(sizes: Sizes, device: torch.device) -> Decoder:
+    """A bf16 model on `device`, the same each time."""
     torch.manual_seed(0)
-    if kind == "plain":
-        with device:
-            return Decoder(sizes).to(torch.bfloat16), "benchmarks.decoder.Decoder"
-    import transformers
-
-    config = transformers.LlamaConfig(
-        hidden_size=sizes.dim,
-        intermediate_size=sizes.hidden,
-        num_hidden_layers=sizes.layers,
-        num_attention_heads=sizes.heads,
-        num_key_value_heads=sizes.key_value_heads,
-        vocab_size=sizes.vocabulary,
-        max_position_embeddings=8192,
-        tie_word_embeddings=False,
-    )
     with device:
-        model: Any = transformers.AutoModelForCausalLM.from_config(
-            config, dtype=torch.bfloat16, attn_implementation="sdpa"
-        )
-    return model, f"transformers {transformers.__version__} {type(model).__name__}"
+        return Decoder(sizes).to(torch.bfloat16)
 
 
 def loss(model: nn.Module, ids: Tensor) -> Tensor:
     """Mean cross-entropy of each next token, in fp32."""
-    if isinstance(model, Decoder):
-        logits = model(ids)[:, :-1].float()
-        return F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
-    found: Tensor = model(input_ids=ids, labels=ids, use_cache=False).loss
-    return found
+    logits = model(ids)[:, :-1].float()
+    return F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
 
 
 def adopt(model: nn.Module, params: list[Tensor]) -> None:

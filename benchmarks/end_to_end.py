@@ -13,6 +13,7 @@ import gc
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -20,16 +21,18 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fusedaccum.bench import timing
-from fusedaccum.bench.forms import Plan
-from fusedaccum.bench.gate import require_exact
 from fusedaccum.bench.timing import Samples
+from fusedaccum.doctor import machine
 from fusedaccum.doctor.checks import Wrong, host
+from fusedaccum.doctor.forms import Form
 from fusedaccum.doctor.judge import Judge, relative
+from fusedaccum.doctor.plan import Plan
 
 from . import decoder
 from .loops import FLOOR, LOOPS, Loop
-from .measure import Rows, arguments, numbers, warn_if_busy
+from .measure import arguments, numbers
 from .memory import footprint
+from .suites import Suite
 from .tables import report
 
 # Longest sequence; larger micro-batches hold several.
@@ -75,7 +78,9 @@ def batches(
 # --- correctness ---
 
 
-def gate(make: type[Loop], model: nn.Module, vocabulary: int, plan: Plan) -> dict[str, float]:
+def gate(
+    kind: type[Form] | None, model: nn.Module, vocabulary: int, plan: Plan
+) -> dict[str, float]:
     """Run two windows beside AdamW in float64, whose gradients are of the loop's own weights.
 
     Returns:
@@ -83,16 +88,16 @@ def gate(make: type[Loop], model: nn.Module, vocabulary: int, plan: Plan) -> dic
         losses; and `noise`, how far two backwards of the same micro-batch are apart.
 
     Raises:
-        Wrong: if a loop that claims to be exact is not, or a loss differs.
+        Wrong: if a form that claims to be exact is not, or a loss differs.
     """
     device = next(model.parameters()).device
-    loop, twin = make(model, plan), copy.deepcopy(model)
+    loop, twin = Loop(kind, model, plan), copy.deepcopy(model)
     params: list[Tensor] = list(twin.parameters())
     for param in params:
         # Some operations make fp32 gradients of bf16 weights (rms_norm on a CPU): unrounded, as
         # the exact loops see them.
         param.grad_dtype = None
-    judge = Judge(loop.params, plan.plain, plan.max_norm)
+    judge = Judge(loop.params, plan)
     noise = loss_error = 0.0
 
     def exact(ids: Tensor) -> tuple[Tensor, list[Tensor]]:
@@ -113,15 +118,15 @@ def gate(make: type[Loop], model: nn.Module, vocabulary: int, plan: Plan) -> dic
                 torch._foreach_add_(means, found, alpha=1 / plan.n)
                 own_loss = loop.micro_batch(tokens, index)
                 loss_error = max(loss_error, float((own_loss - loss).abs() / loss.abs()))
-            judge.update(means, loop.grads() or means)
+            judge.update(means, loop.grads() or None)
             loop.update()
     if not loss_error <= max(MAX_LOSS_ERROR, noise):
         raise Wrong(f"loss off by {loss_error:.1e}")
-    if make.is_exact:
-        require_exact(judge, loop.params, loop.values(), plan, 4 * noise)
-    errors = {"grad_error": judge.grad_error, "noise": noise, "loss_error": loss_error}
-    if make is not LOOPS[FLOOR]:
-        errors["update_error"] = judge.update_error(loop.values())
+    errors = {"noise": noise, "loss_error": loss_error}
+    if kind is not None:
+        if kind.is_exact:
+            judge.require_exact(loop, 4 * noise)
+        errors |= {"grad_error": judge.grad_error, "update_error": judge.update_error(loop)}
     return errors
 
 
@@ -133,36 +138,32 @@ def paired(times: Sequence[float], floor: Sequence[float]) -> Samples:
     return Samples(0.0, 0.0, [100 * (t / f - 1) for t, f in zip(times, floor, strict=True)])
 
 
-class Run(Rows):
+class Run(Suite):
     """Measures and keeps the rows. Arguments as of the command line."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         name = "end-to-end-quick" if args.quick else "end-to-end"
-        super().__init__(torch.device(args.device), name)
-        self.args = args
-        self.sizes = decoder.SIZES[args.size]
-        self.clock = WaitingClock() if self.device.type == "cuda" else timing.Clock()
-        self.model, self.model_name = decoder.build(self.sizes, self.device, args.model)
-        self.errors = self._gates()
-
-    def _gates(self) -> dict[str, dict[str, float]]:
-        """The loops that passed, with their errors. Of a small model: fp64 copies are large."""
+        device, plan = torch.device(args.device), Plan(n=4, backend=args.backend)
+        super().__init__(device, plan, name=name, rounds=args.rounds, budget_s=args.budget)
+        self.clock = WaitingClock() if device.type == "cuda" else timing.Clock()
+        self.size = args.size
+        self.model = decoder.build(decoder.SIZES[args.size], device)
+        # The loops that passed, with their errors. Of a small model: fp64 copies are large.
         sizes = decoder.SIZES["llama_tiny"]
-        model, _ = decoder.build(sizes, self.device, self.args.model)
-        found = {}
-        for name, make in LOOPS.items():
+        small = decoder.build(sizes, device)
+        self.errors: dict[str, dict[str, float]] = {}
+        for name, kind in LOOPS.items():
             try:
-                found[name] = gate(make, model, sizes.vocabulary, Plan(n=4))
+                self.errors[name] = gate(kind, small, sizes.vocabulary, plan)
             except Exception as error:  # one that cannot run here must not cost the others
-                self.refused[name] = f"{type(error).__name__}: {error}"
-        return found
+                self.refuse(name, error)
 
     def measure(self, tokens: int, n: int) -> None:
         """All loops at one micro-batch size and one N."""
-        plan = Plan(n=n, backend=self.args.backend)
-        ids = batches(n, tokens, self.sizes.vocabulary, self.device)
+        plan = replace(self.plan, n=n)
+        ids = batches(n, tokens, decoder.SIZES[self.size].vocabulary, self.device)
         loops: dict[str, Loop] = {}
-        memory: dict[str, tuple[int, int]] = {}
+        memory: dict[str, list[int]] = {}
         last: dict[str, Tensor] = {}
 
         def use(name: str, loop: Loop) -> None:
@@ -170,12 +171,8 @@ class Run(Rows):
 
         for name in self.errors:
             try:
-                loops[name], *counted = footprint(
-                    self.device,
-                    partial(LOOPS[name], self.model, plan),
-                    partial(use, name),
-                )
-                memory[name] = (counted[0], counted[1])
+                make = partial(Loop, LOOPS[name], self.model, plan)
+                loops[name], *memory[name] = footprint(self.device, make, partial(use, name))
             except Exception as error:
                 self.refuse(f"{name}, {tokens} tokens", error)
                 gc.collect()
@@ -186,8 +183,8 @@ class Run(Rows):
         samples = timing.interleave(
             {name: partial(use, name, loop) for name, loop in loops.items()},
             self.clock,
-            rounds=self.args.rounds,
-            budget_s=self.args.budget,
+            rounds=self.rounds,
+            budget_s=self.budget_s,
             refuse=self.refuse,
         )
         self.groups += 1
@@ -200,17 +197,17 @@ class Run(Rows):
             p50, tax = timed.quantile(0.5), paired(timed.times, samples[FLOOR].times)
             rest, peak = memory[name]
             self.add(
-                timed.columns(3, on_gpu=self.device.type == "cuda"),
                 operation="train_window",
                 variant=name,
-                shape=self.args.size,
-                model=self.model_name,
+                shape=self.size,
+                model="benchmarks.decoder.Decoder",
                 dtype="bfloat16",
                 n=n,
                 tokens=tokens,
                 length=ids[0].shape[1],
                 n_elements=n_elements,
                 bytes=None,
+                **timed.columns(3, on_gpu=self.device.type == "cuda"),
                 ratio=round(p50 / samples[FLOOR].quantile(0.5), 4),
                 copy_share=None,
                 **{f"tax_p{p}": round(tax.quantile(p / 100), 2) for p in (20, 50, 80)},
@@ -221,7 +218,7 @@ class Run(Rows):
                 peak_per_parameter=round(peak / n_elements, 2),
                 loss=round(float(last[name]), 4),
                 precision=loops[name].precision,
-                grad_error=errors["grad_error"] if name in LOOPS and name != FLOOR else None,
+                grad_error=errors.get("grad_error"),
                 update_error=errors.get("update_error"),
                 noise=errors["noise"],
             )
@@ -234,7 +231,6 @@ class Run(Rows):
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = arguments(__doc__)
     parser.add_argument("--size", choices=sorted(decoder.SIZES), help="of the model")
-    parser.add_argument("--model", choices=("transformers", "plain"), help="whose Llama")
     parser.add_argument("--tokens", type=numbers, help="per micro-batch, as 512,2048,8192")
     args = parser.parse_args(argv)
     size, tokens, counts = DEFAULTS[torch.device(args.device).type]
@@ -256,8 +252,9 @@ def grid(tokens: Sequence[int], counts: Sequence[int]) -> list[tuple[int, int]]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns 1 if a loop was refused."""
     args = parse(argv)
-    warn_if_busy(torch.device(args.device))
     run = Run(args)
+    if busy := machine.busy(run.device):
+        print(busy)
     for tokens, n in grid(args.tokens, args.n):
         run.measure(tokens, n)
         gc.collect()

@@ -11,24 +11,17 @@ import importlib
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 
-from fusedaccum.bench.forms import (
-    Blocks,
-    Foreach,
-    Form,
-    Moved,
-    Native,
-    Plain,
-    Plan,
-    leaves,
-    nbytes,
-)
-from fusedaccum.bench.ours import Operations, Ours, Wrapper
+from fusedaccum.bench.forms import Blocks, Foreach, Native, Plain
+from fusedaccum.doctor.forms import Bytes, Form, Stepwise, Wrapper
+from fusedaccum.doctor.plan import Plan
+
+from .ours import Assigned, Operations
 
 Tensors = list[Tensor]
 
@@ -42,7 +35,7 @@ def adamw(plan: Plan) -> dict[str, Any]:
 class PerTensorAdd(Foreach):
     """One `add_(grad, alpha=1/N)` per tensor."""
 
-    name = "native: add per tensor"
+    name = "per_tensor_add"
 
     def accumulate(self, grads: Sequence[Tensor]) -> None:
         for acc, grad in zip(self.accs, grads, strict=True):
@@ -52,23 +45,16 @@ class PerTensorAdd(Foreach):
 class CastAdd(Foreach):
     """`add_(grad.float())`: what most training scripts do. The copy is written and read again."""
 
-    name = "native: cast and add"
+    name = "cast_add"
 
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
-        self.moved = replace(self.moved, first=self.moved.first + 8, later=self.moved.later + 8)
+    @classmethod
+    def bytes(cls, plan: Plan, like: Tensor) -> Bytes:
+        moved = super().bytes(plan, like)
+        return replace(moved, first=moved.first + 8, later=moved.later + 8)
 
     def accumulate(self, grads: Sequence[Tensor]) -> None:
         for acc, grad in zip(self.accs, grads, strict=True):
             acc.add_(grad.float(), alpha=1 / self.plan.n)
-
-
-class Assigned(Wrapper):
-    """The wrapper, gradients assigned: `p.grad = g`, then `step()`."""
-
-    def deliver(self, grads: Sequence[Tensor]) -> None:
-        for param, grad in zip(self.params, grads, strict=True):
-            param.grad = grad
 
 
 # --- torch.compile ---
@@ -109,7 +95,7 @@ def _adamw(
     torch._foreach_copy_(params, masters)
 
 
-class Compiled(Form):
+class Compiled(Stepwise):
     """Loops by torch.compile: an accumulation, and a step that clips, updates and casts in one.
 
     On CUDA all tensors in one call, which Inductor joins into few kernels. On a CPU tensor by
@@ -117,11 +103,10 @@ class Compiled(Form):
     step 48 s; Xeon, 2 cores, 2026-11-22).
     """
 
-    name = "torch.compile"
+    name = "compiled"
 
     def __init__(self, params: Sequence[Tensor], plan: Plan) -> None:
-        self.plan, self.params = plan, leaves(params)
-        self.moved = Moved(first=6, later=10, norm=4, clip=0, step=30)
+        super().__init__(params, plan)
         self.masters = [p.detach().float() for p in params]
         self.accs, self.exp_avgs, self.exp_avg_sqs = (
             [torch.zeros_like(m) for m in self.masters] for _ in range(3)
@@ -138,6 +123,10 @@ class Compiled(Form):
             for function in (_first, _later, _adamw)
         ]
         self.first, self.later, self.adamw = compiled
+
+    @classmethod
+    def bytes(cls, plan: Plan, like: Tensor) -> Bytes:
+        return Bytes(kept=18, first=6, later=10, norm=4, clip=0, step=30)
 
     def call(self, function: Callable[..., None], *lists: Sequence[Tensor], rest: Any) -> None:
         """`function` on whole lists, or on each tensor, flat."""
@@ -187,9 +176,6 @@ class Compiled(Form):
     def values(self) -> list[Tensor]:
         return self.masters
 
-    def held(self) -> int:
-        return nbytes([*self.params, *self.masters, *self.accs, *self.exp_avgs, *self.exp_avg_sqs])
-
 
 # --- other packages ---
 
@@ -216,28 +202,27 @@ class Rival(Plain):
     """Another package's AdamW.
 
     Attributes:
-        held_bytes, step_bytes: bytes per element that it keeps, and that its step moves.
+        kept, moved: bytes per element that it keeps, and that its step moves.
     """
 
-    held_bytes = 8
-    step_bytes: int
+    kept: ClassVar[int]
+    moved: ClassVar[int]
 
-    def __init__(self, params: Sequence[Tensor], plan: Plan) -> None:
-        super().__init__(params, plan)
-        self.moved = replace(self.moved, step=self.step_bytes)
+    @classmethod
+    def bytes(cls, plan: Plan, like: Tensor) -> Bytes:
+        return replace(super().bytes(plan, like), kept=cls.kept, step=cls.moved)
 
 
 class OptimiKahan(Rival):
     """torch-optimi's AdamW: bf16 states, and what rounding lost in a third (Kahan summation)."""
 
+    name = "optimi_kahan"
     precision = "bf16 sum, bf16 states, bf16 parameters with Kahan compensation"
-    held_bytes, step_bytes = 12, 18
+    kept, moved = 12, 18
 
     def make(self, plan: Plan) -> torch.optim.Optimizer:
-        optimizer: torch.optim.Optimizer = imported("optimi").AdamW(
-            self.params, kahan_sum=True, **adamw(plan)
-        )
-        return optimizer
+        kind: type[torch.optim.Optimizer] = imported("optimi").AdamW
+        return kind(self.params, kahan_sum=True, **adamw(plan))  # type: ignore[call-arg]
 
     def values(self) -> list[Tensor]:
         lost = (self.optimizer.state[p]["kahan_comp"] for p in self.params)
@@ -247,19 +232,15 @@ class OptimiKahan(Rival):
 class FlashOptim24(Rival):
     """flashoptim's FlashAdamW as it comes: 24-bit masters, 8-bit states."""
 
+    name = "flashoptim_24"
     precision = "bf16 sum, 8-bit states, 24-bit masters"
-    step_bytes = 12
-
-    def __init__(self, params: Sequence[Tensor], plan: Plan) -> None:
-        if not params[0].is_cuda:
-            raise Missing("flashoptim's 24-bit masters and 8-bit states need a CUDA GPU")
-        super().__init__(params, plan)
+    kept, moved = 8, 12
 
     def make(self, plan: Plan) -> torch.optim.Optimizer:
-        optimizer: torch.optim.Optimizer = imported("flashoptim").FlashAdamW(
-            self.params, **adamw(plan)
-        )
-        return optimizer
+        if not self.params[0].is_cuda:
+            raise Missing("flashoptim's 24-bit masters and 8-bit states need a CUDA GPU")
+        kind: type[torch.optim.Optimizer] = imported("flashoptim").FlashAdamW
+        return kind(self.params, **adamw(plan))
 
     def values(self) -> list[Tensor]:
         join = imported("flashoptim").reconstruct_fp32_param
@@ -267,33 +248,17 @@ class FlashOptim24(Rival):
         return [join(p.detach(), state[p]["error_bits"]) for p in self.params]
 
 
-RIVALS: dict[str, type[Form]] = {"optimi_kahan": OptimiKahan, "flashoptim_24": FlashOptim24}
-# By the names of rows: ours, then the best known native form first, plain bf16 last.
+# Ours, then the best known native form first, those that are inexact last.
 FORMS: dict[str, type[Form]] = {
-    "fused_backend": Operations,
-    "fused_hooks": Wrapper,
-    "fused_assigned": Assigned,
-    "native_fp32": Native,
-    "per_tensor_add": PerTensorAdd,
-    "foreach_add": Foreach,
-    "cast_add": CastAdd,
-    "blocked_add": Blocks,
-    "compiled": Compiled,
-    "plain_bf16": Plain,
-    **RIVALS,
+    kind.name: kind
+    for kind in (
+        *(Operations, Wrapper, Assigned, Native, PerTensorAdd, Foreach, CastAdd, Blocks, Compiled),
+        *(Plain, OptimiKahan, FlashOptim24),
+    )
 }
-
-
-def held(kind: type[Form]) -> int:
-    """Bytes per element that a form of bf16 parameters with AdamW keeps, before one is made."""
-    if issubclass(kind, Ours):
-        return 16
-    if issubclass(kind, Rival):
-        return kind.held_bytes
-    return 8 if issubclass(kind, Plain) else 18
 
 
 def is_exact(variant: str) -> bool:
     """Whether a variant of that name sums in fp32; one that is no form does."""
-    form = FORMS.get(variant.removesuffix("_graph"))
+    form = FORMS.get(variant)
     return form is None or form.is_exact

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib.util
 import os
 import shutil
 import signal
@@ -25,6 +24,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -44,62 +44,50 @@ class Part:
         limit_s: its time limit, on a GPU; a dry run has none.
         in_folder: whether it runs in a folder for its files.
         passes: exit statuses that are no failure.
-        missing: what it needs and this machine lacks; None: it can run.
+        needs: a module without which it is skipped.
     """
 
-    arguments: list[str]
+    arguments: Sequence[str]
     limit_s: int
     in_folder: bool = False
     passes: tuple[int, ...] = (0,)
-    missing: str | None = None
-
-
-def lacks(module: str) -> str | None:
-    """That the module is missing, or None if it is there."""
-    return None if importlib.util.find_spec(module) else f"no module {module}"
+    needs: str = "torch"
 
 
 def parts(dry_run: bool, results: Path) -> dict[str, Part]:
     """All parts, in their order; the limits add up to less than 8 minutes."""
-    demo = [str(ROOT / "examples" / "finetune.py"), "--out", "."]
-    own = ["--device", "cuda"]
-    if dry_run:
-        demo += ["--device", "cpu", "--quick"]
-        own = ["--device", "cpu", "--quick", "--backend", "triton"]
-    else:
-        demo += ["--device", "cuda", "--updates", "12"]
-    sanitize = ["-m", "benchmarks.sanitize", *(a for a in own if a != "--quick")]
-    own += ["--rounds", "1"] if dry_run else []
-    run = ["-m", "benchmarks.run", *own]
-    train = ["-m", "benchmarks.end_to_end", *own]
-    train += ["--model", "plain", "--tokens", "16,32"] if dry_run else ["--budget", "4"]
-    plot = ["-m", "benchmarks.plot", str(results)]
     tests = ["-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider"]
-    # Collecting all of them imports every framework; dry, those of one file are enough.
-    tests += ["tests/backends/test_gpu.py" if dry_run else "tests"]
-    if not dry_run and importlib.util.find_spec("xdist"):
-        tests += ["-n", "4"]  # hundreds of kernel variants to compile
+    demo = [str(ROOT / "examples" / "finetune.py"), "--out", "."]
     if dry_run:
-        run += ["--n", "2"]  # kernels are interpreted, and the gate runs as many micro-batches
-    eager, compiled = [*run, "--forms", "eager"], [*run, "--forms", "compiled"]
-    counts = ["--n", "1,2" if dry_run else "1,4,8,16"]
-    micro, cycle = [*eager, "--only", "micro"], [*eager, "--only", "cycle", *counts]
+        own = ["--device", "cpu", "--backend", "triton"]
+        # Kernels are interpreted, and the gate runs as many micro-batches.
+        quick, n, train = [*own, "--quick", "--rounds", "1"], "2", ["--tokens", "16,32"]
+        # Collecting all tests imports every framework; dry, those of one file are enough.
+        tests += ["tests/backends/test_gpu.py"]
+        demo += ["--device", "cpu", "--quick"]
+    else:
+        own = quick = ["--device", "cuda"]
+        n, train = "8", ["--budget", "4"]
+        # There are hundreds of kernel variants to compile.
+        tests += ["tests", *(["-n", "4"] if find_spec("xdist") else [])]
+        demo += ["--device", "cuda", "--updates", "12"]
+    run = ["-m", "benchmarks.run", *quick, "--n", n]
+    micro = [*run, "--forms", "eager", "--only", "micro", "--budget", "2"]
+    cycle = [*run, "--forms", "eager", "--only", "cycle", "--budget", "3"]
+    cycle += ["--n", "1,2" if dry_run else "1,4,8,16"]
+    doctor = ["-m", "fusedaccum", "doctor", *(["--help"] if dry_run else [])]
     return {
         "tests": Part(tests, 110, passes=(0, NO_TESTS) if dry_run else (0,)),
-        "sanitize": Part(sanitize, 50),
-        "doctor": Part(
-            ["-m", "fusedaccum", "doctor", *(["--help"] * dry_run)],
-            30,
-            missing=lacks("fusedaccum.doctor"),
-        ),
-        "micro": Part([*micro, "--budget", "2"], 60),
-        "cycle": Part([*cycle, "--budget", "3"], 50),
-        "end_to_end": Part(train, 60),
+        "sanitize": Part(["-m", "benchmarks.sanitize", *own], 50),
+        "doctor": Part(doctor, 30),
+        "micro": Part(micro, 60),
+        "cycle": Part(cycle, 50),
+        "end_to_end": Part(["-m", "benchmarks.end_to_end", *quick, *train], 60),
         "linear": Part([*run, "--only", "linear", "reduction", "--budget", "0.5"], 19),
         # Late: what it costs is unknown before Inductor has seen hundreds of tensors in one call.
-        "compiled": Part([*compiled, "--budget", "2"], 60),
+        "compiled": Part([*run, "--forms", "compiled", "--budget", "2"], 60),
         "demo": Part(demo, 25, in_folder=True),
-        "plots": Part(plot, 15, missing=lacks("matplotlib")),
+        "plots": Part(["-m", "benchmarks.plot", str(results)], 15, needs="matplotlib"),
     }
 
 
@@ -163,8 +151,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in wanted:
         part = chosen[name]
         print(f"--- {name}", flush=True)
-        if part.missing:
-            outcomes[name] = f"skipped: {part.missing}"
+        if find_spec(part.needs) is None:
+            outcomes[name] = f"skipped: no module {part.needs}"
             continue
         part_began = time.perf_counter()
         with tempfile.TemporaryDirectory() as folder:

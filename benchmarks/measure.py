@@ -9,30 +9,35 @@ import json
 import os
 import platform
 import re
+import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fusedaccum.bench.run import BUSY
 from fusedaccum.doctor import machine
 
 ROOT = Path(__file__).resolve().parent.parent
 Row = dict[str, Any]
 
 
+def _git(arguments: str) -> str:
+    """What git says of this checkout; nothing where there is no git."""
+    status, text = subprocess.getstatusoutput(f"git -C '{ROOT}' {arguments}")
+    return "" if status else text.strip()
+
+
 def commit() -> str:
     """The commit of this checkout; without git, or with changes, a hash of the sources as well."""
-    paths = ("fusedaccum", "kernels", "benchmarks")
+    folders = ("fusedaccum", "kernels", "benchmarks")
+    head = _git("rev-parse --short=12 HEAD")
+    if head and not _git(f"status --porcelain -- {' '.join(folders)}"):
+        return head
     sources = hashlib.sha256()
-    for folder in paths:
+    for folder in folders:
         for path in sorted((ROOT / folder).rglob("*.py")):
             sources.update(path.read_bytes())
-    git = ("git", "-C", str(ROOT))
-    head = machine.first_line(*git, "rev-parse", "--short=12", "HEAD")
-    if head and not machine.first_line(*git, "status", "--porcelain", "--", *paths):
-        return head
     return f"{head}+sources.{sources.hexdigest()[:12]}".lstrip("+")
 
 
@@ -53,65 +58,15 @@ def arguments(doc: str | None) -> argparse.ArgumentParser:
     return parser
 
 
-def warn_if_busy(device: torch.device) -> None:
-    """Say so where other processes would decide what is measured."""
-    if device.type == "cpu" and machine.is_busy() and "OMP_WAIT_POLICY" not in os.environ:
-        print(BUSY)
-
-
-class Rows:
-    """The rows of one run, and what it could not measure.
-
-    Attributes:
-        rows: so far; `save` writes them.
-        refused: variants that are wrong or raised, and why.
-        skipped: what this machine lacks.
-    """
-
-    def __init__(self, device: torch.device, name: str) -> None:
-        self.device = device
-        self.environment = environment(device)
-        self.path = new_path(results_folder(device), f"{name}.json")
-        self.rows: list[Row] = []
-        self.refused: dict[str, str] = {}
-        self.skipped: dict[str, str] = {}
-        self.groups = 0
-
-    def refuse(self, name: str, error: Exception) -> None:
-        """No number for this variant, and why; a lack of memory is no fault of its own."""
-        kept = self.skipped if isinstance(error, torch.OutOfMemoryError) else self.refused
-        kept[name] = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
-
-    def add(self, times: Row, **columns: Any) -> None:
-        """A row of the group `self.groups`, with the columns of its times."""
-        self.rows.append(
-            self.environment
-            | {"group": self.groups}
-            | columns
-            | times
-            | {"load": round(os.getloadavg()[0], 2)}
-        )
-
-    def save(self) -> None:
-        """Write all rows that there are."""
-        save(self.rows, self.path)
-
-    def close(self) -> int:
-        """Say what was refused, skipped and kept; the exit status."""
-        for name, why in self.refused.items():
-            print(f"REFUSED {name}: {why}")
-        for name, why in self.skipped.items():
-            print(f"SKIPPED {name}: {why}")
-        print(f"{len(self.rows)} rows: {self.path.name}")
-        return 1 if self.refused else 0
+def today() -> str:
+    return datetime.datetime.now(datetime.timezone.utc).date().isoformat()
 
 
 def environment(device: torch.device) -> Row:
     """What every row of a run says about where it was measured."""
-    on_cuda = device.type == "cuda"
     return {
-        "device": torch.cuda.get_device_name(device) if on_cuda else machine.cpu_name(),
-        "driver": machine.driver() if on_cuda else None,
+        "device": machine.name_of(device),
+        "driver": machine.driver() if device.type == "cuda" else None,
         "n_cores": os.cpu_count(),
         "n_threads": torch.get_num_threads(),
         "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY"),
@@ -120,14 +75,13 @@ def environment(device: torch.device) -> Row:
         "triton": machine.version_of("triton"),
         "python": platform.python_version(),
         "commit": commit(),
-        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+        "date": today(),
     }
 
 
 def results_folder(device: torch.device) -> Path:
     """Where results of this machine go: $OUT, else a folder named after the device."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else machine.cpu_name()
-    slug = re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-")
+    slug = re.sub(r"[^a-z0-9.]+", "-", machine.name_of(device).lower()).strip("-")
     folder = Path(os.environ.get("OUT") or ROOT / "benchmarks" / "results" / slug)
     folder.mkdir(parents=True, exist_ok=True)
     return folder
@@ -135,8 +89,7 @@ def results_folder(device: torch.device) -> Path:
 
 def new_path(folder: Path, name: str) -> Path:
     """A path that is not taken, starting with today: results are added, never overwritten."""
-    today = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
-    path, number = folder / f"{today}-{name}", 1
+    path, number = folder / f"{today()}-{name}", 1
     stem, suffix = path.stem, path.suffix
     while path.exists():
         number += 1

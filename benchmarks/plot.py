@@ -20,7 +20,9 @@ import textwrap
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
+
+from fusedaccum.bench.race import CEILINGS
 
 from .forms import is_exact
 from .measure import ROOT, Row
@@ -39,7 +41,6 @@ STYLES = {
     "plain_bf16": ("#777777", "*"),
 }
 OTHER = ("#BBBBBB", ".")
-CEILINGS = ("copy", "copy_again", "read_modify_write")
 OPERATIONS = {
     "accumulate_first": "first micro-batch",
     "accumulate": "later micro-batch",
@@ -51,20 +52,23 @@ LABELS = {
     "n": "N, micro-batches per window (dotted: sums in bf16)",
     "tokens": "tokens per micro-batch (dotted: sums in bf16)",
 }
+LOOK: Any = {
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.titlelocation": "left",
+    "figure.constrained_layout.use": True,
+    "font.size": 8,
+    "legend.frameon": False,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "fusedaccum",
+}
+GREY = "#999999"
 Group = list[Row]
-
-
-class Panel(NamedTuple):
-    """Rows of a figure of lines, and the column that is its x axis."""
-
-    title: str
-    x: str
-    rows: list[Row]
 
 
 def style(variant: str) -> dict[str, Any]:
     """How a variant is drawn: a dotted line for sums in bf16."""
-    color, marker = STYLES.get(variant.removesuffix("_graph"), OTHER)
+    color, marker = STYLES.get(variant, OTHER)
     return {
         "label": variant,
         "color": color,
@@ -90,8 +94,8 @@ def groups(folder: Path) -> list[Group]:
 
     def age(path: Path) -> list[tuple[int, str]]:
         # 2026-11-22-cycle-eager-10.json after 2026-11-22-cycle-eager-9.json
-        return [(int(part or 0), "") if part.isdigit() else (0, part) for part in
-                re.split(r"(\d+)", path.stem)]  # fmt: skip
+        parts = re.split(r"(\d+)", path.stem)
+        return [(int(part), "") if part.isdigit() else (0, part) for part in parts]
 
     found: list[Group] = []
     for path in sorted(folder.glob("*.json"), key=age):
@@ -130,75 +134,61 @@ def conditions(rows: Sequence[Row]) -> str:
 
 
 def finish(figure: Any, rows: Sequence[Row], path: Path) -> bool:
-    """Print the conditions beneath and save; True."""
-    width = figure.get_size_inches()[0]
-    text = textwrap.fill(
-        conditions(rows), int(width * 19), break_long_words=False, break_on_hyphens=False
-    )
-    lines = text.count("\n") + 1
-    height = figure.get_size_inches()[1]
-    figure.tight_layout(rect=(0, (0.13 * lines + 0.1) / height, 1, 1))
-    figure.text(0.01, 0.06 / height, text, fontsize=6.5, color="#555555", va="bottom")
+    """Name what the panels show, print the conditions beneath, and save; True."""
+    found: dict[str, Any] = {}
+    for axis in figure.axes:
+        handles, names = axis.get_legend_handles_labels()
+        found |= dict(zip(names, handles, strict=True))
+    if found:
+        known = sorted(found, key=lambda name: [*STYLES, name].index(name))
+        figure.legend([found[name] for name in known], known, loc="outside center right")
+    width = int(figure.get_size_inches()[0] * 19)
+    text = textwrap.fill(conditions(rows), width, break_long_words=False, break_on_hyphens=False)
+    figure.supxlabel(text, x=0.01, ha="left", fontsize=6.5, color="#555555")
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None, dpi=110)
+    figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
     return True
 
 
 def panels(plt: Any, titles: Sequence[str], *, width: float, height: float) -> tuple[Any, Any]:
     """A figure with a panel per title, side by side; inches are of a panel."""
-    figure, axes = plt.subplots(
-        1, len(titles), figsize=(width * len(titles), height), squeeze=False
-    )
-    for panel, title in zip(axes[0], titles, strict=True):
-        panel.set_title(title.replace("_", " "), fontsize=9, loc="left")
-        panel.spines[["top", "right"]].set_visible(False)
-        panel.tick_params(labelsize=8)
+    size = (width * len(titles), height)
+    figure, axes = plt.subplots(1, len(titles), figsize=size, squeeze=False)
+    for axis, title in zip(axes[0], titles, strict=True):
+        axis.set_title(title.replace("_", " "))
     return figure, axes[0]
 
 
-def legend(axes: Sequence[Any]) -> None:
-    """Name what the panels show, beside the last one."""
-    found: dict[str, Any] = {}
-    for axis in axes:
-        handles, names = axis.get_legend_handles_labels()
-        found |= dict(zip(names, handles, strict=True))
-    known = sorted(found, key=lambda name: [*STYLES, name].index(name))
-    axes[-1].legend(
-        [found[name] for name in known], known, fontsize=7, frameon=False,
-        loc="center left", bbox_to_anchor=(1.0, 0.5),
-    )  # fmt: skip
+def lines(
+    plt: Any, wanted: Sequence[tuple[str, str, Group]], column: str, label: str, path: Path
+) -> bool:
+    """A figure of lines with bars from p20 to p80. False without panels.
 
-
-def lines(plt: Any, wanted: Sequence[Panel], column: str, label: str, path: Path) -> bool:
-    """A figure of lines with bars from p20 to p80; `column` lacks these. False without panels."""
+    Args:
+        wanted: of each panel its title, the column of its x axis, and its rows.
+        column: of the y axis; it lacks the number of the quantile.
+    """
     if not wanted:
         return False
-    figure, axes = panels(plt, [panel.title for panel in wanted], width=4.9, height=3.8)
-    for axis, panel in zip(axes, wanted, strict=True):
-        for variant, rows in by(sorted(panel.rows, key=lambda r: r[panel.x]), "variant").items():
+    figure, axes = panels(plt, [title for title, _, _ in wanted], width=4.9, height=3.8)
+    for axis, (_, x, shown) in zip(axes, wanted, strict=True):
+        for variant, rows in by(sorted(shown, key=lambda row: row[x]), "variant").items():
             low, y, high = ([row[column.format(p)] for row in rows] for p in (20, 50, 80))
             bars = [[b - a for a, b in zip(*pair, strict=True)] for pair in ((low, y), (y, high))]
-            x = [row[panel.x] for row in rows]
-            axis.errorbar(x, y, yerr=bars, markersize=5, capsize=2, **style(variant))
-        axis.axhline(0, color="#999999", linewidth=0.8, zorder=0)
+            places = [row[x] for row in rows]
+            axis.errorbar(places, y, yerr=bars, markersize=5, capsize=2, **style(variant))
+        axis.axhline(0, color=GREY, linewidth=0.8, zorder=0)
         axis.set_xscale("log", base=2)
-        ticks = sorted(by(panel.rows, panel.x))
+        ticks = sorted(by(shown, x))
         axis.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
         axis.minorticks_off()
-        axis.set_xlabel(LABELS[panel.x], fontsize=8)
-        axis.set_ylabel(label, fontsize=8)
-    legend(axes)
-    return finish(figure, [row for panel in wanted for row in panel.rows], path)
+        axis.set(xlabel=LABELS[x], ylabel=label)
+    return finish(figure, [row for _, _, rows in wanted for row in rows], path)
 
 
 def compiles(group: Group) -> bool:
     """Whether a group was measured for torch.compile."""
     return any(row["variant"] == "compiled" for row in group)
-
-
-def is_form(variant: str) -> bool:
-    """Whether a variant is drawn: no ceiling, and as precise as ours."""
-    return variant not in CEILINGS and is_exact(variant)
 
 
 def share(plt: Any, found: Sequence[Group], path: Path) -> bool:
@@ -216,7 +206,8 @@ def share(plt: Any, found: Sequence[Group], path: Path) -> bool:
     for axis, shape in zip(axes, shapes, strict=True):
         keys = [key for op in OPERATIONS for key in sorted(chosen) if key[:2] == (shape, op)][::-1]
         for y, key in enumerate(keys):
-            rows = [r for r in chosen[key] if is_form(r["variant"])]
+            rows = [r for r in chosen[key] if r["variant"] not in CEILINGS]
+            rows = [r for r in rows if is_exact(r["variant"])]
             rows += [r for r in extra.get(key, ()) if r["variant"] == "compiled"]
             needed = min(row["bytes"] for row in rows)
             used += rows
@@ -228,12 +219,13 @@ def share(plt: Any, found: Sequence[Group], path: Path) -> bool:
                 look = style(row["variant"]) | {"linestyle": ""}
                 axis.errorbar([middle], [y], xerr=bars, markersize=7, **look)
         axis.set_yticks(range(len(keys)), [OPERATIONS[op].format(dtype) for _, op, dtype in keys])
-        axis.set_ylim(-0.6, len(keys) - 0.4)
-        axis.axvline(100, color="#999999", linewidth=0.8, zorder=0)
-        axis.set_xlim(0, 1.04 * axis.get_xlim()[1])
+        axis.axvline(100, color=GREY, linewidth=0.8, zorder=0)
+        axis.set(
+            xlabel="% of an fp32 copy's rate, counting the bytes that are needed",
+            xlim=(0, None),
+            ylim=(-0.6, len(keys) - 0.4),
+        )
         axis.grid(axis="y", color="#EEEEEE", zorder=0)
-        axis.set_xlabel("% of an fp32 copy's rate, counting the bytes that are needed", fontsize=8)
-    legend(axes)
     return finish(figure, used, path)
 
 
@@ -246,8 +238,8 @@ def cycle(plt: Any, found: Sequence[Group], path: Path) -> bool:
         members = [g for key, g in by_file.items() if key[:2] == (shape, file)]
         if len(members) > 1:
             chosen[shape] = [row for g in members for row in g if row["variant"] not in CEILINGS]
-    found_panels = [Panel(shape, "n", rows) for shape, rows in sorted(chosen.items())]
-    return lines(plt, found_panels, "p{}_ms", "ms per window, clipped AdamW", path)
+    wanted = [(shape, "n", rows) for shape, rows in sorted(chosen.items())]
+    return lines(plt, wanted, "p{}_ms", "ms per window, clipped AdamW", path)
 
 
 def training(found: Sequence[Group]) -> list[Group]:
@@ -263,17 +255,16 @@ def training(found: Sequence[Group]) -> list[Group]:
 def tax(plt: Any, found: Sequence[Group], path: Path) -> bool:
     """The accumulation tax against the micro-batch size at one N, and against N at one size."""
     rows = [row for group in training(found) for row in group if row["variant"] != "floor"]
-    sweeps = []
+    wanted = []
     for x, fixed, heading in (
         ("tokens", "n", "N = {:,}"),
         ("n", "tokens", "micro-batches of {:,} tokens"),
     ):
-        value, longest = max(
-            by(rows, fixed).items(), key=lambda m: len(by(m[1], x)), default=(0, [])
-        )
+        sweeps = by(rows, fixed).items()
+        value, longest = max(sweeps, key=lambda sweep: len(by(sweep[1], x)), default=(0, []))
         if len(by(longest, x)) > 1:
-            sweeps.append(Panel(heading.format(value), x, longest))
-    return lines(plt, sweeps, "tax_p{}", "% above forward and backward alone", path)
+            wanted.append((heading.format(value), x, longest))
+    return lines(plt, wanted, "tax_p{}", "% above forward and backward alone", path)
 
 
 def memory(plt: Any, found: Sequence[Group], path: Path) -> bool:
@@ -286,19 +277,12 @@ def memory(plt: Any, found: Sequence[Group], path: Path) -> bool:
     head = rows[0]
     name = f"{head['shape']}, micro-batches of {head['tokens']:,} tokens, N = {head['n']}"
     figure, (axis,) = panels(plt, [name], width=6.4, height=2.7)
-    for y, row in enumerate(rows):
-        color = style(row["variant"])["color"]
-        rest, peak = row["rest_per_parameter"], row["peak_per_parameter"]
-        axis.barh(y, peak, color=color, alpha=0.3, height=0.62)
-        axis.barh(y, rest, color=color, height=0.62)
-        axis.text(rest, y, f" {rest:.1f}", fontsize=8, va="center", color="#222222")
-        axis.text(peak, y, f" {peak:.1f}", fontsize=8, va="center", color="#222222")
-    names = {"floor": "forward, backward"}
-    axis.set_yticks(range(len(rows)), [names.get(r["variant"], r["variant"]) for r in rows])
-    axis.set_xlabel(
-        "bytes per parameter: between windows, and (pale) at the peak, activations included",
-        fontsize=8,
-    )
+    for column, alpha in (("peak_per_parameter", 0.3), ("rest_per_parameter", 1.0)):
+        names = [row["variant"].replace("floor", "forward, backward") for row in rows]
+        colors = [style(row["variant"])["color"] for row in rows]
+        bars = axis.barh(names, [row[column] for row in rows], color=colors, alpha=alpha)
+        axis.bar_label(bars, fmt=" {:.1f}", fontsize=8)
+    axis.set_xlabel("bytes per parameter: between windows, and (pale) at the peak, activations too")
     return finish(figure, rows, path)
 
 
@@ -319,7 +303,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
 
-    plt.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "fusedaccum"})
+    plt.rcParams.update(LOOK)
     out = os.environ.get("OUT")
     devices = sorted((ROOT / "benchmarks" / "results").glob("*/"))
     n_drawn = 0

@@ -10,12 +10,10 @@ GPUs, gloo on a CPU. Launches of the last backward are counted by their order, n
 from __future__ import annotations
 
 import json
-import random
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,18 +25,18 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fusedaccum import FusedAccumOptimizer
-from fusedaccum.bench.timing import Samples
+from fusedaccum.bench.gate import Gate
+from fusedaccum.bench.race import Race, Variant
+from fusedaccum.bench.timing import Clock
 from fusedaccum.doctor.checks import Wrong
+from fusedaccum.doctor.plan import Plan
 
 from . import cases
-from .suites import CEILINGS, COPY, Suite
+from .suites import Suite
 
 WORLD = 2
-MAX_NORM = 1.0
 # fp32 sums of N micro-batches of two processes; stock DDP on bf16 stands with its error.
 MAX_ERROR = 1e-6
-# What a row of a ceiling says.
-UNKNOWN = {"launched": None, "early": None, "grad_error": None, "copy_share": None}
 
 
 class Given(torch.autograd.Function):
@@ -84,24 +82,29 @@ class Launches(TorchDispatchMode):
 
 
 class Window:
-    """A window of `n` micro-batches, by the wrapper or by stock DDP."""
+    """A window of micro-batches, by the wrapper or by stock DDP."""
 
-    def __init__(self, layers: Layers, n: int, wrap: Callable[..., Any] | None = None) -> None:
-        self.layers, self.n, self.is_ours = layers, n, wrap is not None
+    def __init__(self, layers: Layers, plan: Plan, is_ours: bool) -> None:
+        self.layers, self.plan, self.is_ours = layers, plan, is_ours
         self.net = DistributedDataParallel(layers)
-        inner = torch.optim.AdamW(layers.parameters(), lr=1e-4, fused=wrap is None)
-        self.opt = inner if wrap is None else wrap(inner, n, MAX_NORM)
+        self.opt: torch.optim.Optimizer = torch.optim.AdamW(
+            layers.parameters(), lr=1e-4, fused=not is_ours
+        )
+        if is_ours:
+            self.opt = FusedAccumOptimizer(
+                self.opt, plan.n, max_grad_norm=plan.max_norm, backend=plan.backend
+            )
 
     def __call__(self, look: Callable[[Callable[[], Tensor]], Any] | None = None) -> None:
-        for i in range(self.n):
-            is_last = i == self.n - 1
+        for i in range(self.plan.n):
+            is_last = i == self.plan.n - 1
             with nullcontext() if self.is_ours or is_last else self.net.no_sync():
                 if look is not None and is_last:
                     look(self.net)
                 else:
                     self.net().backward()
             if is_last and not self.is_ours:
-                nn.utils.clip_grad_norm_(self.layers.parameters(), MAX_NORM)
+                nn.utils.clip_grad_norm_(self.layers.parameters(), self.plan.max_norm or 0)
             if is_last or self.is_ours:
                 self.opt.step()
                 self.opt.zero_grad()
@@ -127,20 +130,31 @@ class Window:
         return columns
 
 
-def _timed(run: Callable[[], object], device: torch.device) -> float:
-    """Milliseconds of a call that both processes begin together."""
-    wait = torch.accelerator.synchronize if device.type == "cuda" else int  # int() does nothing
-    dist.barrier()
-    wait()
-    began = time.perf_counter()
-    run()
-    wait()
-    return 1e3 * (time.perf_counter() - began)
+class Together(Clock):
+    """Times a call that both processes begin together, until their device has finished."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def time(self, run: Callable[[], object], lead: float) -> tuple[float, float]:
+        dist.barrier()
+        self._wait()
+        began = time.perf_counter()
+        run()
+        host = 1e3 * (time.perf_counter() - began)
+        self._wait()
+        return 1e3 * (time.perf_counter() - began), host
 
 
-def _work(rank: int, folder: str, kind: str, shape: str, dtype: torch.dtype, *rest: Any) -> None:
+def _work(
+    rank: int, folder: str, kind: str, shape: str, dtype: torch.dtype, plan: Plan, *rest: int
+) -> None:
     """What each process does; the first one writes what it measured."""
-    n, rounds, threads, backend = rest
+    rounds, threads = rest
     torch.set_num_threads(threads)
     device, comm = torch.device("cpu"), "gloo"
     if kind == "cuda":
@@ -150,30 +164,23 @@ def _work(rank: int, folder: str, kind: str, shape: str, dtype: torch.dtype, *re
     params = cases.random(cases.SHAPES[shape](), dtype, device, seed=1, std=0.02)
     own, other = (cases.gradients(shape, dtype, device, seed=2 + abs(rank - r)) for r in (0, 1))
     exact = [(a.double() + b.double()) / WORLD for a, b in zip(own, other, strict=True)]
-    wrap = partial(FusedAccumOptimizer, backend=backend)
     stock = "plain_bf16" if dtype is torch.bfloat16 else "native_fp32"
     windows = {
-        "fused_hooks": Window(Layers(params, own), n, wrap),
-        stock: Window(Layers(params, [grad / n for grad in own]), n),
+        "fused_hooks": Window(Layers(params, own), plan, True),
+        stock: Window(Layers(params, [grad / plan.n for grad in own]), plan, False),
     }
-    source, target = (torch.ones(sum(p.numel() for p in params), device=device) for _ in range(2))
-    calls: dict[str, Callable[[], object]] = dict(windows)
-    calls |= {name: partial(CEILINGS[name], source, target) for name in (COPY, "copy_again")}
-    samples = {name: Samples(first := _timed(run, device), first) for name, run in calls.items()}
-    # The wrapper learnt in its first window how often each gradient comes.
-    seen = {name: window.seen(exact) for name, window in windows.items()}
-    for done in range(rounds):
-        order = list(calls)
-        random.Random(done).shuffle(order)  # the same in both
-        for name in order:
-            samples[name].times.append(_timed(calls[name], device))
-    common = {"bytes": 8 * source.numel(), "comm": comm, "world": WORLD, "n_threads": threads}
-    rows = {
-        name: UNKNOWN | common | seen.get(name, {}) | timed.columns(5, on_gpu=kind == "cuda")
-        for name, timed in samples.items()
-    }
-    for name, timed in samples.items():
-        rows[name]["ratio"] = round(timed.quantile(0.5) / samples[COPY].quantile(0.5), 4)
+    seen, variants = {}, {}
+    for name, window in windows.items():
+        window()  # in which the wrapper learns how often each gradient comes
+        seen[name] = window.seen(exact)
+        variants[name] = Variant(window, None, Gate(seen[name]["grad_error"], 0.0))
+    # Both processes take the same number of rounds, in the same order.
+    race = Race(device, plan, {}, rounds=rounds, budget_s=float("inf"))
+    race.clock = Together(device)
+    n_elements = sum(p.numel() for p in params)
+    race.time("reduced_window", shape, dtype, variants, n_elements=n_elements)
+    common = {"launched": None, "early": None, "comm": comm, "world": WORLD, "n_threads": threads}
+    rows = [row | common | seen.get(row["variant"], {}) for row in race.rows]
     if rank == 0:
         Path(folder, "rows").write_text(json.dumps(rows), "utf-8")
     dist.destroy_process_group()
@@ -181,25 +188,24 @@ def _work(rank: int, folder: str, kind: str, shape: str, dtype: torch.dtype, *re
 
 def reduction(suite: Suite, shape: str, dtype: torch.dtype) -> None:
     """Time windows of one dtype in two processes, and keep their rows."""
-    kind, plan, name = suite.device.type, suite.plan, str(dtype).removeprefix("torch.")
+    kind = suite.device.type
     if kind == "cuda" and torch.cuda.device_count() < WORLD:
         suite.skipped["reduction"] = "two GPUs are needed"
         return
     threads = max(1, torch.get_num_threads() // WORLD)
-    own = kind, shape, dtype, plan.n, suite.race.rounds, threads, plan.backend
+    own = kind, shape, dtype, suite.plan, suite.rounds, threads
     with tempfile.TemporaryDirectory() as folder:
         try:
             spawn(_work, (folder, *own), WORLD)
         except Exception as error:
-            suite.refuse(f"reduction of {shape}, {name}", error)
+            suite.refuse(f"reduction of {shape}, {dtype}", error)
             return
         rows = json.loads(Path(folder, "rows").read_text("utf-8"))
     suite.groups += 1
-    what = {"operation": "reduced_window", "shape": shape, "dtype": name, "n": plan.n}
-    what |= {"tokens": None, "n_elements": cases.count(cases.SHAPES[shape]())}
-    for variant, row in rows.items():
-        if variant in ("fused_hooks", "native_fp32") and not row["grad_error"] <= MAX_ERROR:
-            suite.refuse(variant, Wrong(f"mean gradient off by {row['grad_error']:.1e}"))
+    for row in rows:
+        is_exact = row["variant"] in ("fused_hooks", "native_fp32")
+        if is_exact and not row["grad_error"] <= MAX_ERROR:
+            suite.refuse(row["variant"], Wrong(f"mean gradient off by {row['grad_error']:.1e}"))
         else:
-            suite.add(row, variant=variant, **what)
+            suite.rows.append(row | {"group": suite.groups})
     suite.save()

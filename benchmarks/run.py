@@ -9,17 +9,18 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
 
-from fusedaccum.bench.forms import Plan
-from fusedaccum.doctor import output
+from fusedaccum.doctor import machine
+from fusedaccum.doctor.plan import Plan
 
 from . import cases, linear, reduction, suites
-from .measure import arguments, warn_if_busy
+from .measure import arguments
 from .suites import Suite
 from .tables import report
 
@@ -32,77 +33,69 @@ SHAPES = {
         "reduction": ["gpt2_small"],
     },
 }
-KINDS: dict[str, Callable[[Suite, str, str], None]] = {
-    "micro": suites.micro,
-    "cycle": suites.cycle,
-}
+KINDS = ("micro", "cycle", "linear", "reduction")
 # Seconds for each group of variants.
-BUDGETS = {"micro": 8.0, "cycle": 60.0, "linear": 2.0}
+BUDGETS = {"micro": 8.0, "cycle": 60.0, "linear": 2.0, "reduction": 2.0}
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = arguments(__doc__)
     parser.set_defaults(n=[8])
-    parser.add_argument("--only", nargs="+", choices=("micro", "cycle", "linear", "reduction"))
+    parser.add_argument("--only", nargs="+", choices=KINDS)
     parser.add_argument("--shapes", nargs="+", choices=sorted(cases.SHAPES))
     parser.add_argument("--forms", choices=("eager", "compiled"), help="without or with compiling")
     parser.add_argument("--show", type=Path, help="measure nothing: print the rows of this file")
     return parser.parse_args(argv)
 
 
+def work(args: argparse.Namespace) -> Iterator[tuple[str, int, partial[None]]]:
+    """What the arguments ask for: the kind of each measurement, its N, and what makes it."""
+    device = torch.device(args.device).type
+    by_default = args.only is None and args.forms is None
+    passes = [args.forms] if args.forms else ["eager"] if args.quick else ["eager", "compiled"]
+
+    def wants(kind: str, otherwise: bool) -> bool:
+        return kind in args.only if args.only else otherwise
+
+    def shapes(kind: str) -> list[str]:
+        return args.shapes or (["tiny"] if args.quick else SHAPES[device][kind])
+
+    if wants("linear", by_default and device == "cuda"):
+        layers = ["linear_tiny"] if args.quick else [n for n in linear.LAYERS if n != "linear_tiny"]
+        for layer, tokens in itertools.product(layers, [64] if args.quick else linear.TOKENS):
+            yield "linear", max(args.n), partial(linear.linear, layer=layer, tokens=tokens)
+    if wants("reduction", by_default):
+        for shape, dtype in itertools.product(shapes("reduction"), (suites.BF16, suites.FP32)):
+            yield "reduction", max(args.n), partial(reduction.reduction, shape=shape, dtype=dtype)
+    for forms_of in passes:
+        for shape in shapes("micro") if wants("micro", True) else ():
+            # A single operation is the same for any N.
+            yield "micro", max(args.n), partial(suites.micro, shape=shape, forms_of=forms_of)
+        for shape, n in itertools.product(shapes("cycle"), args.n if wants("cycle", True) else ()):
+            yield "cycle", n, partial(suites.cycle, shape=shape, forms_of=forms_of)
+
+
 def measure_all(args: argparse.Namespace) -> Suite:
     """Run what the arguments ask for."""
     device = torch.device(args.device)
-    warn_if_busy(device)
-    only: list[str] = args.only or []
-    kinds = [kind for kind in KINDS if kind in only or not only]
-    passes = [args.forms] if args.forms else ["eager"] if args.quick else ["eager", "compiled"]
-    rounds = args.rounds or (3 if args.quick else 20 if device.type == "cuda" else 9)
-
-    def shapes(kind: str) -> list[str]:
-        return args.shapes or (["tiny"] if args.quick else SHAPES[device.type][kind])
-
-    def counts(kind: str) -> list[int]:
-        # A single operation is the same for any N.
-        return args.n if kind == "cycle" else [max(args.n)]
-
-    # Shape by shape, so that what compiles for one is used while it is there.
-    work = [
-        (forms_of, shape, kind, n)
-        for forms_of in passes
-        for shape in sorted({shape for kind in kinds for shape in shapes(kind)})
-        for kind in kinds
-        if shape in shapes(kind)
-        for n in counts(kind)
-    ]
+    if busy := machine.busy(device):
+        print(busy)
     suite = Suite(
         device,
         Plan(backend=args.backend),
-        rounds=rounds,
+        rounds=args.rounds or (3 if args.quick else 20 if device.type == "cuda" else 9),
         budget_s=0.0,
         gate_shapes=cases.tiny() if args.quick else cases.odd(),
-        name="-".join(filter(None, (*(only or ["all"]), args.forms, args.quick and "quick"))),
+        name="-".join(filter(None, (*(args.only or ["all"]), args.forms, args.quick and "quick"))),
     )
-    by_default = not only and args.forms is None
-    if "linear" in only or (by_default and device.type == "cuda"):
-        layers = ["linear_tiny"] if args.quick else [n for n in linear.LAYERS if n != "linear_tiny"]
-        suite.race.budget_s = args.budget or BUDGETS["linear"]
-        for layer, tokens in itertools.product(layers, [64] if args.quick else linear.TOKENS):
-            linear.linear(suite, layer, tokens)
-    if "reduction" in only or by_default:
-        suite.plan = replace(suite.plan, n=max(args.n))
-        for shape, dtype in itertools.product(shapes("reduction"), (suites.BF16, suites.FP32)):
-            reduction.reduction(suite, shape, dtype)
-    with output.Progress(len(work), "measurement") as bar:
-        for forms_of, shape, kind, n in work:
-            bar.describe(f"{kind} {shape} {forms_of} N={n}")
-            suite.plan = replace(suite.plan, n=n)
-            suite.race.budget_s = args.budget or BUDGETS[kind]
-            KINDS[kind](suite, shape, forms_of)
-            bar.advance()
-            gc.collect()
-            if device.type == "cuda":
-                torch.cuda.empty_cache()
+    for kind, n, measure in work(args):
+        print(f"{kind}, N={n}: {measure.keywords}", file=sys.stderr)
+        suite.plan = replace(suite.plan, n=n)
+        suite.budget_s = args.budget or BUDGETS[kind]
+        measure(suite)
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
     return suite
 
 

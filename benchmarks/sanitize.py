@@ -21,12 +21,12 @@ import torch
 from fusedaccum import functional
 from fusedaccum.backends import reference
 from fusedaccum.bench import gate
-from fusedaccum.bench.forms import Plan
-from fusedaccum.bench.ours import Operations
 from fusedaccum.doctor import checks
+from fusedaccum.doctor.plan import Plan
 
 from . import cases
 from .measure import ROOT
+from .ours import Operations
 
 TOOLS = ("memcheck", "racecheck")
 FOUND_SOMETHING = 9
@@ -53,17 +53,11 @@ def once(device: torch.device, backend: str | None) -> None:
 
 def find() -> str | None:
     """compute-sanitizer: on the PATH, in a CUDA toolkit, or in one of NVIDIA's wheels."""
-    site = Path(sysconfig.get_path("purelib"))
-    places = [
-        *sorted(glob("/usr/local/cuda*/bin"), reverse=True),
-        *sorted(glob("/usr/local/cuda*/compute-sanitizer"), reverse=True),
-        *(str(path.parent) for path in site.glob("nvidia/**/compute-sanitizer")),
-        *(str(path.parent) for path in site.glob("triton/backends/nvidia/bin/compute-sanitizer")),
-    ]
-    return shutil.which("compute-sanitizer") or next(
-        (found for place in places if (found := shutil.which("compute-sanitizer", path=place))),
-        None,
-    )
+    folders = [os.environ["PATH"], *glob("/usr/local/cuda*/bin")]
+    folders += glob("/usr/local/cuda*/compute-sanitizer")
+    wheels = Path(sysconfig.get_path("purelib")).rglob("compute-sanitizer")
+    folders += [str(path.parent) for path in wheels]
+    return shutil.which("compute-sanitizer", path=os.pathsep.join(folders))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -5,9 +5,14 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from typing import Any
+
+import torch
 
 from . import __version__
+from .bench import run as bench
+from .bench import shapes
+from .doctor import run as doctor
+from .doctor.plan import OPTIMIZERS, Plan
 
 DOCTOR = """\
 What is installed, which backend a tensor takes on each device and why, and a check of every
@@ -18,19 +23,15 @@ about a minute on a GPU, which compiles some 150 kernels the first time.
 Exit status: 0 all is well, 1 a check failed, 2 wrong usage."""
 
 BENCH = """\
-What an update costs here: the first, a later and the last micro-batch, the step, and a whole window
-with clipping, by fusedaccum and by the strongest forms of stock PyTorch, in turns. A form is timed
-only after it agreed with float64. The yardstick is an fp32 copy of as many elements, timed twice:
-the difference is the noise. B/param is what a form must read and write per parameter; more than
-100 % of the copy's rate can be on a CPU, where a copy also reads what it is about to overwrite.
+What a window of micro-batches costs here, with clipping and the step, by fusedaccum and by the
+strongest forms of stock PyTorch, in turns. A form is timed only after it agreed with float64. The
+yardstick is an fp32 copy of as many elements, timed twice: the difference is the noise. B/elem is
+what a form must read and write per parameter; more than 100 % of the copy's rate can be on a CPU,
+where a copy also reads what it is about to overwrite.
 
 Exit status: 0 all is well, 1 a form was wrong or could not run, 2 wrong usage."""
 
-OPTIMIZERS = (
-    "adamw", "adam", "adadelta", "adagrad", "adamax", "asgd", "nadam", "radam", "rmsprop", "rprop",
-    "sgd",
-)  # fmt: skip
-DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -41,18 +42,25 @@ def parser() -> argparse.ArgumentParser:
         "machine.",
     )
     top.add_argument("--version", action="version", version=f"fusedaccum {__version__}")
-    commands = top.add_subparsers(dest="command", metavar="COMMAND")
-    doctor = commands.add_parser(
-        "doctor",
-        help="what is installed, what runs where, and does it compute what it should?",
-        description=DOCTOR,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--device", help="cpu, cuda or cuda:1, say")
+    common.add_argument(
+        "--backend", choices=("triton", "torch"), help="default: the one that each device takes"
     )
-    doctor.add_argument("--device", help="cpu, cuda or cuda:1, say; default: CPU and all GPUs")
-    doctor.add_argument(
-        "--backend",
-        choices=("triton", "torch"),
-        help="default: the one that each device takes by itself",
+    common.add_argument("--json", action="store_true", help="one JSON object on stdout")
+    commands = top.add_subparsers(dest="command", metavar="COMMAND")
+
+    def command(name: str, summary: str, description: str) -> argparse.ArgumentParser:
+        return commands.add_parser(
+            name,
+            help=summary,
+            description=description,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            parents=[common],
+        )
+
+    doctor = command(
+        "doctor", "what is installed, what runs where, and does it compute what it should?", DOCTOR
     )
     doctor.add_argument(
         "--full",
@@ -60,21 +68,9 @@ def parser() -> argparse.ArgumentParser:
         help="also fp16 parameters, and unaligned tensors with every rule and layout: twice the "
         "checks, and on a GPU twice the kernels to compile",
     )
-    doctor.add_argument("--json", action="store_true", help="one JSON object on stdout")
-    _add_bench(commands)
-    return top
-
-
-def _add_bench(commands: Any) -> None:
-    bench = commands.add_parser(
-        "bench",
-        help="what an update costs here, beside stock PyTorch",
-        description=BENCH,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    bench = command("bench", "what an update costs here, beside stock PyTorch", BENCH)
     which = bench.add_mutually_exclusive_group()
     which.add_argument("--shapes", help="of the parameters: 4096x4096,50257x768,768x3072*12")
-    which.add_argument("--params", metavar="N", help="of a made-up transformer: 124M, 1.1B")
     which.add_argument(
         "--model", metavar="PATH", help="a folder with a transformers config.json, or that file"
     )
@@ -94,19 +90,10 @@ def _add_bench(commands: Any) -> None:
         default=8,
         help="micro-batches per window (default: 8)",
     )
-    bench.add_argument("--device", help="cpu, cuda or cuda:1, say; default: the first GPU, or cpu")
     bench.add_argument(
-        "--seconds", type=_positive, default=20.0, help="about how long to measure (default: 20)"
+        "--seconds", type=float, default=20.0, help="about how long to measure (default: 20)"
     )
-    bench.add_argument("--backend", choices=("triton", "torch"), help="fusedaccum's")
-    bench.add_argument("--json", action="store_true", help="one JSON object on stdout")
-
-
-def _positive(text: str) -> float:
-    value = float(text)
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"got {text}; a positive number")
-    return value
+    return top
 
 
 def _positive_int(text: str) -> int:
@@ -117,26 +104,17 @@ def _positive_int(text: str) -> int:
 
 
 def _doctor(args: argparse.Namespace) -> int:
-    from .doctor import run as doctor
-
     return doctor.doctor(args.device, args.backend, args.full, args.json)
 
 
 def _bench(args: argparse.Namespace) -> int:
-    import torch
-
-    from .bench import forms, shapes
-    from .bench import run as bench
-
     name, sizes = "", None
     if args.shapes is not None:
         name, sizes = "given shapes", shapes.parse(args.shapes)
-    elif args.params is not None:
-        name, sizes = f"a transformer of {args.params}", shapes.synthetic(args.params)
     elif args.model is not None:
         name, sizes = args.model, shapes.of_model(args.model)
-    plan = forms.Plan(args.optimizer, args.accumulation_steps, backend=args.backend)
-    dtype = getattr(torch, DTYPES[args.dtype])
+    plan = Plan(args.optimizer, args.accumulation_steps, backend=args.backend)
+    dtype = DTYPES[args.dtype]
     return bench.bench(args.device, dtype, plan, name, sizes, args.seconds, args.json)
 
 

@@ -1,4 +1,4 @@
-"""The parameter shapes that `bench` measures: given, of a model's config, or made up."""
+"""The parameter shapes that `bench` measures: given, of a model's config, or GPT-2's."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ import re
 from pathlib import Path
 
 Shapes = list[tuple[int, ...]]
-
-_SUFFIXES = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
 
 
 def parse(text: str) -> Shapes:
@@ -29,27 +27,6 @@ def parse(text: str) -> Shapes:
             )
         found += [shape] * times
     return found
-
-
-def synthetic(text: str) -> Shapes:
-    """A transformer's shapes with about so many parameters: 350000, 124M or 1.1B.
-
-    Raises:
-        ValueError: for another text, or fewer than a thousand parameters.
-    """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)([kmb]?)", text.strip().lower())
-    n = round(float(match[1]) * _SUFFIXES[match[2]]) if match else 0
-    if n < 1000:
-        raise ValueError(
-            f"--params got {text!r}; a number from 1000 on, such as 350000, 124M, 1.1B"
-        )
-    # Layers have 12 dim**2 parameters, and there is one for every 64 of dim; the rest is embedding.
-    dim = max(8, int((n * 64 / 12) ** (1 / 3)) // 64 * 64)
-    layers = max(1, dim // 64) if 12 * dim**2 + dim <= n else 0
-    found = [shape for _ in range(layers) for shape in _block(dim)]
-    while found and count(found) + dim > n:
-        del found[-len(_block(dim)) :]
-    return [((n - count(found)) // dim, dim), *found]
 
 
 def _block(dim: int) -> Shapes:
@@ -91,8 +68,7 @@ def of_model(path: str) -> Shapes:
         from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
     except ImportError as error:
         raise ValueError(
-            f"--model needs transformers ({error}): pip install transformers, or use --shapes or "
-            "--params"
+            f"--model needs transformers ({error}): pip install transformers, or use --shapes"
         ) from error
     try:
         config = AutoConfig.from_pretrained(path, local_files_only=True)

@@ -109,7 +109,6 @@ def interleave(
     *,
     rounds: int,
     budget_s: float,
-    tick: Callable[[int], object] = lambda n: None,
     refuse: Callable[[str, Exception], object],
 ) -> dict[str, Samples]:
     """Time variants in turns.
@@ -119,7 +118,6 @@ def interleave(
         clock: of their device.
         rounds: samples of each; fewer (at least three) once `budget_s` is spent.
         budget_s: seconds for the rounds.
-        tick: called with the number of rounds done since the last call.
         refuse: called with the name of a variant that raises at its first call, and the error.
     """
     samples = {}
@@ -134,12 +132,10 @@ def interleave(
     began = time.perf_counter()
     for done in range(rounds):
         if done >= MIN_ROUNDS and time.perf_counter() - began > budget_s:
-            tick(rounds - done)
             break
         order = list(samples)
         random.Random(done).shuffle(order)
         for name in order:
             lead = min(1.5 * samples[name].host + 0.1, MAX_LEAD_MS)
             samples[name].times.append(clock.time(variants[name], lead)[0])
-        tick(1)
     return samples

@@ -57,7 +57,7 @@ class Check:
     """
 
     name: str
-    run: Callable[[], None]
+    run: Callable[[], object]
 
 
 @contextmanager
@@ -117,13 +117,15 @@ class Memory:
 
     def check(self) -> None:
         """Raise if something was written beside a tensor."""
-        if not self._margins:
-            return
-        marks = torch.cat([(margin == MARK).flatten() for _, margin in self._margins])
-        if not bool(marks.all()):
-            for name, margin in self._margins:
-                if not bool((margin == MARK).all()):
-                    raise Wrong(f"memory beside a {name} was overwritten")
+        sound = torch.stack([(margin == MARK).all() for _, margin in self._margins]).tolist()
+        if not all(sound):
+            name, _ = self._margins[sound.index(False)]
+            raise Wrong(f"memory beside a {name} was overwritten")
+
+
+def short(dtype: torch.dtype) -> str:
+    """A dtype as people call it."""
+    return {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
 
 
 def normal(n: int, seed: int) -> Tensor:
@@ -148,14 +150,13 @@ def require_between(what: str, got: Tensor, low: Tensor, high: Tensor) -> None:
     if not bool(wrong.any()):
         return
     got, low, high, wrong = (t.flatten() for t in (got, low, high, wrong))
-    middle = (low + high) / 2
-    errors = torch.where(wrong, (got - middle).abs(), torch.zeros_like(got))
-    worst = int(errors.nan_to_num(nan=torch.inf).argmax())
-    allowed = float((high - low)[worst]) / 2
+    middle, allowed = (low + high) / 2, (high - low) / 2
+    errors = (got - middle).abs().nan_to_num(nan=torch.inf).where(wrong, 0.0)
+    i = int(errors.argmax())
     raise Wrong(
-        f"{what} of {got.numel():,} elements, element {worst}: {float(got[worst]):.9g} where "
-        f"{float(middle[worst]):.9g} is right, off by {float(errors[worst]):.1e} (allowed "
-        f"{allowed:.1e}); {int(wrong.sum()):,} elements are wrong"
+        f"{what} of {got.numel():,} elements, element {i}: {got[i]:.9g} where {middle[i]:.9g} is "
+        f"right, off by {errors[i]:.1e} (allowed {allowed[i]:.1e}); {int(wrong.sum()):,} elements "
+        "are wrong"
     )
 
 
@@ -167,19 +168,18 @@ def require_close(what: str, got: Tensor, expected: Tensor, allowed: Tensor) -> 
 def require_same(what: str, got: Tensor, expected: Tensor) -> None:
     """Raise unless two tensors are equal to the bit."""
     integers = {8: torch.int64, 4: torch.int32, 2: torch.int16}[got.element_size()]
-    a, b = (t.detach().cpu().contiguous().view(integers).flatten() for t in (got, expected))
-    if not torch.equal(a, b):
-        where = int((a != b).nonzero()[0])
-        values = [float(t.detach().flatten()[where]) for t in (got, expected)]
+    got, expected = (t.detach().cpu().flatten() for t in (got, expected))
+    wrong = got.view(integers) != expected.view(integers)
+    if bool(wrong.any()):
+        i = int(wrong.nonzero()[0])
         raise Wrong(
-            f"{what} of {got.numel():,} elements, element {where}: {values[0]:.9g} where exactly "
-            f"{values[1]:.9g} is right; {int((a != b).sum()):,} elements are wrong"
+            f"{what} of {got.numel():,} elements, element {i}: {got[i]:.9g} where exactly "
+            f"{expected[i]:.9g} is right; {int(wrong.sum()):,} elements are wrong"
         )
 
 
 def require_number(what: str, got: float, expected: float, relative: float) -> None:
-    """Raise unless a number is within a relative error; NaN only where NaN is right."""
-    same_nan = got != got and expected != expected
-    if same_nan or got == expected or abs(got - expected) <= relative * abs(expected):
-        return
-    raise Wrong(f"{what} is {got:.9g}, {expected:.9g} is right (allowed {relative:.1e} relative)")
+    """Raise unless a number is within a relative error; NaN and Inf only where they are right."""
+    same = got == expected or (got != got and expected != expected)
+    if not same and not abs(got - expected) <= relative * abs(expected):
+        raise Wrong(f"{what} is {got:.9g}, {expected:.9g} is right (within {relative:.1e} of it)")

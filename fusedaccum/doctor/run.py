@@ -13,16 +13,13 @@ from typing import Any
 import torch
 
 from .. import backends
-from . import machine, output
-from . import rules as check_rules
+from . import machine
 from . import steps as check_steps
 from . import sums as check_sums
 from . import windows as check_windows
 from .checks import Check, Runner, Wrong, threads
 
 MAX_SHOWN = 10
-# "CUDA error: an illegal memory access" and the like: the device serves nobody afterwards.
-LOST = "CUDA error"
 
 
 @dataclass(frozen=True)
@@ -42,52 +39,41 @@ class Outcome:
     seconds: float
 
 
-def devices(wanted: str | None) -> list[torch.device]:
-    """What to check: CPU and GPUs, or the one that was asked for."""
-    if wanted is None:
-        return [device for device in machine.available() if device.type in ("cpu", "cuda")]
-    return machine.choose(wanted)
-
-
 def checks_of(device: torch.device, backend: str | None, full: bool) -> list[Check]:
     """Every check of one device."""
     runner = Runner(backends.get(backend, device), device, torch.get_num_threads())
     return [
         *check_sums.all_checks(runner, full),
-        *check_rules.all_checks(),
         *check_steps.all_checks(runner, full),
         *check_windows.all_checks(device, backend, full),
     ]
 
 
-def run(
-    chosen: Sequence[torch.device], backend: str | None, full: bool, quiet: bool
-) -> list[Outcome]:
+def run(chosen: Sequence[torch.device], backend: str | None, full: bool) -> list[Outcome]:
     """Run the checks of all devices; one that fails does not stop the others."""
     if any(device.type == "cpu" for device in chosen) and backend != "triton":
         check_steps.compile_ahead(full)
-    work = [(device, check) for device in chosen for check in checks_of(device, backend, full)]
     outcomes = []
-    lost: set[torch.device] = set()
-    with output.Progress(len(work), "check", quiet) as progress, threads(1):
-        for device, check in work:
-            progress.describe(f"{device} {check.name}")
-            began, error = time.perf_counter(), None
-            if device in lost:
-                error = "not run: the device failed before"
-            else:
-                try:
-                    check.run()
-                except Wrong as found:
-                    error = str(found)
-                except Exception as found:  # a kernel that does not compile is a finding too
-                    error = f"{type(found).__name__}: {str(found).strip()}"
-                    if LOST in error:
-                        lost.add(device)
-            seconds = round(time.perf_counter() - began, 4)
-            outcomes.append(Outcome(str(device), check.name, error, seconds))
-            progress.advance()
+    for device in chosen:
+        found = checks_of(device, backend, full)
+        with threads(1):
+            for check in found:
+                began = time.perf_counter()
+                error = error_of(check)
+                seconds = round(time.perf_counter() - began, 4)
+                outcomes.append(Outcome(str(device), check.name, error, seconds))
     return outcomes
+
+
+def error_of(check: Check) -> str | None:
+    """Run a check: what is wrong, or None. A kernel that does not compile is a finding too."""
+    try:
+        check.run()
+    except Wrong as found:
+        return str(found)
+    except Exception as found:
+        return f"{type(found).__name__}: {str(found).strip()}"
+    return None
 
 
 def doctor(device: str | None, backend: str | None, full: bool, as_json: bool) -> int:
@@ -100,7 +86,7 @@ def doctor(device: str | None, backend: str | None, full: bool, as_json: bool) -
         ValueError: for a device or backend that is not there.
     """
     began = time.perf_counter()
-    chosen = devices(device)
+    chosen = machine.choose(device)
     for each in chosen:
         backends.why(backend, each)
     with warnings.catch_warnings():
@@ -112,67 +98,36 @@ def doctor(device: str | None, backend: str | None, full: bool, as_json: bool) -
         }
         if not as_json:
             print(introduction(report), flush=True)
-        outcomes = run(chosen, backend, full, quiet=as_json)
-    failed = [outcome for outcome in outcomes if outcome.error]
-    seconds = round(time.perf_counter() - began, 2)
-    if as_json:
-        report |= {
-            "checks": [asdict(outcome) for outcome in outcomes],
-            "n_checks": len(outcomes),
-            "n_failed": len(failed),
-            "ok": not failed,
-            "seconds": seconds,
-        }
-        print(json.dumps(report))
-    else:
-        print(verdict(outcomes, seconds))
-    return 1 if failed else 0
+        outcomes = run(chosen, backend, full)
+    n_failed = sum(outcome.error is not None for outcome in outcomes)
+    report |= {
+        "checks": [asdict(outcome) for outcome in outcomes],
+        "n_checks": len(outcomes),
+        "n_failed": n_failed,
+        "ok": not n_failed,
+        "seconds": round(time.perf_counter() - began, 2),
+    }
+    print(json.dumps(report) if as_json else verdict(outcomes, report))
+    return 1 if n_failed else 0
 
 
 def introduction(report: dict[str, Any]) -> str:
     """What is here, for people."""
-    facts = report["installed"]
-    platforms = (("CUDA", facts["cuda"]), ("HIP", facts["hip"]))
-    built = " ".join(f"{name} {version}" for name, version in platforms if version)
-    rows = [
-        ("fusedaccum", facts["fusedaccum"]),
-        ("python", facts["python"]),
-        ("torch", f"{facts['torch']} (built for {built or 'CPU'})"),
-        ("triton", facts["triton"] or "not installed"),
-        ("numpy", facts["numpy"] or "not installed"),
-        ("GPU driver", facts["gpu_driver"] or "none found"),
-        ("C compiler", facts["c_compiler"] or "none found"),
-        ("OpenMP", facts["openmp"] or "none found"),
-    ]
-    lines = ["installed", *(f"  {name:<12}{value}" for name, value in rows), "", "devices"]
+    lines = ["installed"]
+    for name, value in report["installed"].items():
+        lines.append(f"  {name.replace('_', ' '):<12}{value or 'none'}")
+    lines += ["", "devices"]
     for device in report["devices"]:
-        lines.append(f"  {device['device']:<12}{_device_text(device)}")
-        entries = sorted(
-            device["backends"].items(), key=lambda item: (item[1]["path"], item[1]["why"])
-        )
-        for taken, members in groupby(entries, key=lambda item: item[1]):
-            dtypes = ", ".join(name for name, _ in members)
-            lines.append(f"  {'':<12}{dtypes}: {taken['path']} ({taken['why']})")
-    lines += ["", "warnings"]
-    lines += [f"  - {text}" for text in report["warnings"]] or ["  none"]
-    return "\n".join([*lines, ""])
+        lines.append(f"  {device['device']:<12}{device['name']}, {device['size']}")
+        for dtype, taken in device["backends"].items():
+            lines.append(f"  {'':<12}{dtype}: {taken['path']} ({taken['why']})")
+    lines += ["", "warnings", *(f"  - {text}" for text in report["warnings"] or ["none"])]
+    return "\n".join([*lines, "", "checks against the reference in float64"])
 
 
-def _device_text(device: dict[str, Any]) -> str:
-    parts = [device["name"]]
-    if "capability" in device:
-        parts.append(f"capability {device['capability']}")
-    if "threads" in device:
-        parts.append(f"{device['threads']} threads on {device['usable_cores']:g} cores")
-    if "memory_gib" in device:
-        free = " free" if device["device"] == "cpu" else ""
-        parts.append(f"{device['memory_gib']} GiB{free}")
-    return ", ".join(parts)
-
-
-def verdict(outcomes: Sequence[Outcome], seconds: float) -> str:
+def verdict(outcomes: Sequence[Outcome], report: dict[str, Any]) -> str:
     """What the checks found, for people."""
-    lines = ["checks against the reference in float64"]
+    lines = []
     for name, members in groupby(outcomes, key=lambda outcome: outcome.device):
         own = list(members)
         failed = [outcome for outcome in own if outcome.error]
@@ -183,16 +138,12 @@ def verdict(outcomes: Sequence[Outcome], seconds: float) -> str:
             lines.append(f"    {outcome.name}\n      {_shortened(outcome.error or '')}")
         if len(failed) > MAX_SHOWN:
             lines.append(f"    and {len(failed) - MAX_SHOWN} more (--json has all)")
-    n_failed = sum(outcome.error is not None for outcome in outcomes)
-    lines.append("")
-    if n_failed:
-        lines.append(
-            f"FAILED: {n_failed} of {len(outcomes)} checks. Do not train with this backend; please "
-            "report the output of `python -m fusedaccum doctor --json`"
-        )
-    else:
-        lines.append(f"ok: {len(outcomes)} checks in {seconds:.1f} s")
-    return "\n".join(lines)
+    if report["ok"]:
+        return "\n".join([*lines, "", f"ok: {len(outcomes)} checks in {report['seconds']:.1f} s"])
+    return "\n".join(lines) + (
+        f"\n\nFAILED: {report['n_failed']} of {len(outcomes)} checks. Do not train with this "
+        "backend; please report the output of `python -m fusedaccum doctor --json`"
+    )
 
 
 def _shortened(error: str) -> str:

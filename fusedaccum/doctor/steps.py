@@ -21,15 +21,13 @@ from ..backends import (
     UpdateScalars,
     reference,
     rounding,
-)  # fmt: skip
+)
 from ..backends.compiled import compiler, libraries, source
-from ..kernels.layout import ScalarsRow
 from ..rules.as_torch import as_torch
 from ..rules.builtin import RULES
 from ..rules.rule import Rule, sign
 from . import checks
-from .checks import Check, Memory, Runner, host, normal
-from .sums import short
+from .checks import Check, Memory, Runner, host, normal, short
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 # Parameter dtype, and how its precise value is kept.
@@ -141,29 +139,26 @@ def precise(tensor: StepTensor) -> Tensor:
 
 
 def _one_update(backend: Runner, step: Step, update: int) -> None:
-    rule, tensors = step.rule, step.tensors
+    rule, tensors, where = step.rule, step.tensors, f"in update {update}"
     before = [[precise(t), host(t.acc), *(host(s) for s in t.states)] for t in tensors]
-    memory = host(step.scalars.memory)
-    accs = [t.acc.clone() for t in tensors]
+    memory, accs = host(step.scalars.memory), [t.acc.clone() for t in tensors]
     hyper = [(sign(group), *rule.family.hyper(group)) for group in GROUPS]
     backend.finalize(Finalize([step], hyper, Correction(COEF), skip_nonfinite=True))
     backend.step(step)
-    where = f"in update {update}"
-    for g, row in enumerate(hyper):
+    for g, numbers in enumerate(hyper):
         members = [i for i, tensor in enumerate(tensors) if tensor.group == g]
-        numbers = [_require_scalars(rule, row, step.scalars, memory, i, update) for i in members]
+        for i in members:
+            scalars = _require_scalars(step, numbers, memory[i], i, update)
         # The tensors of a group in one, which they are to a rule of elements.
         sizes = [before[i][0].numel() for i in members]
-        joined = [torch.cat(tensors) for tensors in zip(*(before[i] for i in members), strict=True)]
-        results = _bounds(rule, joined, COEF * row[0], numbers[0])
-        parts = [[t.split(sizes) for t in pair] for pair in results]
-        for k, i in enumerate(members):
-            (expected, allowed), *states = ((new[k], bound[k]) for new, bound in parts)
+        joined = [torch.cat(parts) for parts in zip(*(before[i] for i in members), strict=True)]
+        results = _bounds(rule, joined, COEF * numbers[0], scalars)
+        parts = [zip(new.split(sizes), bound.split(sizes), strict=True) for new, bound in results]
+        for i, (param, *states) in zip(members, zip(*parts, strict=True), strict=True):
             tensor = tensors[i]
-            _require_param(step.keep, tensor, expected, allowed, update, where)
-            named = zip(tensor.states, rule.states, states, strict=True)
-            for state, name, (new, bound) in named:
-                checks.require_close(f"{where} state {name}", host(state), new, bound)
+            _require_param(step.keep, tensor, param, update)
+            for state, name, right in zip(tensor.states, rule.states, states, strict=True):
+                checks.require_close(f"{where} state {name}", host(state), *right)
             checks.require_same(f"{where} accumulator", tensor.acc, accs[i])
 
 
@@ -199,50 +194,39 @@ def _bounds(
 
 
 def _require_scalars(
-    rule: Rule,
-    hyper: tuple[Any, ...],
-    scalars: UpdateScalars,
-    memory: Tensor,
-    row: int,
-    update: int,
+    step: Step, hyper: tuple[Any, ...], memory: Tensor, row: int, update: int
 ) -> tuple[float, ...]:
     """The rule's scalars for a tensor by the reference, once the backend's agree."""
-    function = getattr(as_torch(rule.family.kernels), f"{rule.family.name}_scalars")
-    own, kept = function(hyper[1:], float(update), tuple(memory[row].tolist()))
-    numbers = scalars.scalars[row].tolist()
-    relative = checks.SCALAR_ROUNDINGS * checks.U
-    wanted = (COEF * hyper[0], float(update), *own)
-    for i, (got, expected) in enumerate(zip(numbers, wanted, strict=True)):
-        name = (
-            ("gradient coefficient", "step count")[i]
-            if i < ScalarsRow.OWN
-            else f"scalar {i - ScalarsRow.OWN}"
-        )
-        checks.require_number(f"in update {update} {name}", got, expected, relative)
-    for (name, _), got, expected in zip(
-        rule.family.memory, scalars.memory[row].tolist(), kept, strict=True
+    family = step.rule.family
+    function = getattr(as_torch(family.kernels), f"{family.name}_scalars")
+    own, kept = function(hyper[1:], float(update), tuple(memory.tolist()))
+    for name, got, wanted in (
+        ("scalars", step.scalars.scalars[row], (COEF * hyper[0], float(update), *own)),
+        ("numbers kept from update to update", step.scalars.memory[row], kept),
     ):
-        checks.require_number(f"in update {update} {name}", got, expected, relative)
+        right = torch.tensor(wanted, dtype=torch.float64, device="cpu")
+        allowed = checks.SCALAR_ROUNDINGS * checks.U * right.abs()
+        checks.require_close(f"in update {update} {name}", host(got), right, allowed)
     return tuple(own)
 
 
 def _require_param(
-    keep: Keep, tensor: StepTensor, expected: Tensor, allowed: Tensor, update: int, where: str
+    keep: Keep, tensor: StepTensor, right: tuple[Tensor, Tensor], update: int
 ) -> None:
-    """The parameter, and what keeps it precise, are what this layout makes of `expected`."""
-    param, master = tensor.param, tensor.master
-    if master is not None:
-        checks.require_close(f"{where} master", precise(tensor), expected, allowed)
-        if keep is Keep.SPLIT:
-            high, low = reference.split_master(precise(tensor).float())
-            checks.require_same(f"{where} parameter", param, high)
-            checks.require_same(f"{where} remainder", master, low)
-        else:
-            checks.require_same(f"{where} parameter", param, master.cpu().to(param.dtype))
+    """The parameter, and what keeps it precise, are what this layout makes of the right value."""
+    param, master, where = tensor.param, tensor.master, f"in update {update}"
+    if master is None:
+        expected, allowed = right
+        low, high = (_rounding(keep, tensor, update)(expected + s * allowed) for s in (-1, 1))
+        checks.require_between(f"{where} parameter", host(param), low, high)
         return
-    store = _rounding(keep, tensor, update)
-    low_end, high_end = store(expected - allowed), store(expected + allowed)
-    checks.require_between(f"{where} parameter", host(param), low_end, high_end)
+    checks.require_close(f"{where} master", precise(tensor), *right)
+    if keep is Keep.SPLIT:
+        high, remainder = reference.split_master(precise(tensor).float())
+        checks.require_same(f"{where} parameter", param, high)
+        checks.require_same(f"{where} remainder", master, remainder)
+    else:
+        checks.require_same(f"{where} parameter", param, master.cpu().to(param.dtype))
 
 
 def _rounding(keep: Keep, tensor: StepTensor, update: int) -> Callable[[Tensor], Tensor]:
@@ -250,8 +234,5 @@ def _rounding(keep: Keep, tensor: StepTensor, update: int) -> Callable[[Tensor],
     dtype, n = tensor.param.dtype, tensor.param.numel()
     if keep is not Keep.STOCHASTIC:
         return lambda value: value.float().to(dtype).double()
-    if n:
-        random = rounding.random_bits(tensor.key, update, 0, n)
-    else:
-        random = torch.zeros(0, dtype=torch.int64, device="cpu")
+    random = rounding.random_bits(tensor.key, update, 0, n)
     return lambda value: rounding.round_stochastic(value.float(), random).double()

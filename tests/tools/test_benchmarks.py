@@ -21,9 +21,9 @@ from benchmarks.forms import FORMS
 from benchmarks.loops import LOOPS
 from benchmarks.suites import Suite
 from fusedaccum.bench import gate, timing
-from fusedaccum.bench.forms import Plan
 from fusedaccum.bench.shapes import count
 from fusedaccum.doctor import machine
+from fusedaccum.doctor.plan import Plan
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
@@ -102,7 +102,7 @@ def check_reduction(rows: list[dict[str, Any]]) -> None:
     """4 bytes of each parameter are sent, and stock DDP's 2 of bf16; buckets are counted."""
     for dtype, stock, size in (("bfloat16", "plain_bf16", 2), ("float32", "native_fp32", 4)):
         group = {row["variant"]: row for row in rows if row["dtype"] == dtype}
-        assert group.keys() == {"copy", "copy_again", "fused_hooks", stock}
+        assert group.keys() >= {"copy", "copy_again", "fused_hooks", stock}
         ours, theirs, n = group["fused_hooks"], group[stock], group["copy"]["n_elements"]
         # Ours also sends some numbers and pads each tensor to 16 elements.
         assert 4 * n <= ours["bytes"] < 4 * n + 600 and theirs["bytes"] == size * n
@@ -219,8 +219,6 @@ def test_the_cuda_clock_asks_for_what_it_should(monkeypatch: pytest.MonkeyPatch)
     [
         ("gpt2_small", 148, 124_439_808),
         ("llama_1b", 201, 1_100_048_384),
-        ("llama_8b_slice", 18, 436_224_000),
-        ("many_700", 700, 734_003_200),
         ("lora_500", 500, 32_768_000),
         ("flat_64mi", 1, 64 * 2**20),
     ],
@@ -239,11 +237,11 @@ def test_misaligned_tensors_are() -> None:
 def test_what_does_not_fit_is_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OUT", str(tmp_path))
     suite = Suite(CPU, Plan(n=2), rounds=3, budget_s=1, gate_shapes=cases.tiny(), name="x")
-    params = cases.random([(1000,)], torch.bfloat16, CPU, seed=0)
     names = ["fused_backend", "native_fp32", "foreach_add", "plain_bf16"]
-    # 8 bytes per element for the ceilings, 16 and 18 for the first two; the third shares theirs.
-    monkeypatch.setattr(machine, "memory_bytes", lambda device: 1000 * 43 / 0.9)
-    assert [*suite.build(names, params, suite.plan)] == names[:3]
+    # 14 bytes per element for parameters, gradients and ceilings, 16 and 18 for the first two
+    # forms; the third shares theirs.
+    monkeypatch.setattr(machine, "memory_bytes", lambda device: 1000 * 49 / 0.9)
+    assert [*suite.build(names, [(1000,)], torch.bfloat16)] == names[:3]
     assert list(suite.skipped) == ["plain_bf16, 1,000 elements"]
     assert not suite.refused
 

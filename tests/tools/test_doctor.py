@@ -7,7 +7,6 @@ import math
 import os
 import re
 from collections.abc import Callable, Iterator
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,9 +17,9 @@ from fusedaccum.backends import Add, Finalize, Keep, Step, SumOfSquares
 from fusedaccum.backends.aten import TorchBackend
 from fusedaccum.backends.compiled import compiler, source
 from fusedaccum.doctor import checks
-from fusedaccum.doctor import rules as check_rules
 from fusedaccum.doctor import run as doctor
 from fusedaccum.doctor import steps as check_steps
+from fusedaccum.doctor.plan import OPTIMIZERS
 from fusedaccum.rules.builtin import RULES
 from fusedaccum.window.weights import Window
 from tests.cases import WithoutCompiler, forget_compiled
@@ -73,7 +72,7 @@ def test_a_sound_machine_in_a_process_of_its_own() -> None:
     assert done.stderr == ""
     last = done.stdout.strip().splitlines()[-1]
     assert re.fullmatch(r"ok: \d{3} checks in [\d.]+ s", last)
-    for word in ("installed", "devices", "warnings", "torch ", "C compiler", "bfloat16"):
+    for word in ("installed", "devices", "warnings", "torch ", "c compiler", "bfloat16"):
         assert word in done.stdout
 
 
@@ -82,13 +81,14 @@ def test_what_is_checked_covers_every_rule_and_layout() -> None:
     more = {check.name for check in ALL_CHECKS(CPU, None, True)}
     assert names < more
     for rule in RULES:
-        judged = any(name.startswith(f"rule {rule}, torch.optim.") for name in names)
-        assert judged is (rule != "lion")  # torch has none
         for layout in ("fp32", "bf16", *(f"bf16{kind}" for kind in check_steps.KINDS.values())):
             assert f"step {rule}, {layout}" in names
         assert any(re.fullmatch(rf"step {rule}, .*, unaligned", name) for name in names)
         assert f"step {rule}, fp16 with fp32 master, unaligned" in more
+    for optimizer in OPTIMIZERS:
+        assert f"window of 4, {optimizer}, bf16, clipped" in names
     for dtype in ("fp32", "bf16", "fp16"):
+        assert f"window of 4, adamw, {dtype}, clipped" in names
         for variant in ("first", "later", "first, with norm", "later, with norm"):
             assert {f"accumulate {dtype}, {variant}{end}" for end in ("", ", unaligned")} <= names
 
@@ -105,7 +105,7 @@ def test_the_other_backends_pass(
     if backend == "triton" and not INTERPRETED:
         pytest.skip("needs Triton's interpreter")
     monkeypatch.setattr(checks, "SIZES", (0, 1, 1025, 8193))
-    only("accumulate bf16, later|step adam, bf16 with split|window")
+    only("accumulate bf16, later|step adam, bf16 with split|window.*(adamw|sgd|NaN)")
     if backend == "aten":
         WithoutCompiler(monkeypatch)
     status, found = report(capsys, *([] if backend == "aten" else ["--backend", "triton"]))
@@ -278,23 +278,6 @@ def test_an_exception_is_a_finding_and_the_rest_is_checked(
     assert "RuntimeError: the kernel does not compile because" in capsys.readouterr().out
 
 
-def test_a_lost_device_is_not_asked_again(
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    only: Callable[[str], None],
-) -> None:
-    calls = []
-
-    def raises(*_: Any) -> None:
-        calls.append(1)
-        raise RuntimeError("CUDA error: an illegal memory access was encountered")
-
-    only("norm fp32|norm bf16")
-    after("sum_of_squares", raises)(monkeypatch)
-    _, found = report(capsys)
-    assert len(calls) == 1 and found["n_failed"] == found["n_checks"] > 1
-
-
 # --- usage ---
 
 
@@ -319,22 +302,3 @@ def test_wrong_usage(
 def test_no_command_prints_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main([]) == 0
     assert "doctor" in capsys.readouterr().out
-
-
-def test_a_rule_whose_text_is_wrong_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The rules that the steps are checked by are themselves held against torch.optim."""
-    original = check_rules.as_torch
-
-    def wrong(*args: Any) -> Any:
-        text = dict(vars(original(*args)))
-        sgd = text["sgd"]
-        text["sgd"] = lambda param, grad, *rest: sgd(param, grad * (1 + 1e-9), *rest)
-        return SimpleNamespace(**text)
-
-    monkeypatch.setattr(check_rules, "as_torch", wrong)
-    for check in check_rules.all_checks():
-        if check.name == "rule sgd, torch.optim.SGD":
-            with pytest.raises(checks.Wrong, match="parameter after update 1"):
-                check.run()
-        else:
-            check.run()

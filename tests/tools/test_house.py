@@ -34,7 +34,7 @@ ROOMS: dict[str, str] = {
     "optimizer": "options update integrations core",
     "package": "functional optimizer rules",
     "doctor": "kernels backends rules package",
-    "bench": "backends rules package doctor",
+    "bench": "doctor",
     "__main__": "package doctor bench",
 }
 KERNELS = "fusedaccum.kernels"

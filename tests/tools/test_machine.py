@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,7 +10,6 @@ import torch
 
 from fusedaccum.backends.compiled import compiler, openmp, store
 from fusedaccum.doctor import machine, output
-from fusedaccum.doctor import run as doctor
 from tests.cases import forget_compiled
 
 CPU = torch.device("cpu")
@@ -101,8 +99,8 @@ def test_gpu_warnings(
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "file"))
     (tmp_path / "file").touch()
     assert warned("cannot be written", "TRITON_CACHE_DIR")
-    assert doctor.devices(None) == [CPU, torch.device("cuda", 0)]
-    assert doctor.devices("cuda") == doctor.devices("cuda:0") == [torch.device("cuda", 0)]
+    assert machine.choose(None) == [CPU, torch.device("cuda", 0)]
+    assert machine.choose("cuda") == machine.choose("cuda:0") == [torch.device("cuda", 0)]
 
 
 @pytest.mark.parametrize(("build", "words"), [(None, "CPU build"), ("13.0", "newer than")])
@@ -116,36 +114,9 @@ def test_a_gpu_that_torch_does_not_use(
     assert warned("GPU driver (535.1)", words)
 
 
-def test_tables(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_tables(capsys: pytest.CaptureFixture[str]) -> None:
     rows = [{"form": "fusedaccum", "ms": 1.5}, {"form": "x", "ms": 12.25}]
     columns = {"form": output.column("form"), "ms": output.column("ms", "g")}
     output.print_rows("title", rows, columns)
     plain = capsys.readouterr().out
     assert plain == "\ntitle\n  form           ms\n  fusedaccum    1.5\n  x           12.25\n"
-    pytest.importorskip("rich")
-    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
-    monkeypatch.setenv("COLUMNS", "80")
-    output.print_rows("title", rows, columns)
-    shown = capsys.readouterr().out
-    assert "fusedaccum" in shown and "12.25" in shown and shown != plain
-    monkeypatch.setenv("COLUMNS", "20")  # rich would cut the names
-    output.print_rows("title", rows, columns)
-    assert capsys.readouterr().out == plain
-
-
-@pytest.mark.parametrize("with_tqdm", [True, False])
-def test_progress(
-    with_tqdm: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """On a terminal only, and never on stdout."""
-    for is_terminal in (False, True):
-        monkeypatch.setattr(sys.stderr, "isatty", lambda shown=is_terminal: shown)
-        if not with_tqdm:
-            monkeypatch.setitem(sys.modules, "tqdm", None)
-        with output.Progress(3, "check") as progress:
-            progress.describe("adam")
-            progress.advance(2)
-        shown = capsys.readouterr()
-        assert shown.out == "" and bool(shown.err) is is_terminal
-    if not with_tqdm:
-        assert "2/3 check adam" in shown.err
