@@ -4,6 +4,10 @@
 
 `addmm_out_dtype` lets cuBLAS add in its epilogue, so that the gradient is never written: the
 strongest baseline where tokens are few. `mm` alone, which leaves a bf16 gradient, is the floor.
+
+Then the forward and backward of the whole layer, in bf16 on a GPU and in fp32 on a CPU: as torch
+has it (`layer_plain`, which adds to `.grad` in the layer's dtype), through hooks (`layer_hook`),
+and after `fuse_linear_wgrad` (`layer_fused`).
 """
 
 from __future__ import annotations
@@ -12,9 +16,9 @@ import gc
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from fusedaccum import functional
+from fusedaccum import FusedAccumOptimizer, functional
 from fusedaccum.bench.gate import Gate
 from fusedaccum.bench.race import Variant
 from fusedaccum.doctor.checks import Wrong
@@ -35,7 +39,7 @@ TOKENS = [512, 2048, 8192]
 # A gradient rounded to bf16's 8 bits is off by 1.7e-3 in L2. The fp32 epilogue does not round it,
 # but tensor cores truncate their partial sums, up to 2^-23 for each of 512 steps of 16 tokens.
 ROUNDED = 4e-3
-MAX_ERROR = {"addmm_out_dtype": 4e-4, "addmm_out_dtype_first": 4e-4}
+MAX_ERROR = {"addmm_out_dtype": 4e-4, "addmm_out_dtype_first": 4e-4, "layer_fused": 4e-4}
 
 Call = Callable[[], object]
 
@@ -101,3 +105,42 @@ def linear(suite: Suite, layer: str, tokens: int) -> None:
     del exact
     gc.collect()
     suite.time("linear_wgrad", layer, BF16, variants, n_elements=acc.numel(), tokens=tokens)
+    del acc, variants
+    dtype = torch.float32 if suite.device.type == "cpu" else BF16
+    _layer(suite, layer, x.to(dtype), dy.to(dtype))
+
+
+@torch.enable_grad()
+def _layer(suite: Suite, layer: str, x: Tensor, dy: Tensor) -> None:
+    """Time a layer's forward and backward, with a gradient of its input."""
+    exact = dy.double().t() @ x.double()
+    x.requires_grad_()
+    variants = {}
+    kept = []  # an optimizer that is gone accumulates nothing
+    for name in ("layer_plain", "layer_hook", "layer_fused"):
+        module = nn.Linear(x.shape[1], dy.shape[1], bias=False, device=x.device, dtype=x.dtype)
+        if name != "layer_plain":
+            opt = FusedAccumOptimizer(
+                torch.optim.SGD(module.parameters()), backend=suite.plan.backend
+            )
+            kept.append(opt)
+        if name == "layer_fused" and (skipped := opt.fuse_linear_wgrad(module, 0).skipped):
+            suite.skipped[name] = skipped[""]
+            continue
+
+        def run(module: nn.Linear = module) -> None:
+            x.grad = None
+            module(x).backward(dy)
+
+        run()
+        assert module.weight.grad is not None
+        error = float((module.weight.grad.double() - exact).norm() / exact.norm())
+        if not error <= MAX_ERROR.get(name, ROUNDED):
+            suite.refuse(name, Wrong(f"weight gradient off by {error:.1e}"))
+            continue
+        size, held = x.element_size(), 4 if kept else x.element_size()
+        # Beside what all of them move: the gradient written and read, what it is added to likewise.
+        moved = 8 if name == "layer_fused" else 2 * size + 2 * held
+        variants[name] = Variant(run, moved, Gate(error, 0.0))
+    n_elements = exact.numel()
+    suite.time("linear_layer", layer, x.dtype, variants, n_elements=n_elements, tokens=len(x))

@@ -135,6 +135,9 @@ class Reduction(Alone):
     def changed(self) -> None:
         self.is_average = False
 
+    def expect_anew(self) -> None:
+        self._expected.clear()
+
     def refuse_kept(self, is_over: bool) -> None:
         """Nothing is kept back here, but processes that have left Join hear of a micro-batch now
         if it had no backward."""

@@ -35,7 +35,7 @@ class FusesLinear:
         Args:
             model: its modules that are exactly `torch.nn.Linear` or transformers' `Conv1D` are
                 changed: their class becomes a subclass of it. The state dict stays, and a copy or a
-                pickle of the model is of the stock classes.
+                pickle of the model is of the stock classes. A copy of the optimizer fuses nothing.
             min_numel: leave weights of fewer elements as they are: each use of a layer costs some
                 20 microseconds of Python.
 

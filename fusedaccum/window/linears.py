@@ -75,6 +75,8 @@ class Linears:
                 swap(module, self._products)
             self._mark(module)
             fused.append(name)
+        # Products for one weight arrive each by itself, gradients as their sum.
+        self._collector.reduction.expect_anew()
         return FusedLinears(tuple(fused), dict(self._skipped))
 
     def unfuse(self) -> None:
@@ -82,6 +84,7 @@ class Linears:
         _swap_back(self._modules)
         self._skipped = {}
         self._products.ordinary.clear()
+        self._collector.reduction.expect_anew()
 
     def describe(self) -> Sequence[str]:
         """A line for `repr`, or none."""

@@ -132,7 +132,7 @@ class Products:
         home = self._stream
         assert home is not None
         raw = torch._C._cuda_getCurrentRawStream(acc.device.index)
-        if raw == home.cuda_stream:
+        if raw == home.cuda_stream or torch.cuda.is_current_stream_capturing():
             product.add_product(acc, a, b, alpha=scale, adds=adds)
             return
         current = torch.cuda.current_stream(acc.device)

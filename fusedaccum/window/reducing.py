@@ -78,6 +78,9 @@ class Reducing(Protocol):
     def changed(self) -> None:
         """The accumulators were changed between backwards, in this process alone."""
 
+    def expect_anew(self) -> None:
+        """A parameter may get another number of gradients in each backward from now on."""
+
     def keeps_back(self) -> bool:
         """Whether an engine keeps gradients back, to bring them with later ones."""
 
@@ -142,6 +145,9 @@ class Alone:
         pass
 
     def changed(self) -> None:
+        pass
+
+    def expect_anew(self) -> None:
         pass
 
     def keeps_back(self) -> bool:

@@ -143,7 +143,8 @@ def train(case: str) -> Report:
 
     engine: before, after (DDP before or after the optimizer), group (no DDP); option: DDP's;
     n: micro-batches; owner: n or loop; sync: every, last; net: "", tied, extra, reentrant, again;
-    dtype; clip; twice: backwards per micro-batch; compile: of what; fuse: Linear layers.
+    dtype; clip; twice: backwards per micro-batch; compile: of what; fuse: Linear layers,
+    first or late (before the second window).
     """
     given = dict(part.split("=") for part in case.split(","))
     n, owner = int(given.get("n", 4)), given.get("owner", "n")
@@ -169,7 +170,7 @@ def train(case: str) -> Report:
     )
     if engine == "after":
         net = DistributedDataParallel(model, **options)
-    if "fuse" in given:
+    if given.get("fuse") == "first":
         report_of = opt.fuse_linear_wgrad(net, min_numel=0)
         assert report_of.skipped == {} and len(report_of.fused) == (4 if model.extra else 3)
     params = list(model.parameters())
@@ -193,6 +194,8 @@ def train(case: str) -> Report:
             exact = mean_gradient(model, micros)
             exact = [g * halves for g in exact]  # the halves of a micro-batch are added
             log.clear()
+            if given.get("fuse") == "late" and window == 1:
+                assert opt.fuse_linear_wgrad(model, min_numel=0).skipped == {}
             for i in range(n):
                 is_last = i == n - 1
                 waits = engine in ("before", "after") and given.get("sync") != "every"

@@ -72,7 +72,7 @@ def check_dry_run(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert len(files) == 5 and any(name.endswith("finetune.json") for name in names)
     assert {row["operation"] for rows in files.values() for row in rows} == {
         *("accumulate_first", "accumulate", "accumulate_last_norm", "norm", "step", "window"),
-        *("linear_wgrad", "train_window", "reduced_window"),
+        *("linear_wgrad", "linear_layer", "train_window", "reduced_window"),
     }
     (cycle,) = (path for path in files if "cycle" in path.name)
     assert {(row["group"], row["n"]) for row in files[cycle]} == {(1, 1), (2, 2)}
@@ -88,6 +88,9 @@ def check_dry_run(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     linear = {row["variant"]: row for row in rows if row["operation"] == "linear_wgrad"}
     assert linear.keys() >= {"mm", "fused_functional", "per_tensor_add"}
     assert linear["mm"]["tokens"] == 64 and linear["fused_functional"]["grad_error"] < 4e-3
+    layers = {row["variant"]: row for row in rows if row["operation"] == "linear_layer"}
+    assert layers.keys() >= {"layer_plain", "layer_hook", "layer_fused"}
+    assert layers["layer_fused"]["grad_error"] < 1e-6
     text = (folder / "gpu.log").read_text("utf-8")
     assert "accumulate, norm, finalize, step: each ran, and is right" in text
     assert "REFUSED" not in text and "SKIPPED flashoptim_24: " in text

@@ -16,8 +16,10 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
+import fusedaccum
 from fusedaccum import FusedAccumOptimizer
 from fusedaccum.window import products
+from tests.distributed.docs_cases import blocks
 from tests.tolerances import equal_bits
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -719,3 +721,20 @@ def test_a_weight_that_is_written_between_forward_and_backward_is_refused() -> N
         layer.weight.mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+
+def test_the_code_of_the_page(capsys: pytest.CaptureFixture[str]) -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.large, self.small = nn.Linear(2048, 2048), nn.Linear(2048, 1)
+
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            return F.mse_loss(self.small(self.large(x)), y)
+
+    loader = [(torch.randn(2, 2048), torch.randn(2, 1))] * 8
+    given: dict[str, Any] = {"fusedaccum": fusedaccum, "torch": torch, "loader": loader}
+    given["model"] = Model()
+    exec(blocks("linear.md")["one call"], given)
+    assert given["opt"].window_closed
+    assert capsys.readouterr().out.startswith("('large',)\n{'small': 'small: 2,048 elements")
