@@ -28,8 +28,15 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(PIP) --no-build-isolation --editable '.[dev]'
 	@touch $@
 
-demo: $(INSTALLED)  ## train a small model with and without fusedaccum, and compare
-	$(PY) examples/train_gpt.py
+# Without linters, tests and frameworks, unless they are there already.
+.venv/.demo: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(PIP) setuptools
+	$(PIP) --no-build-isolation --editable '.[demo]'
+	@touch $@
+
+demo: $(or $(wildcard $(INSTALLED)),.venv/.demo)  ## fine-tune a small model with and without fusedaccum
+	$(PY) examples/finetune.py
 
 test: $(INSTALLED)  ## all tests; those that need a GPU skip themselves where there is none
 	$(PY) -m pytest -q $(PYTEST_ARGS)

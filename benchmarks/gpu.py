@@ -57,20 +57,20 @@ class Part:
 def parts(dry_run: bool, results: Path) -> dict[str, Part]:
     """All parts, in their order; the limits add up to less than 8 minutes."""
     tests = ["-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider"]
-    demo = [str(ROOT / "examples" / "train_gpt.py"), "--out", "."]
+    demo = [str(ROOT / "examples" / "finetune.py"), "--out", "."]
     if dry_run:
         own = ["--device", "cpu", "--backend", "triton"]
         # Kernels are interpreted, and the gate runs as many micro-batches.
         quick, n, train = [*own, "--quick", "--rounds", "1"], "2", ["--tokens", "16,32"]
         # Collecting all tests imports every framework; dry, those of one file are enough.
         tests += ["tests/backends/test_gpu.py"]
-        demo += ["--device", "cpu", "--quick", "--steps", "2"]
+        demo += ["--device", "cpu", "--quick"]
     else:
         own = quick = ["--device", "cuda"]
         n, train = "8", ["--budget", "4"]
         # There are hundreds of kernel variants to compile.
         tests += ["tests", *(["-n", "4"] if find_spec("xdist") else [])]
-        demo += ["--device", "cuda", "--seconds", "15"]
+        demo += ["--device", "cuda", "--updates", "12"]
     run = ["-m", "benchmarks.run", *quick, "--n", n]
     micro = [*run, "--forms", "eager", "--only", "micro", "--budget", "2"]
     cycle = [*run, "--forms", "eager", "--only", "cycle", "--budget", "3"]

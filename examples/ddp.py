@@ -64,15 +64,8 @@ def micro_batches(tokens: Tensor, rank: int, world: int, start: int) -> Iterator
         index += 1
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--updates", type=int, default=200)
-    parser.add_argument("--n", type=int, default=4, help="micro-batches per process and update")
-    parser.add_argument("--checkpoint", type=Path, help="resumed from; written at the end")
-    parser.add_argument("--quick", action="store_true", help="a smoke test")
-    args = parser.parse_args(argv)
-    updates = 4 if args.quick else args.updates
-
+def started() -> torch.device:
+    """Join the processes that torchrun started, or be alone; this one's device."""
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
@@ -83,6 +76,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     else:
         store = f"file://{tempfile.mkdtemp()}/store"
         dist.init_process_group(backend, init_method=store, rank=0, world_size=1)
+    return device
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--updates", type=int, default=200)
+    parser.add_argument("--n", type=int, default=4, help="micro-batches per process and update")
+    parser.add_argument("--checkpoint", type=Path, help="resumed from; written at the end")
+    parser.add_argument("--quick", action="store_true", help="a smoke test")
+    args = parser.parse_args(argv)
+    updates = 4 if args.quick else args.updates
+    device = started()
     rank, world = dist.get_rank(), dist.get_world_size()
 
     torch.manual_seed(0)

@@ -15,15 +15,16 @@ from __future__ import annotations
 
 import argparse
 import os
+import sysconfig
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
-from ddp import Model, micro_batches, text  # type: ignore[import-not-found]
+from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -32,15 +33,43 @@ from torch.optim.lr_scheduler import LinearLR
 import fusedaccum
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--updates", type=int, default=200)
-    parser.add_argument("--n", type=int, default=4, help="micro-batches per process and update")
-    parser.add_argument("--checkpoint", type=Path, help="resumed from; written at the end")
-    parser.add_argument("--quick", action="store_true", help="a smoke test")
-    args = parser.parse_args(argv)
-    updates = 4 if args.quick else args.updates
+class Model(nn.Module):
+    """Predicts the next byte from the `context` bytes before it."""
 
+    def __init__(self, context: int, dim: int) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(256, dim)
+        self.mix = nn.Conv1d(dim, dim, context)
+        self.body = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
+        self.head = nn.Linear(dim, 256)
+        self.context = context
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = F.pad(self.embed(ids).transpose(1, 2), (self.context - 1, 0))
+        x = self.mix(x).transpose(1, 2)
+        return self.head(x + self.body(F.layer_norm(x, x.shape[-1:])))  # type: ignore[no-any-return]
+
+
+def text() -> Tensor:
+    """The source of the standard library, a token per byte."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    joined = bytearray().join(file.read_bytes() for file in sorted(root.glob("*.py")))
+    return torch.frombuffer(joined, dtype=torch.uint8).long()
+
+
+def micro_batches(tokens: Tensor, rank: int, world: int, start: int) -> Iterator[Tensor]:
+    """Sequences of this process, of unequal length, from micro-batch `start` on."""
+    index = start
+    while True:
+        generator = torch.Generator().manual_seed(index * world + rank)
+        length = int(torch.randint(32, 129, (1,), generator=generator))
+        starts = torch.randint(len(tokens) - length - 1, (8, 1), generator=generator)
+        yield tokens[starts + torch.arange(length + 1)]
+        index += 1
+
+
+def started() -> torch.device:
+    """Join the processes that torchrun started, or be alone; this one's device."""
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
@@ -51,6 +80,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     else:
         store = f"file://{tempfile.mkdtemp()}/store"
         dist.init_process_group(backend, init_method=store, rank=0, world_size=1)
+    return device
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--updates", type=int, default=200)
+    parser.add_argument("--n", type=int, default=4, help="micro-batches per process and update")
+    parser.add_argument("--checkpoint", type=Path, help="resumed from; written at the end")
+    parser.add_argument("--quick", action="store_true", help="a smoke test")
+    args = parser.parse_args(argv)
+    updates = 4 if args.quick else args.updates
+    device = started()
     rank, world = dist.get_rank(), dist.get_world_size()
 
     torch.manual_seed(0)
@@ -94,7 +135,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         weights, states = get_state_dict(model, optimizer)
         saved = {"model": weights, "optimizer": states, "scheduler": scheduler}
         dcp.save(saved, checkpoint_id=args.checkpoint)  # type: ignore[attr-defined]
-    held = sum(p.to_local().numel() for p in model.parameters())
+    held = sum(p.to_local().numel() for p in model.parameters())  # type: ignore[attr-defined]
     n = sum(p.numel() for p in model.parameters())
     if rank == 0:
         print(f"{world} processes, {updates} updates, rank 0 holds {held} of {n} parameters")

@@ -24,6 +24,7 @@ from .window.advice import Advice
 from .window.collector import Collector
 from .window.engines import exchanged, refuse_exchange
 from .window.grad_scaler import Scaling
+from .window.linears import Linears
 from .window.shards import is_sharded
 from .window.trouble import PART
 from .window.weights import Window
@@ -41,6 +42,7 @@ class Core:
     Attributes:
         window, scaling, collector, updater: the parts.
         processes: what other processes have to do with it.
+        linears: layers whose weight gradients never exist.
         window_closed: whether the last step() or flush() ended a window.
     """
 
@@ -54,6 +56,7 @@ class Core:
         self._moving: dict[str, Any] | None = None
         self.processes = Processes(weakref.ref(self), type(optimizer), options)
         self._build()
+        self.linears = Linears(self.collector)
         self.processes.broadcast(self.collector.slots)
 
     def _build(self) -> None:
@@ -116,6 +119,13 @@ class Core:
         self.collector.adder.wants_norm = options.wants_norm
         self.options = self.processes.options = options
 
+    def detach(self) -> None:
+        """Give the parameters and the model back."""
+        self.linears.unfuse()
+        self.updater.states.release()
+        self.collector.reduction.detach()
+        self.collector.attached.detach()
+
     # --- gradients ---
 
     def collect(self) -> None:
@@ -170,6 +180,7 @@ class Core:
             refuse_exchange(self.collector.slots, self.optimizer.param_groups)
         self.collector.attached.detach()
         self._build()
+        self.linears.follow(self.collector)
 
     def _reattach(self) -> None:
         """Build everything anew for parameters that moved; states move with them."""
@@ -178,6 +189,7 @@ class Core:
         norm = self.updater.grad_norm
         self.collector.attached.detach()
         self._build()
+        self.linears.follow(self.collector)
         checkpoint.load(self._moving, self.updater)
         self.updater.grad_norm = None if norm is None else norm.to(self.collector.attached.device)
         self._moving = None

@@ -228,7 +228,7 @@ class FusedAccumOptimizer(SharingOptimizer):
     def step(self, closure: Closure | None = None) -> Any:
         """Close the micro-batch; update if that ends the window.
 
-        Nothing waits for the device (but see the README for optimizers without a fused rule).
+        Nothing waits for the device (but docs/wrong_use.md names the exception).
 
         Args:
             closure: run first, with gradients enabled; its value is returned.
@@ -324,9 +324,7 @@ class FusedAccumOptimizer(SharingOptimizer):
                 f"detach() inside a window would lose {self.micro_batches} micro-batches: "
                 "call flush() (or step()) to use them, or zero_grad() to discard them, first"
             )
-        core.updater.states.release()
-        core.collector.reduction.detach()
-        core.collector.attached.detach()
+        core.detach()
         return self.optimizer
 
     def state_dict(self) -> dict[str, Any]:
@@ -352,7 +350,8 @@ class FusedAccumOptimizer(SharingOptimizer):
         self._core.load(state_dict)
 
     def __repr__(self) -> str:
-        return describe.describe(self._core.updater, self._core.options)
+        core = self._core
+        return describe.describe(core.updater, core.options, core.linears.describe())
 
     def __getattr__(self, name: str) -> Any:
         value = super().__getattr__(name)
@@ -383,6 +382,8 @@ class FusedAccumOptimizer(SharingOptimizer):
 
     join_device = property(lambda self: self._core.collector.attached.device)
     join_process_group = property(lambda self: self.process_group)
+
+    _linears = property(lambda self: self._core.linears)
 
     def _take_parameters(self) -> None:
         self._core.check_params()

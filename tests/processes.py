@@ -9,7 +9,7 @@ import subprocess
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -106,3 +106,31 @@ def agreeing(results: list[dict[str, Any]]) -> Callable[[str], Any]:
         return first
 
     return of
+
+
+class Groups:
+    """Groups of several sizes that run cases of one module, each when it is first asked for.
+
+    Args:
+        module, folder: see `run`.
+        cases: by the number of processes.
+        first: the size of a group whose cases the others need, if there is one.
+    """
+
+    def __init__(
+        self,
+        module: str,
+        cases: Mapping[int, Sequence[str]],
+        folder: Path,
+        first: int | None = None,
+    ) -> None:
+        self._module, self._cases, self._folder, self._first = module, cases, folder, first
+        self._ran: dict[int, Callable[[str], Any]] = {}
+
+    def __call__(self, world: int, case: str) -> Any:
+        """What a case returned in a group of `world` processes; see `agreeing`."""
+        for size in (self._first, world):
+            if size is not None and size not in self._ran:
+                results = run(self._module, self._cases[size], size, self._folder)
+                self._ran[size] = agreeing(results)
+        return self._ran[world](case)

@@ -1,4 +1,4 @@
-"""The READMEs' tables, made from the rows under benchmarks/results and from the code.
+"""The tables of README and docs, made from the rows under benchmarks/results and from the code.
 
     python -m tests.readme_tables            say which tables are not as they would be made
     python -m tests.readme_tables --write    write them
@@ -21,7 +21,10 @@ from tests import readme_optimizers
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-READMES = (ROOT / "README.md", ROOT / "benchmarks" / "README.md")
+PAGES = tuple(
+    ROOT / name
+    for name in ("README.md", "docs/numbers.md", "docs/optimizers.md", "benchmarks/README.md")
+)
 BEGIN = "<!-- {}: python -m tests.readme_tables --write -->\n"
 END = "<!-- end -->"
 
@@ -30,7 +33,7 @@ Row = dict[str, Any]
 CYCLE, LORA = "2026-11-22-cycle-eager-3", "2026-11-22-cycle-eager-2"
 MICRO, COMPILED = "2026-11-22-micro-eager", "2026-11-22-all-compiled"
 TRAINING, LONG = "2026-11-22-end-to-end", "2026-11-22-end-to-end-2"
-DEMO = "intel-r-xeon-r-processor-2.30ghz/2026-11-22-demo.json"
+DEMO = "intel-r-xeon-r-processor/2026-11-29-demo.json"
 
 
 # --- from rows to cells ---
@@ -208,17 +211,18 @@ def training() -> str:
 
 
 def demo() -> str:
-    results = json.loads((RESULTS / DEMO).read_text("utf-8"))["results"]
+    row = json.loads((RESULTS / DEMO).read_text("utf-8"))
     lines = []
     for name in TRAINED.values():
-        row = results[name]
-        kept, ms = f"{row['bytes_per_parameter']:.0f}", f"{row['window_ms']:.1f}"
-        lines.append([name, scientific(row["gradient_error_64"], 1), kept, ms])
-    columns = ["mean gradient of N = 64 off by", "bytes per parameter at rest", "a window, ms"]
+        result = row["results"][name]
+        fell, kept = row["loss_before"] - result["loss"], f"{result['bytes_per_parameter']:.0f}"
+        lines.append([name, f"{fell:.4f}", scientific(result["gradient_error"], 1), kept])
+    columns = ["validation loss fell by", "mean gradient of N = 64 off by",
+               "bytes per parameter at rest"]  # fmt: skip
     return table(["", *columns], lines)
 
 
-# --- the READMEs ---
+# --- the pages ---
 
 TABLES: dict[str, Callable[[], str]] = {
     "optimizers": readme_optimizers.table,
@@ -233,12 +237,12 @@ TABLES: dict[str, Callable[[], str]] = {
 
 
 def names(text: str) -> list[str]:
-    """Of the tables in a README, in order."""
+    """Of the tables in a page, in order."""
     return re.findall(BEGIN.format("(.*)").rstrip("\n"), text)
 
 
 def remade(text: str, wanted: Iterable[str]) -> str:
-    """A README's text with these of its tables made anew."""
+    """A page's text with these of its tables made anew."""
     for name in wanted:
         before, rest = text.split(BEGIN.format(name))
         _, after = rest.split(END, 1)
@@ -248,7 +252,7 @@ def remade(text: str, wanted: Iterable[str]) -> str:
 
 def main(argv: list[str]) -> int:
     stale = 0
-    for path in READMES:
+    for path in PAGES:
         text = path.read_text("utf-8")
         new = remade(text, names(text))
         if argv == ["--write"]:

@@ -164,7 +164,7 @@ class Membership:
         member = self.member
         device = member.collector.attached.device
         member.scaling.is_behind = False
-        anybody = torch.tensor(float(is_behind), device=device)
+        anybody = torch.tensor(float(is_behind), dtype=torch.float32, device=device)
         dist.all_reduce(anybody, group=group)
         if not anybody:
             return
@@ -178,7 +178,7 @@ class Membership:
         assert self._group is not None
         collector = self.member.collector
         rank = dist.get_rank(self._group) if is_last else -1
-        last = torch.tensor(rank, device=collector.attached.device)
+        last = torch.tensor(rank, dtype=torch.int64, device=collector.attached.device)
         dist.all_reduce(last, dist.ReduceOp.MAX, self._group)
         broadcast(collector.slots, self._group, int(last))
         self.follow(int(last), self._group, not is_last)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 from .. import backends
@@ -12,8 +13,8 @@ from ..rules import registry
 from .updater import Updater
 
 
-def describe(updater: Updater, options: Options) -> str:
-    """A few lines for people."""
+def describe(updater: Updater, options: Options, more: Sequence[str] = ()) -> str:
+    """A few lines for people; `more` come last."""
     backend, max_grad_norm = options.backend, options.max_grad_norm
     inner, collector = updater.optimizer, updater.collector
     window = collector.window
@@ -42,7 +43,7 @@ def describe(updater: Updater, options: Options) -> str:
         else:
             path = f"native step on fp32 gradients ({registry.reason(inner)})"
         lines.append(f"  group {index}: {path}; {_params(group['params'], updater)}")
-    return "\n".join(lines)
+    return "\n".join([*lines, *more])
 
 
 def _params(params: list[Any], updater: Updater) -> str:

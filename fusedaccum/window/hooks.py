@@ -60,6 +60,7 @@ class Attached:
         groups: the optimizer's param groups, as they were last seen.
         n_cells: partial sums of squares of all of them.
         taken_over: whether another wrapper has the parameters now.
+        when_taken_over: gives what is called then, or None.
     """
 
     def __init__(
@@ -75,6 +76,7 @@ class Attached:
         self.groups: Sequence[dict[str, Any]] = ()
         self.n_cells = 0
         self.taken_over = False
+        self.when_taken_over: Callable[[], Callable[[], None] | None] = lambda: None
         self._check, self._deal = check, deal
 
     def attach(self, named_params: Iterable[tuple[str, Tensor]]) -> None:
@@ -98,6 +100,8 @@ class Attached:
         for owner in owners.values():
             owner.detach()
             owner.taken_over = True
+            if (taken_over := owner.when_taken_over()) is not None:
+                taken_over()
         owners_of = self._deal.owners([param for _, param in named])
         kinds = [(p.dtype, rank) for (_, p), rank in zip(named, owners_of, strict=True)]
         blocks = {
@@ -189,6 +193,8 @@ class Attached:
         def prehook(grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...] | None:
             arriving, owner = slot_ref(), owner_ref()
             if arriving is not None and owner is not None and arriving.node is not None:
+                if arriving.takes_products and grads[0] is None:
+                    return None  # on a GPU this may be another thread than the backward's
                 owner.arrive(arriving, grads[0] is not None)
                 # Here, where every process is at the same place of the same graph.
                 if arriving.shard is not None and grads[0] is not None:

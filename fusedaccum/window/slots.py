@@ -73,6 +73,8 @@ class Slot:
         is_zero: whether `acc` holds zeros because somebody asked for them.
         pending: whether a gradient waits in the collector's queue.
         is_due: whether that is one, and not a None.
+        takes_products: whether gradients may come as products (`products.Products`), beside which
+            autograd brings a None that means nothing.
         cell, n_cells: where its partial sums of squares are.
         sums_version: version of `grad` that the partial sums belong to, None if they do not.
         has_sums: whether its cells may hold something other than zero.
@@ -84,7 +86,7 @@ class Slot:
         "__weakref__", "acc", "block", "cell", "closed_version", "device", "dtype",
         "fill", "grad", "has_sums", "hook", "is_contiguous", "is_due", "is_own", "is_zero",
         "n_cells", "nbytes", "node", "numel", "param", "pending", "position", "row", "shape",
-        "shard", "stride", "sums_version", "updater",
+        "shard", "stride", "sums_version", "takes_products", "updater",
     )  # fmt: skip
 
     def __init__(
@@ -111,7 +113,7 @@ class Slot:
         self.acc: Tensor = None  # type: ignore[assignment]  # see `allocate`
         self.grad: Tensor | None = None
         self.fill = Fill.EMPTY
-        self.pending = self.has_sums = self.is_zero = self.is_due = False
+        self.pending = self.has_sums = self.is_zero = self.is_due = self.takes_products = False
         self.closed_version = 0
         self.sums_version: int | None = None
         self.node: Any = None

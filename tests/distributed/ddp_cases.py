@@ -143,7 +143,7 @@ def train(case: str) -> Report:
 
     engine: before, after (DDP before or after the optimizer), group (no DDP); option: DDP's;
     n: micro-batches; owner: n or loop; sync: every, last; net: "", tied, extra, reentrant, again;
-    dtype; clip; twice: backwards per micro-batch; compile: of what.
+    dtype; clip; twice: backwards per micro-batch; compile: of what; fuse: Linear layers.
     """
     given = dict(part.split("=") for part in case.split(","))
     n, owner = int(given.get("n", 4)), given.get("owner", "n")
@@ -169,6 +169,9 @@ def train(case: str) -> Report:
     )
     if engine == "after":
         net = DistributedDataParallel(model, **options)
+    if "fuse" in given:
+        report_of = opt.fuse_linear_wgrad(net, min_numel=0)
+        assert report_of.skipped == {} and len(report_of.fused) == (4 if model.extra else 3)
     params = list(model.parameters())
     called = torch.compile(net, backend="aot_eager") if "compile" in given else net
 

@@ -251,6 +251,33 @@ def compiled() -> Report:
     return {"off": off(*results)}
 
 
+def fused_linears(order: str) -> Report:
+    """Shards are left out, and a layer that was fused before it was sharded is so no more."""
+    if order == "before":
+        torch.manual_seed(0)
+        model = Odd()
+        opt = FusedAccumOptimizer(adamw(model), N)
+        n_fused = len(opt.fuse_linear_wgrad(model, min_numel=0).fused)
+        sharded(model, init_device_mesh("cpu", (dist.get_world_size(),)))
+        for group in opt.param_groups:
+            group["params"] = list(model.parameters())
+        opt._core.check_params()
+    else:
+        model = build()
+        opt = FusedAccumOptimizer(adamw(model), N)
+        report = opt.fuse_linear_wgrad(model, min_numel=0)
+        n_fused = len(report.fused)
+    plain = build()
+    train(model, opt, range(2))
+    other = FusedAccumOptimizer(adamw(plain), N)
+    train(plain, other, range(2))
+    opt.unfuse_linear_wgrad()
+    for net, each in ((model, opt), (plain, other)):
+        train(net, each, range(2, 3))
+    reasons = [] if order == "before" else sorted(r.split(":")[0] for r in report.skipped.values())
+    return {"off": off(values(model), values(plain)), "fused": n_fused, "skipped": reasons}
+
+
 def comes_back() -> Report:
     """detach() gives plain torch back, and another wrapper may be made."""
     model, plain = build(), build()

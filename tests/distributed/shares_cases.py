@@ -154,13 +154,14 @@ def loops(how: str) -> Report:
     }
 
 
-def bytes_per_parameter(dtype: str) -> Report:
-    """What this process keeps, of parameters that can be dealt out evenly."""
+def bytes_per_parameter(case: str) -> Report:
+    """ "bf16-part", or "-all": what this process keeps, of parameters that can be dealt out evenly;
+    DDP's own buckets aside."""
+    dtype, shares = case.split("-")
     model = nn.Sequential(*(nn.Linear(64, 64, bias=False) for _ in range(8))).to(DTYPES[dtype])
-    opt = FusedAccumOptimizer(
-        torch.optim.AdamW(model.parameters()), process_group=dist.group.WORLD, shard_states=True
-    )
-    model(torch.randn(2, 64, dtype=DTYPES[dtype])).float().square().sum().backward()
+    net = DistributedDataParallel(model)
+    opt = FusedAccumOptimizer(torch.optim.AdamW(model.parameters()), shard_states=shares == "part")
+    net(torch.randn(2, 64, dtype=DTYPES[dtype])).float().square().sum().backward()
     opt.step()
     slots = list(opt._core.collector.slots.values())
     flats = [t for slot in slots for t in slot.block._flats.values()]

@@ -32,6 +32,20 @@ CASES += [
         "dtype=fp32,compile=model",
     )
 ]  # fmt: skip
+# With Linear layers whose weight gradients go from the GEMM into the accumulators.
+FUSED = [
+    f"train:fuse=1,engine={engine},{more}"
+    for engine, more in [
+        ("before", "dtype=fp32,owner=loop,net=reentrant"), ("before", "dtype=fp32,compile=model"),
+        ("before", "dtype=fp32,option=unused,net=extra"), ("before", "n=1"),
+        ("before", "dtype=fp32,option=static-view,net=again"), ("before", "dtype=fp32,net=tied"),
+        ("after", "dtype=fp32,owner=loop,option=view"),
+        ("before", "dtype=fp32,owner=loop,sync=every"),
+        ("group", "dtype=fp32,clip=0.1"), ("group", "net=again,twice=2"),
+        ("group", "dtype=fp32,net=extra"),
+    ]
+]  # fmt: skip
+CASES += FUSED
 
 
 @pytest.fixture(scope="module")
@@ -47,8 +61,11 @@ def test_every_process_has_the_mean_gradient_of_all(
 ) -> None:
     result = two(case)
     assert len(result["gradient"]) == 3
-    assert max(result["gradient"]) < (1e-7 if "fp32" in case else 3e-8)
-    assert max(result["norm"]) < 1e-7
+    # A GEMM that adds rounds in other places, and no weight gradient to bf16, as float64's were.
+    is_rounded_elsewhere = "fuse" in case and "fp32" not in case
+    limit = 3e-3 if is_rounded_elsewhere else 1e-7
+    assert max(result["gradient"]) < (limit if "fuse" in case or "fp32" in case else 3e-8)
+    assert max(result["norm"]) < limit
     assert result["same"]
 
 

@@ -5,12 +5,9 @@ The processes of a group are started once; sharded_cases.py is what they run.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import pytest
 
-from tests import processes
+from tests.processes import Groups
 
 CASES = {
     2: [
@@ -40,22 +37,13 @@ CASES = {
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int, str], Any]:
-    groups: dict[int, Callable[[str], Any]] = {}
-
-    def of(world: int, case: str) -> Any:
-        if world not in groups:
-            folder = tmp_path_factory.mktemp("group")
-            found = processes.run("tests.distributed.sharded_cases", CASES[world], world, folder)
-            groups[world] = processes.agreeing(found)
-        return groups[world](case)
-
-    return of
+def results(tmp_path_factory: pytest.TempPathFactory) -> Groups:
+    return Groups("tests.distributed.sharded_cases", CASES, tmp_path_factory.mktemp("group"))
 
 
 @pytest.mark.parametrize(("world", "case"), [(n, case) for n in CASES for case in CASES[n]])
 def test_shards_hold_the_mean_gradient_of_all_and_step_by_it(
-    results: Callable[[int, str], Any], world: int, case: str
+    results: Groups, world: int, case: str
 ) -> None:
     result = results(world, case)
     assert len(result["gradient"]) == 3

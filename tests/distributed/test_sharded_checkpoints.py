@@ -6,12 +6,9 @@ The processes of a group are started once; sharded_checkpoint_cases.py is what t
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import pytest
 
-from tests import processes
+from tests.processes import Groups
 
 MODULE = "tests.distributed.sharded_checkpoint_cases"
 FORMS = [
@@ -22,31 +19,19 @@ FORMS = [
     )
 ]  # fmt: skip
 FILES = [f"{w}-{how}" for w in ("closed", "open", "weighted") for how in ("same", "turned")]
-Results = Callable[[int, str], Any]
+LOADED = [*(f"loaded:{form}" for form in FORMS), "container:loaded"]
+SAVED = [*(f"saved:{form}" for form in FORMS), "container:saved"]
+CASES = {2: [*SAVED, *LOADED, "full", *(f"files:{how}" for how in FILES)], 1: LOADED, 4: LOADED}
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
-    folder = tmp_path_factory.mktemp("group")
-    groups: dict[int, Callable[[str], Any]] = {}
-
-    def of(world: int, case: str) -> Any:
-        if world not in groups:
-            cases = [*(f"loaded:{form}" for form in FORMS), "container:loaded"]
-            if world == 2:
-                cases = [*(f"saved:{form}" for form in FORMS), "container:saved", *cases]
-                cases += ["full", *(f"files:{how}" for how in FILES)]
-            elif 2 not in groups:
-                of(2, "full")
-            groups[world] = processes.agreeing(processes.run(MODULE, cases, world, folder))
-        return groups[world](case)
-
-    return of
+def results(tmp_path_factory: pytest.TempPathFactory) -> Groups:
+    return Groups(MODULE, CASES, tmp_path_factory.mktemp("group"), first=2)
 
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("world", [1, 2, 4])
-def test_saved_by_two_processes_and_loaded_by(results: Results, world: int, form: str) -> None:
+def test_saved_by_two_processes_and_loaded_by(results: Groups, world: int, form: str) -> None:
     result = results(world, f"loaded:{form}")
     assert result["now"] == [0.0, 0.0]
     is_open = form.endswith("open")
@@ -57,16 +42,16 @@ def test_saved_by_two_processes_and_loaded_by(results: Results, world: int, form
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])
-def test_a_container_of_optimizers_as_torchtitan_has_it(results: Results, world: int) -> None:
+def test_a_container_of_optimizers_as_torchtitan_has_it(results: Groups, world: int) -> None:
     assert results(world, "container:loaded")["off"] <= (0.0 if world == 2 else 1e-6)
 
 
-def test_a_whole_state_dict_broadcast(results: Results) -> None:
+def test_a_whole_state_dict_broadcast(results: Groups) -> None:
     assert results(2, "full")["off"] == [0.0, 0.0]
 
 
 @pytest.mark.parametrize("how", FILES)
-def test_a_file_of_each_process(results: Results, how: str) -> None:
+def test_a_file_of_each_process(results: Groups, how: str) -> None:
     result = results(2, f"files:{how}")
     if how.endswith("same"):
         assert result == {"same": True}

@@ -7,47 +7,46 @@ are what they run.
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests import processes
+from tests.processes import Groups
 
 SERVING, GRADIENTS = (f"tests.distributed.sharded_{name}_cases" for name in ("serving", "gradient"))
 WAYS = ["late", "unused", "reentrant", "other"]
 ONE = ["adamw-fp32", "adamw-bf16", "sgd-fp32", "nadam-bf16"]
 HELD = ["weighted", "plain", "loop"]
-CASES = {
-    (SERVING, 2): [
-        *(f"ways:{how}" for how in WAYS), *(f"against_one_process:{case}" for case in ONE),
-        "beside_stock:muon", "placed", "bytes_per_parameter:fp32", "bytes_per_parameter:bf16",
-        "two_optimizers", "stochastic", "compiled", "comes_back", "exchanged:at once",
-        "exchanged:late", "refused",
-    ],
-    (GRADIENTS, 2): [
-        "one_overflows:data", "one_overflows:shard", "hooks_of_users", "loop_goes_on", "by_hand",
-        "synchronises:gradient", *(f"held_back:{how}" for how in HELD),
-    ],
-    (GRADIENTS, 4): ["synchronises:reduce", "synchronises:reduce-weighted"],
-    (SERVING, 4): ["bytes_per_parameter:fp32", "bytes_per_parameter:bf16"],
-    (SERVING, 1): ["bytes_per_parameter:fp32", "bytes_per_parameter:bf16", "ways:late"],
+BYTES = ["bytes_per_parameter:fp32", "bytes_per_parameter:bf16"]
+CASES: dict[str, dict[int, list[str]]] = {
+    SERVING: {
+        1: [*BYTES, "ways:late"],
+        2: [
+            *(f"ways:{how}" for how in WAYS), *(f"against_one_process:{case}" for case in ONE),
+            *BYTES, "beside_stock:muon", "placed", "two_optimizers", "stochastic", "compiled",
+            "comes_back", "exchanged:at once", "exchanged:late", "refused",
+            "fused_linears:before", "fused_linears:after",
+        ],
+        4: BYTES,
+    },
+    GRADIENTS: {
+        2: [
+            "one_overflows:data", "one_overflows:shard", "hooks_of_users", "loop_goes_on",
+            "by_hand", "synchronises:gradient", *(f"held_back:{how}" for how in HELD),
+        ],
+        4: ["synchronises:reduce", "synchronises:reduce-weighted"],
+    },
 }  # fmt: skip
 Results = Callable[[str, int, str], Any]
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
-    groups: dict[tuple[str, int], Callable[[str], Any]] = {}
-
-    def of(module: str, world: int, case: str) -> Any:
-        key = module, world
-        if key not in groups:
-            folder: Path = tmp_path_factory.mktemp("group")
-            groups[key] = processes.agreeing(processes.run(module, CASES[key], world, folder))
-        return groups[key](case)
-
-    return of
+    groups = {
+        module: Groups(module, cases, tmp_path_factory.mktemp("group"))
+        for module, cases in CASES.items()
+    }
+    return lambda module, world, case: groups[module](world, case)
 
 
 @pytest.mark.parametrize("case", ONE)
@@ -94,6 +93,13 @@ def test_stochastic_rounding_of_shards(results: Results) -> None:
 
 def test_a_compiled_model(results: Results) -> None:
     assert results(SERVING, 2, "compiled")["off"] < 1e-6
+
+
+def test_linear_layers_of_shards_are_not_fused(results: Results) -> None:
+    after, before = (results(SERVING, 2, f"fused_linears:{order}") for order in ("after", "before"))
+    assert after["fused"] == 0 and before["fused"] == 3  # but the one of one row
+    assert max(after["off"], before["off"]) < 1e-6
+    assert after["skipped"] and set(after["skipped"]) <= {"a DTensor", "a subclass"}
 
 
 def test_plain_torch_comes_back(results: Results) -> None:

@@ -5,12 +5,11 @@ The processes of a group are started once; shares_cases.py is what they run.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import pytest
+import torch
 
-from tests import processes
+from fusedaccum import FusedAccumOptimizer
+from tests.processes import Groups
 
 MODULE = "tests.distributed.shares_cases"
 BESIDE = ["adamw-bf16-ddp", "adamw-fp32-group", "sgd-bf16-ddp", "muon-bf16-ddp",
@@ -19,7 +18,7 @@ LOOPS = ["loop", "weights", "unfrozen", "few"]
 FORMS = ["nested", "flat"]
 LOADED = [f"{form}-{whose}" for form in FORMS for whose in ("part", "all")]
 FILES = [f"{window}-{whose}" for window in ("closed", "open") for whose in ("own", "other")]
-BYTES = [f"bytes_per_parameter:{dtype}" for dtype in ("fp32", "bf16")]
+BYTES = [f"bytes_per_parameter:{case}" for case in ("fp32-part", "bf16-part", "bf16-all")]
 CASES = {
     2: [
         *(f"beside_all:{case}" for case in BESIDE), *(f"loops:{how}" for how in LOOPS), *BYTES,
@@ -30,62 +29,49 @@ CASES = {
     4: [*BYTES, "beside_all:adamw-bf16-ddp", *(f"loaded:{case}" for case in LOADED)],
     1: [*BYTES, *(f"loaded:{case}" for case in LOADED)],
 }  # fmt: skip
-Results = Callable[[int, str], Any]
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
-    folder = tmp_path_factory.mktemp("group")
-    groups: dict[int, Callable[[str], Any]] = {}
-
-    def of(world: int, case: str) -> Any:
-        if world not in groups:
-            if world != 2:
-                of(2, CASES[2][0])  # which saves
-            ran = processes.run(MODULE, CASES[world], world, folder)
-            groups[world] = processes.agreeing(ran)
-        return groups[world](case)
-
-    return of
+def results(tmp_path_factory: pytest.TempPathFactory) -> Groups:
+    return Groups(MODULE, CASES, tmp_path_factory.mktemp("group"), first=2)
 
 
 @pytest.mark.parametrize(
     ("world", "case"), [*((2, case) for case in BESIDE), (4, "adamw-bf16-ddp")]
 )
-def test_all_bits_are_those_of_a_run_that_keeps_all(
-    results: Results, world: int, case: str
-) -> None:
+def test_all_bits_are_those_of_a_run_that_keeps_all(results: Groups, world: int, case: str) -> None:
     result = results(world, f"beside_all:{case}")
     assert set(result) == {"weights", "names", "states", "norm", "same"}
     assert all(result.values()), result
 
 
 @pytest.mark.parametrize("how", LOOPS)
-def test_loops(results: Results, how: str) -> None:
+def test_loops(results: Groups, how: str) -> None:
     assert results(2, f"loops:{how}") == {"weights": True, "same": True, "norm": True}
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])
-def test_bytes_per_parameter(results: Results, world: int) -> None:
+def test_bytes_per_parameter(results: Groups, world: int) -> None:
     """Parameter and accumulator whole, moments and remainder in parts."""
-    assert results(world, "bytes_per_parameter:fp32")["bytes"] == 4 + 4 + 8 / world
-    assert results(world, "bytes_per_parameter:bf16")["bytes"] == 2 + 4 + 10 / world
+    assert results(world, "bytes_per_parameter:fp32-part")["bytes"] == 4 + 4 + 8 / world
+    assert results(world, "bytes_per_parameter:bf16-part")["bytes"] == 2 + 4 + 10 / world
+    assert results(world, "bytes_per_parameter:bf16-all")["bytes"] == 16
 
 
-def test_an_overflow_is_skipped_by_all(results: Results) -> None:
+def test_an_overflow_is_skipped_by_all(results: Groups) -> None:
     result = results(2, "overflows:data")
     assert result == {"unchanged": True, "skipped": 1, "went on": True, "same": True}
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])
 @pytest.mark.parametrize("case", LOADED)
-def test_saved_by_two_processes_and_loaded_by(results: Results, world: int, case: str) -> None:
+def test_saved_by_two_processes_and_loaded_by(results: Groups, world: int, case: str) -> None:
     # The mean of another number of equal gradients may be rounded in another way.
     assert results(world, f"loaded:{case}")["off"] <= (0.0 if world == 2 else 1e-6)
 
 
 @pytest.mark.parametrize("case", FILES)
-def test_a_file_of_each_process(results: Results, case: str) -> None:
+def test_a_file_of_each_process(results: Groups, case: str) -> None:
     result = results(2, f"files:{case}")
     if case.endswith("own"):
         assert result == {"off": 0.0}
@@ -93,11 +79,11 @@ def test_a_file_of_each_process(results: Results, case: str) -> None:
         assert "the shards of rank S of 2 processes, this is rank R of 2" in result["error"]
 
 
-def test_a_state_dict_of_all(results: Results) -> None:
+def test_a_state_dict_of_all(results: Groups) -> None:
     assert results(2, "from_all:state") == {"weights": True, "states": True}
 
 
-def test_refused(results: Results) -> None:
+def test_refused(results: Groups) -> None:
     result = results(2, "refused")
     assert "nothing averages gradients over processes" in result["alone"]
     assert "are in no DistributedDataParallel module" in result["part"]
@@ -108,10 +94,6 @@ def test_refused(results: Results) -> None:
 
 
 def test_one_process_has_nobody_to_share_with() -> None:
-    import torch
-
-    from fusedaccum import FusedAccumOptimizer
-
     inner = torch.optim.AdamW(torch.nn.Linear(2, 2).parameters())
     with pytest.raises(ValueError, match=r"call torch.distributed.init_process_group\(\) first"):
         FusedAccumOptimizer(inner, shard_states=True)

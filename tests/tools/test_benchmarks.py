@@ -69,7 +69,7 @@ def check_dry_run(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     names = {path.name for path in folder.iterdir()}
     assert len(names) <= 8 and "gpu.log" in names
     files = {path: check_rows(path) for path in folder.glob("*-quick.json")}
-    assert len(files) == 5 and any(name.endswith("train_gpt.json") for name in names)
+    assert len(files) == 5 and any(name.endswith("finetune.json") for name in names)
     assert {row["operation"] for rows in files.values() for row in rows} == {
         *("accumulate_first", "accumulate", "accumulate_last_norm", "norm", "step", "window"),
         *("linear_wgrad", "train_window", "reduced_window"),

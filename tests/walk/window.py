@@ -210,8 +210,9 @@ class Window:
         """A backward that raises after these gradients."""
         if self.removed or self.destroyed or self.has_assigned or self.weight is not None:
             raise Unspecified("broken twice")
-        if not all(slot.is_attached for slot in self.slots):
-            raise Unspecified("what the wrapper has not seen yet")
+        is_seen = all(slot.is_attached for slot in self.slots)
+        if not is_seen or any(self.slots[i].by_save for i in grads):
+            raise Unspecified("what the wrapper has not seen yet, or only because of a save")
         if self.weighted and grads:
             self.expected.error = RuntimeError
             return
