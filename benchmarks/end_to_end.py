@@ -47,19 +47,25 @@ MAX_LOSS_ERROR = 1e-5
 
 
 class WaitingClock(timing.Clock):
-    """Seconds of the wall, as a training run sees them: until the device has finished.
+    """Milliseconds of the wall, as a training run sees them: until the device has finished.
 
     The host's own time is part of it, unlike in the rows of single operations.
     """
 
-    warm_calls = 1
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.warm_calls = 1 if device.type == "cuda" else 0
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
 
     def time(self, run: Callable[[], object], lead: float) -> tuple[float, float]:
-        torch.cuda.synchronize()
+        self._wait()
         began = time.perf_counter()
         run()
         host = 1e3 * (time.perf_counter() - began)
-        torch.cuda.synchronize()
+        self._wait()
         return 1e3 * (time.perf_counter() - began), host
 
 
@@ -145,7 +151,7 @@ class Run(Suite):
         name = "end-to-end-quick" if args.quick else "end-to-end"
         device, plan = torch.device(args.device), Plan(n=4, backend=args.backend)
         super().__init__(device, plan, name=name, rounds=args.rounds, budget_s=args.budget)
-        self.clock = WaitingClock() if device.type == "cuda" else timing.Clock()
+        self.clock = WaitingClock(device)
         self.size = args.size
         self.model = decoder.build(decoder.SIZES[args.size], device)
         # The loops that passed, with their errors. Of a small model: fp64 copies are large.

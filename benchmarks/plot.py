@@ -117,16 +117,9 @@ def conditions(rows: Sequence[Row]) -> str:
         return ", ".join(dict.fromkeys(str(row[key]) for row in rows if row.get(key) is not None))
 
     loads = [row["load"] for row in rows]
-    parts = [
-        several("device"),
-        f"driver {several('driver')}" if several("driver") else f"{several('n_threads')} threads",
-        f"torch {several('torch')}",
-        several("model"),
-        f"commit {several('commit')}",
-        several("date"),
-        f"load {min(loads):.1f} to {max(loads):.1f}",
-        f"medians, bars from p20 to p80; rows: {several('file')}",
-    ]
+    parts = [several(key) for key in ("device", "driver", "torch", "model", "commit", "date")]
+    parts.append(f"{several('n_threads')} threads, load {min(loads):.1f} to {max(loads):.1f}")
+    parts.append(f"medians, bars from p20 to p80; rows: {several('file')}")
     return "; ".join(filter(None, parts))
 
 

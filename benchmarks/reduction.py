@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -22,16 +21,17 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.multiprocessing.spawn import spawn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fusedaccum import FusedAccumOptimizer
 from fusedaccum.bench.gate import Gate
 from fusedaccum.bench.race import Race, Variant
-from fusedaccum.bench.timing import Clock
 from fusedaccum.doctor.checks import Wrong
 from fusedaccum.doctor.plan import Plan
 
 from . import cases
+from .end_to_end import WaitingClock
 from .suites import Suite
 
 WORLD = 2
@@ -87,9 +87,8 @@ class Window:
     def __init__(self, layers: Layers, plan: Plan, is_ours: bool) -> None:
         self.layers, self.plan, self.is_ours = layers, plan, is_ours
         self.net = DistributedDataParallel(layers)
-        self.opt: torch.optim.Optimizer = torch.optim.AdamW(
-            layers.parameters(), lr=1e-4, fused=not is_ours
-        )
+        params = layers.parameters()
+        self.opt: Optimizer = torch.optim.AdamW(params, lr=1e-4, fused=not is_ours)
         if is_ours:
             self.opt = FusedAccumOptimizer(
                 self.opt, plan.n, max_grad_norm=plan.max_norm, backend=plan.backend
@@ -130,24 +129,12 @@ class Window:
         return columns
 
 
-class Together(Clock):
-    """Times a call that both processes begin together, until their device has finished."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-
-    def _wait(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
+class Together(WaitingClock):
+    """Times a call that both processes begin together."""
 
     def time(self, run: Callable[[], object], lead: float) -> tuple[float, float]:
         dist.barrier()
-        self._wait()
-        began = time.perf_counter()
-        run()
-        host = 1e3 * (time.perf_counter() - began)
-        self._wait()
-        return 1e3 * (time.perf_counter() - began), host
+        return super().time(run, lead)
 
 
 def _work(

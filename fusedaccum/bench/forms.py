@@ -48,10 +48,9 @@ class Native(Stepwise):
     @classmethod
     def bytes(cls, plan: Plan, like: Tensor) -> Bytes:
         size, states = like.element_size(), 4 * plan.n_states()
-        copied = size if size < 4 else 0
-        step = 12 + 2 * states + (4 + copied if copied else 0)
-        is_fused = plan.is_fused(like)
-        return Bytes(8 + states + copied, size + 12, size + 8, 4, 8, step if is_fused else None)
+        master = 0 if like.dtype == torch.float32 else 4
+        step = 12 + 2 * states + (size + master if master else 0)
+        return Bytes(size + master + 4 + states, size + 12, size + 8, 4, 8, step)
 
     def begin(self, index: int) -> None:
         if index == 0:
@@ -127,8 +126,7 @@ class Plain(Stepwise):
     @classmethod
     def bytes(cls, plan: Plan, like: Tensor) -> Bytes:
         size, n = like.element_size(), plan.n_states()
-        step = size * (3 + 2 * n) if plan.is_fused(like) else None
-        return Bytes(size * (2 + n), 2 * size, 3 * size, size, 2 * size, step)
+        return Bytes(size * (2 + n), 2 * size, 3 * size, size, 2 * size, size * (3 + 2 * n))
 
     def make(self, plan: Plan) -> torch.optim.Optimizer:
         """The optimizer of the parameters."""

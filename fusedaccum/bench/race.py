@@ -45,8 +45,7 @@ class Variant:
 
     Attributes:
         run: the call.
-        moved: bytes per element that it must read and write; None where torch's step is many
-            passes.
+        moved: bytes per element that it must read and write; None where nobody counts them.
         gate: what the correctness check found; None for a ceiling.
         form: whose call it is.
     """

@@ -27,7 +27,7 @@ class Bytes:
         kept: of parameters, masters, accumulators and states.
         first, later, norm, clip, step: what must be read and written, if every tensor that a call
             names goes through memory once, in the first micro-batch, a later one, the norm,
-            clipping and the step. A step of None is many passes.
+            clipping and the step.
     """
 
     kept: int
@@ -35,12 +35,10 @@ class Bytes:
     later: int
     norm: int
     clip: int
-    step: int | None
+    step: int
 
-    def window(self, n: int) -> int | None:
+    def window(self, n: int) -> int:
         """Moved in a whole window."""
-        if self.step is None:
-            return None
         return self.first + (n - 1) * self.later + self.norm + self.clip + self.step
 
 

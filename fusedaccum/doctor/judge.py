@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,15 +28,6 @@ GRAD_ROUNDINGS_PER_MICRO_BATCH = 2
 UPDATE_ROUNDINGS = 64
 # Large, so that a wrong update stands out from the rounding of the parameter.
 LR = 0.1
-
-
-class Trained(Protocol):
-    """What has been trained: a form, or a training loop."""
-
-    params: list[Tensor]
-
-    def values(self) -> list[Tensor]:
-        """The parameters as precisely as they are kept."""
 
 
 class Judge:
@@ -83,16 +74,17 @@ class Judge:
         self.optimizer.step()
         return norm
 
-    def update_error(self, trained: Trained) -> float:
-        """Relative L2 error of what all updates changed."""
+    def update_error(self, trained: Any) -> float:
+        """Relative L2 error of what all updates of a form, or of a training loop, changed."""
         exact = [p.detach() for p in self.exact]
         changes = [new - old for new, old in zip(exact, self.start, strict=True)]
         return relative([host(value) for value in trained.values()], exact, changes)
 
-    def require_exact(self, trained: Trained, noise: float = 0.0) -> None:
+    def require_exact(self, trained: Any, noise: float = 0.0) -> None:
         """Raise if what claims to be exact is off.
 
         Args:
+            trained: a form, or a training loop: it has `params`, and their precise `values()`.
             noise: relative error that the gradients themselves have from one run to the next.
         """
         allowed = GRAD_ROUNDINGS_PER_MICRO_BATCH * (self.plan.n + 4) * U + noise

@@ -7,7 +7,6 @@ import os
 import platform
 import re
 import shlex
-import tempfile
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,6 @@ from .. import __version__, backends
 from ..backends.compiled import compiler, libraries, openmp, source, store
 from ..backends.operations import GRAD_DTYPES
 
-MIN_TORCH, MIN_TRITON = (2, 11), (3, 6)
 # Triton's kernels need 7.0; it tests, and converts bf16 in hardware, from 8.0 on.
 MIN_CAPABILITY, NATIVE_BF16_CAPABILITY = (7, 0), (8, 0)
 CGROUP = "/sys/fs/cgroup"  # the limits of this container
@@ -164,19 +162,7 @@ def _text(path: str) -> str:
 
 def warnings() -> list[str]:
     """What works, but slowly or not as one would think; each says what to do."""
-    return [*_version_warnings(), *_cpu_warnings(), *_gpu_warnings()]
-
-
-def _version_warnings() -> list[str]:
-    found = []
-    for name, version, least in (
-        ("torch", torch.__version__, MIN_TORCH),
-        ("triton", version_of("triton"), MIN_TRITON),
-    ):
-        numbers = re.match(r"(\d+)\.(\d+)", version or "")
-        if numbers and (int(numbers[1]), int(numbers[2])) < least:
-            wanted = ".".join(map(str, least))
-            found.append(f"{name} {version} is older than {wanted}, with which nothing is tested")
+    found = [*_cpu_warnings(), *_gpu_warnings()]
     if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
         found.append(
             "TRITON_INTERPRET is set: Triton runs its interpreter, thousands of times slower, and "
@@ -233,16 +219,6 @@ def busy(device: torch.device) -> str | None:
     )
 
 
-def _is_writable(folder: Path) -> bool:
-    """Whether files can be made in a folder, which is made if need be."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            return True
-    except OSError:
-        return False
-
-
 def _gpu_warnings() -> list[str]:
     if not torch.cuda.is_available():
         if not driver():
@@ -253,14 +229,7 @@ def _gpu_warnings() -> list[str]:
             f"there is a GPU driver ({driver()}), but torch {torch.__version__} {reason}: "
             "the GPU is not used. See pytorch.org/get-started for the right build"
         ]
-    found = []
-    cache = Path(os.environ.get("TRITON_CACHE_DIR") or Path.home() / ".triton" / "cache")
-    if not _is_writable(cache):
-        found.append(
-            f"{cache} cannot be written: Triton needs it to keep compiled kernels; set "
-            "TRITON_CACHE_DIR to a folder that can"
-        )
-    return [*found, *filter(None, map(_gpu_warning, available()[1:]))]
+    return [*filter(None, map(_gpu_warning, available()[1:]))]
 
 
 def _gpu_warning(device: torch.device) -> str | None:

@@ -6,8 +6,8 @@ import json
 import time
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from itertools import groupby
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -22,21 +22,8 @@ from .checks import Check, Runner, Wrong, threads
 MAX_SHOWN = 10
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """What became of a check.
-
-    Attributes:
-        device: where it ran.
-        name: its name.
-        error: what is wrong, by how much and where; None if nothing is.
-        seconds: what it took, with what it had to compile.
-    """
-
-    device: str
-    name: str
-    error: str | None
-    seconds: float
+# Of a check: `device`, `name`, `error` (what is wrong, by how much and where, or None), `seconds`.
+Outcome = dict[str, Any]
 
 
 def checks_of(device: torch.device, backend: str | None, full: bool) -> list[Check]:
@@ -53,15 +40,14 @@ def run(chosen: Sequence[torch.device], backend: str | None, full: bool) -> list
     """Run the checks of all devices; one that fails does not stop the others."""
     if any(device.type == "cpu" for device in chosen) and backend != "triton":
         check_steps.compile_ahead(full)
-    outcomes = []
+    outcomes: list[Outcome] = []
     for device in chosen:
         found = checks_of(device, backend, full)
         with threads(1):
             for check in found:
                 began = time.perf_counter()
-                error = error_of(check)
-                seconds = round(time.perf_counter() - began, 4)
-                outcomes.append(Outcome(str(device), check.name, error, seconds))
+                outcome = {"device": str(device), "name": check.name, "error": error_of(check)}
+                outcomes.append(outcome | {"seconds": round(time.perf_counter() - began, 4)})
     return outcomes
 
 
@@ -99,9 +85,9 @@ def doctor(device: str | None, backend: str | None, full: bool, as_json: bool) -
         if not as_json:
             print(introduction(report), flush=True)
         outcomes = run(chosen, backend, full)
-    n_failed = sum(outcome.error is not None for outcome in outcomes)
+    n_failed = sum(outcome["error"] is not None for outcome in outcomes)
     report |= {
-        "checks": [asdict(outcome) for outcome in outcomes],
+        "checks": outcomes,
         "n_checks": len(outcomes),
         "n_failed": n_failed,
         "ok": not n_failed,
@@ -128,14 +114,14 @@ def introduction(report: dict[str, Any]) -> str:
 def verdict(outcomes: Sequence[Outcome], report: dict[str, Any]) -> str:
     """What the checks found, for people."""
     lines = []
-    for name, members in groupby(outcomes, key=lambda outcome: outcome.device):
+    for name, members in groupby(outcomes, key=itemgetter("device")):
         own = list(members)
-        failed = [outcome for outcome in own if outcome.error]
-        took = sum(outcome.seconds for outcome in own)
+        failed = [outcome for outcome in own if outcome["error"]]
+        took = sum(outcome["seconds"] for outcome in own)
         result = f"{len(failed)} of {len(own)} failed" if failed else f"{len(own)} passed"
         lines.append(f"  {name:<12}{result} in {took:.1f} s")
         for outcome in failed[:MAX_SHOWN]:
-            lines.append(f"    {outcome.name}\n      {_shortened(outcome.error or '')}")
+            lines.append(f"    {outcome['name']}\n      {_shortened(outcome['error'])}")
         if len(failed) > MAX_SHOWN:
             lines.append(f"    and {len(failed) - MAX_SHOWN} more (--json has all)")
     if report["ok"]:

@@ -121,7 +121,7 @@ def check_training(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for row in rows:
         assert row["tax_p20"] <= row["tax_p50"] <= row["tax_p80"]
         assert row["tokens_per_s"] == pytest.approx(
-            1e3 * row["n"] * row["tokens"] / row["p50_ms"], rel=1e-3
+            1e3 * row["n"] * row["tokens"] / row["p50_ms"], abs=0.06
         )
         assert row["model"] == "benchmarks.decoder.Decoder" and row["loss"] > 0
         assert (row["grad_error"] is None) == row["variant"].startswith("floor")
