@@ -29,8 +29,9 @@ class FusesLinear:
         micro-batches, clipping, skipped windows, checkpoints, DistributedDataParallel.
 
         A gradient takes its ordinary path, and comes out right, in a backward where the weight has
-        a hook; in `autograd.grad`, with `create_graph`, in functorch and forward-mode AD; and under
-        torch.compile. `repr()` of the optimizer counts what it can of those.
+        a hook, in `autograd.grad`, with `create_graph`, and in functorch and forward-mode AD.
+        `repr()` of the optimizer counts what it can of those. A compiled model has one graph with
+        it, and its backward refuses a hook on the weight and `autograd.grad` of it.
 
         Args:
             model: its modules that are exactly `torch.nn.Linear` or transformers' `Conv1D` are
@@ -41,13 +42,15 @@ class FusesLinear:
 
         Returns:
             `fused`, the names of the modules, and `skipped`, a dict of the other Linear modules
-            with the reasons: frozen, a subclass, a replaced forward, a computed weight, a DTensor
-            (FSDP2), another optimizer's, small, a linked GradScaler, or what the device lacks.
+            with the reasons: frozen, a subclass, a replaced forward, a computed weight, a hook on
+            it, a DTensor (FSDP2), another optimizer's, small, a linked GradScaler, or what the
+            device lacks.
 
         Raises:
             TypeError, ValueError: for a model or a `min_numel` that is none. Nothing is changed.
 
         Example:
+            >>> import torch
             >>> from fusedaccum import FusedAccumOptimizer
             >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Linear(64, 1))
             >>> opt = FusedAccumOptimizer(torch.optim.AdamW(model.parameters()), 2)

@@ -141,8 +141,10 @@ class TracedLinear(torch.autograd.Function):
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # guards look at it
 def _is_transformed() -> bool:
-    """Whether a transform of functorch is around."""
-    return torch._C._functorch.peek_interpreter_stack() is not None
+    """Whether a transform of functorch is around, or compiled autograd, which the first gradient
+    that arrives refuses."""
+    has_transform = torch._C._functorch.peek_interpreter_stack() is not None
+    return has_transform or bool(torch._dynamo.config.compiled_autograd)
 
 
 def traced_forward(module: Any, x: Tensor, is_transposed: bool) -> Tensor | None:

@@ -43,10 +43,9 @@ class Linears:
     def __init__(self, collector: Collector) -> None:
         self._modules: Refs = []
         self._skipped: dict[str, str] = {}
+        self._at_end: weakref.finalize[..., Products] | None = None
         self._products = Products(collector)
         self.follow(collector)
-        # A module may live longer than the optimizer, and is stock again then.
-        weakref.finalize(self._products, _swap_back, self._modules).atexit = False
 
     def follow(self, collector: Collector) -> None:
         """The parameters moved, and have other accumulators from now on."""
@@ -63,6 +62,9 @@ class Linears:
         least = _check_numel(min_numel)
         fused: list[str] = []
         self._skipped = {}
+        if self._at_end is None:  # a module may live longer than the optimizer
+            self._at_end = weakref.finalize(self._products, _swap_back, self._modules)
+            self._at_end.atexit = False
         for name, module in model.named_modules():
             if not is_linear(module):
                 continue
@@ -91,11 +93,8 @@ class Linears:
         modules = self._alive()
         if not modules and not self._skipped:
             return []
-        numel = sum(
-            {
-                p: p.numel() for m in modules for p in [m._parameters["weight"]] if p is not None
-            }.values()
-        )
+        weights = {module._parameters.get("weight") for module in modules} - {None}
+        numel = sum(weight.numel() for weight in weights if weight is not None)
         line = f"  linear: {len(modules)} fused, {numel:,} parameters"
         for what, reasons in (
             ("skipped", Counter(reason.split(":")[0] for reason in self._skipped.values())),
@@ -113,7 +112,7 @@ class Linears:
         return [m for m in found if m is not None and is_swapped_for(m, self._products)]
 
     def _mark(self, module: nn.Module) -> None:
-        weight = module._parameters["weight"]
+        weight = module._parameters.get("weight")
         slot = None if weight is None else self._products.slot_of(weight)
         if slot is not None:
             slot.takes_products = True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import doctest
 import io
 import pickle
 from collections.abc import Callable, Iterator, Sequence
@@ -738,3 +739,11 @@ def test_the_code_of_the_page(capsys: pytest.CaptureFixture[str]) -> None:
     exec(blocks("linear.md")["one call"], given)
     assert given["opt"].window_closed
     assert capsys.readouterr().out.startswith("('large',)\n{'small': 'small: 2,048 elements")
+
+
+def test_the_example_of_the_docstring() -> None:
+    parser = doctest.DocTestParser()
+    text = FusedAccumOptimizer.fuse_linear_wgrad.__doc__
+    assert text is not None
+    example = parser.get_doctest(text, {}, "fuse_linear_wgrad", None, None)
+    assert example.examples and doctest.DocTestRunner().run(example).failed == 0
