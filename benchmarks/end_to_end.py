@@ -21,6 +21,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fusedaccum.bench import timing
+from fusedaccum.bench.gate import Gate
+from fusedaccum.bench.race import Variant
 from fusedaccum.bench.timing import Samples
 from fusedaccum.doctor import machine
 from fusedaccum.doctor.checks import Wrong, host
@@ -42,6 +44,7 @@ DEFAULTS: dict[str, tuple[str, list[int], list[int]]] = {
     "cpu": ("llama_11m", [512, 1024, 2048], [1, 4, 8]),
     "cuda": ("llama_1b", [512, 2048, 8192], [1, 4, 8, 16]),
 }
+AGAIN = f"{FLOOR}_again"  # the noise
 # Two losses of the same weights and tokens.
 MAX_LOSS_ERROR = 1e-5
 
@@ -166,69 +169,52 @@ class Run(Suite):
 
     def measure(self, tokens: int, n: int) -> None:
         """All loops at one micro-batch size and one N."""
-        plan = replace(self.plan, n=n)
+        self.plan = replace(self.plan, n=n)
         ids = batches(n, tokens, decoder.SIZES[self.size].vocabulary, self.device)
-        loops: dict[str, Loop] = {}
+        variants: dict[str, Variant] = {}
         memory: dict[str, list[int]] = {}
         last: dict[str, Tensor] = {}
 
         def use(name: str, loop: Loop) -> None:
             last[name] = loop.window(ids)
 
-        for name in self.errors:
+        for name, errors in self.errors.items():
             try:
-                make = partial(Loop, LOOPS[name], self.model, plan)
-                loops[name], *memory[name] = footprint(self.device, make, partial(use, name))
+                make = partial(Loop, LOOPS[name], self.model, self.plan)
+                loop, *memory[name] = footprint(self.device, make, partial(use, name))
             except Exception as error:
                 self.refuse(f"{name}, {tokens} tokens", error)
                 gc.collect()
-        if FLOOR not in loops:
+            else:
+                found = Gate(errors["grad_error"], errors["update_error"]) if loop.form else None
+                variants[name] = Variant(partial(use, name, loop), None, found, loop)
+        if FLOOR not in variants:
             return
-        again = f"{FLOOR}_again"
-        loops[again], memory[again] = loops[FLOOR], memory[FLOOR]
-        samples = timing.interleave(
-            {name: partial(use, name, loop) for name, loop in loops.items()},
-            self.clock,
-            rounds=self.rounds,
-            budget_s=self.budget_s,
-            refuse=self.refuse,
-        )
-        self.groups += 1
+        variants[AGAIN], memory[AGAIN] = variants[FLOOR], memory[FLOOR]
+        last[AGAIN] = last[FLOOR]
         n_elements = sum(p.numel() for p in self.model.parameters())
-        for name, timed in samples.items():
-            if not all(bool(p.isfinite().all()) for p in loops[name].params):
-                self.refuse(name, Wrong("it holds NaN or Inf after it was timed"))
-                continue
-            errors = self.errors[FLOOR if name == again else name]
-            p50, tax = timed.quantile(0.5), paired(timed.times, samples[FLOOR].times)
-            rest, peak = memory[name]
-            self.add(
-                operation="train_window",
-                variant=name,
-                shape=self.size,
-                model="benchmarks.decoder.Decoder",
-                dtype="bfloat16",
-                n=n,
-                tokens=tokens,
-                length=ids[0].shape[1],
-                n_elements=n_elements,
-                bytes=None,
-                **timed.columns(3, on_gpu=self.device.type == "cuda"),
-                ratio=round(p50 / samples[FLOOR].quantile(0.5), 4),
-                copy_share=None,
+        what = {"n_elements": n_elements, "tokens": tokens}
+        samples = self.time("train_window", self.size, torch.bfloat16, variants, **what)
+        for row in (row for row in self.rows if row["group"] == self.groups):
+            name = row["variant"]
+            tax, (rest, peak) = paired(samples[name].times, samples[FLOOR].times), memory[name]
+            row |= {
+                "model": "benchmarks.decoder.Decoder",
+                "length": ids[0].shape[1],
                 **{f"tax_p{p}": round(tax.quantile(p / 100), 2) for p in (20, 50, 80)},
-                tokens_per_s=round(1e3 * n * tokens / p50, 1),
-                rest_bytes=rest,
-                peak_bytes=peak,
-                rest_per_parameter=round(rest / n_elements, 2),
-                peak_per_parameter=round(peak / n_elements, 2),
-                loss=round(float(last[name]), 4),
-                precision=loops[name].precision,
-                grad_error=errors.get("grad_error"),
-                update_error=errors.get("update_error"),
-                noise=errors["noise"],
-            )
+                "tokens_per_s": round(1e3 * n * tokens / row["p50_ms"], 1),
+                "rest_bytes": rest,
+                "peak_bytes": peak,
+                "rest_per_parameter": round(rest / n_elements, 2),
+                "peak_per_parameter": round(peak / n_elements, 2),
+                "loss": round(float(last[name]), 4),
+                "noise": self.errors[FLOOR if name == AGAIN else name]["noise"],
+            }
         self.save()
+
+    def ceilings(self, n_elements: int) -> dict[str, Variant]:
+        """None: the floor is the yardstick."""
+        return {}
 
 
 # --- command ---

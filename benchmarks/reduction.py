@@ -32,7 +32,7 @@ from fusedaccum.doctor.plan import Plan
 
 from . import cases
 from .end_to_end import WaitingClock
-from .suites import Suite
+from .suites import BF16, FP32, Suite
 
 WORLD = 2
 # fp32 sums of N micro-batches of two processes; stock DDP on bf16 stands with its error.
@@ -137,9 +137,7 @@ class Together(WaitingClock):
         return super().time(run, lead)
 
 
-def _work(
-    rank: int, folder: str, kind: str, shape: str, dtype: torch.dtype, plan: Plan, *rest: int
-) -> None:
+def _work(rank: int, folder: str, kind: str, shape: str, plan: Plan, *rest: int) -> None:
     """What each process does; the first one writes what it measured."""
     rounds, threads = rest
     torch.set_num_threads(threads)
@@ -148,10 +146,26 @@ def _work(
         device, comm = torch.device("cuda", rank), "nccl"
         torch.cuda.set_device(device)
     dist.init_process_group(comm, f"file://{folder}/group", rank=rank, world_size=WORLD)
+    # Both processes take the same number of rounds, in the same order.
+    race = Race(device, plan, {}, rounds=rounds, budget_s=float("inf"))
+    race.clock = Together(device)
+    common = {"launched": None, "early": None, "comm": comm, "world": WORLD, "n_threads": threads}
+    for dtype in (BF16, FP32):
+        seen = _race(race, rank, shape, dtype)
+        for row in (row for row in race.rows if row["group"] == race.groups):
+            row |= common | seen.get(row["variant"], {})
+    if rank == 0:
+        Path(folder, "rows").write_text(json.dumps(race.rows), "utf-8")
+    dist.destroy_process_group()
+
+
+def _race(race: Race, rank: int, shape: str, dtype: torch.dtype) -> dict[str, dict[str, Any]]:
+    """Time windows of one dtype; what the last backward of each variant sends."""
+    device, plan = race.device, race.plan
     params = cases.random(cases.SHAPES[shape](), dtype, device, seed=1, std=0.02)
     own, other = (cases.gradients(shape, dtype, device, seed=2 + abs(rank - r)) for r in (0, 1))
     exact = [(a.double() + b.double()) / WORLD for a, b in zip(own, other, strict=True)]
-    stock = "plain_bf16" if dtype is torch.bfloat16 else "native_fp32"
+    stock = "plain_bf16" if dtype is BF16 else "native_fp32"
     windows = {
         "fused_hooks": Window(Layers(params, own), plan, True),
         stock: Window(Layers(params, [grad / plan.n for grad in own]), plan, False),
@@ -161,38 +175,30 @@ def _work(
         window()  # in which the wrapper learns how often each gradient comes
         seen[name] = window.seen(exact)
         variants[name] = Variant(window, None, Gate(seen[name]["grad_error"], 0.0))
-    # Both processes take the same number of rounds, in the same order.
-    race = Race(device, plan, {}, rounds=rounds, budget_s=float("inf"))
-    race.clock = Together(device)
     n_elements = sum(p.numel() for p in params)
     race.time("reduced_window", shape, dtype, variants, n_elements=n_elements)
-    common = {"launched": None, "early": None, "comm": comm, "world": WORLD, "n_threads": threads}
-    rows = [row | common | seen.get(row["variant"], {}) for row in race.rows]
-    if rank == 0:
-        Path(folder, "rows").write_text(json.dumps(rows), "utf-8")
-    dist.destroy_process_group()
+    return seen
 
 
-def reduction(suite: Suite, shape: str, dtype: torch.dtype) -> None:
-    """Time windows of one dtype in two processes, and keep their rows."""
+def reduction(suite: Suite, shape: str) -> None:
+    """Time windows of bf16 and of fp32 in two processes, and keep their rows."""
     kind = suite.device.type
     if kind == "cuda" and torch.cuda.device_count() < WORLD:
         suite.skipped["reduction"] = "two GPUs are needed"
         return
     threads = max(1, torch.get_num_threads() // WORLD)
-    own = kind, shape, dtype, suite.plan, suite.rounds, threads
     with tempfile.TemporaryDirectory() as folder:
         try:
-            spawn(_work, (folder, *own), WORLD)
+            spawn(_work, (folder, kind, shape, suite.plan, suite.rounds, threads), WORLD)
         except Exception as error:
-            suite.refuse(f"reduction of {shape}, {dtype}", error)
+            suite.refuse(f"reduction of {shape}", error)
             return
         rows = json.loads(Path(folder, "rows").read_text("utf-8"))
-    suite.groups += 1
     for row in rows:
         is_exact = row["variant"] in ("fused_hooks", "native_fp32")
         if is_exact and not row["grad_error"] <= MAX_ERROR:
             suite.refuse(row["variant"], Wrong(f"mean gradient off by {row['grad_error']:.1e}"))
         else:
-            suite.rows.append(row | {"group": suite.groups})
+            suite.rows.append(row | {"group": row["group"] + suite.groups})
+    suite.groups += rows[-1]["group"]
     suite.save()

@@ -65,8 +65,8 @@ def work(args: argparse.Namespace) -> Iterator[tuple[str, int, partial[None]]]:
         for layer, tokens in itertools.product(layers, [64] if args.quick else linear.TOKENS):
             yield "linear", max(args.n), partial(linear.linear, layer=layer, tokens=tokens)
     if wants("reduction", by_default):
-        for shape, dtype in itertools.product(shapes("reduction"), (suites.BF16, suites.FP32)):
-            yield "reduction", max(args.n), partial(reduction.reduction, shape=shape, dtype=dtype)
+        for shape in shapes("reduction"):
+            yield "reduction", max(args.n), partial(reduction.reduction, shape=shape)
     for forms_of in passes:
         for shape in shapes("micro") if wants("micro", True) else ():
             # A single operation is the same for any N.

@@ -13,6 +13,7 @@ from torch.nn.utils import get_total_norm
 from fusedaccum import functional
 from fusedaccum.bench.gate import Gate
 from fusedaccum.bench.race import WINDOW, Race, Variant
+from fusedaccum.bench.timing import Samples
 from fusedaccum.doctor.checks import Wrong
 from fusedaccum.doctor.plan import Plan
 
@@ -58,9 +59,10 @@ class Suite(Race):
         if name in RIVALS and name in self.refused:  # their failure is none of this run
             self.skipped[name] = self.refused.pop(name)
 
-    def time(self, *args: Any, **kwargs: Any) -> None:
-        super().time(*args, **kwargs)
+    def time(self, *args: Any, **kwargs: Any) -> dict[str, Samples]:
+        samples = super().time(*args, **kwargs)
         self.save()
+        return samples
 
     def save(self) -> None:
         """Write all rows that there are."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -47,13 +48,13 @@ class Variant:
         run: the call.
         moved: bytes per element that it must read and write; None where nobody counts them.
         gate: what the correctness check found; None for a ceiling.
-        form: whose call it is.
+        form: whose call it is: a form, or a training loop around one.
     """
 
     run: Callable[[], object]
     moved: float | None
     gate: gate.Gate | None = None
-    form: Form | None = None
+    form: Any = None
 
 
 class Race:
@@ -161,26 +162,22 @@ class Race:
         operation: str,
         shape: str,
         dtype: torch.dtype,
-        variants: Mapping[str, Variant],
+        variants: dict[str, Variant],
         *,
         n_elements: int,
         tokens: int | None = None,
-    ) -> None:
+    ) -> dict[str, timing.Samples]:
         """Time variants in turns beside the ceilings, and keep their rows.
 
         Args:
             operation, shape, dtype, tokens: what the rows say.
             variants: by name.
             n_elements: of all tensors.
+
+        Returns:
+            What was measured of each.
         """
-        source, target = (
-            torch.ones(n_elements, dtype=torch.float32, device=self.device) for _ in range(2)
-        )
-
-        def ceiling(call: Callable[[Tensor, Tensor], object]) -> Variant:
-            return Variant(lambda: call(source, target), 8)
-
-        everything = {name: ceiling(call) for name, call in CEILINGS.items()} | dict(variants)
+        everything = self.ceilings(n_elements) | variants
         samples = timing.interleave(
             {name: variant.run for name, variant in everything.items()},
             self.clock,
@@ -188,7 +185,7 @@ class Race:
             budget_s=self.budget_s,
             refuse=self.refuse,
         )
-        copy_ms = samples[COPY].quantile(0.5)
+        yardstick_ms = next(iter(samples.values())).quantile(0.5)
         self.groups += 1
         for name, timed in samples.items():
             variant, p50 = everything[name], timed.quantile(0.5)
@@ -197,7 +194,7 @@ class Race:
                 # It may have skipped its steps, and been fast by that.
                 self.refuse(name, Wrong("it holds NaN or Inf after it was timed"))
                 continue
-            self.add(
+            columns: dict[str, Any] = dict(
                 operation=operation,
                 variant=name,
                 shape=shape,
@@ -209,13 +206,19 @@ class Race:
                 precision=form.precision if form else None,
                 gate_s=round(found.seconds, 2) if found else None,
                 **timed.columns(5, on_gpu=self.device.type == "cuda"),
-                ratio=round(p50 / copy_ms, 4),
-                copy_share=None if moved is None else round(moved / 8 * copy_ms / p50, 4),
+                ratio=round(p50 / yardstick_ms, 4),
+                copy_share=None if moved is None else round(moved / 8 * yardstick_ms / p50, 4),
                 grad_error=found.grad_error if found else None,
                 update_error=found.update_error if found else None,
+                load=round(os.getloadavg()[0], 2),
             )
+            self.rows.append({"group": self.groups} | columns)
 
-    def add(self, **columns: Any) -> None:
-        """A row of the group that was timed last."""
-        load = round(os.getloadavg()[0], 2)
-        self.rows.append({"group": self.groups} | columns | {"load": load})
+        return samples
+
+    def ceilings(self, n_elements: int) -> dict[str, Variant]:
+        """What is timed beside variants of so many elements; the first is the yardstick."""
+        source, target = (
+            torch.ones(n_elements, dtype=torch.float32, device=self.device) for _ in range(2)
+        )
+        return {name: Variant(partial(call, source, target), 8) for name, call in CEILINGS.items()}

@@ -147,12 +147,14 @@ def test_gpu_parts_fit_in_eight_minutes(tmp_path: Path) -> None:
     assert sum(part.limit_s for part in gpu.parts(False, tmp_path).values()) < 8 * 60
 
 
-def test_gpu_refuses_to_start(tmp_path: Path) -> None:
-    if not torch.cuda.is_available():
-        done = run("benchmarks.gpu", out=tmp_path)
-        assert done.returncode == 2 and "no CUDA device" in done.stdout
-    done = run("benchmarks.gpu", "--dry-run", out=tmp_path, PART="micros")
-    assert done.returncode == 2 and "micros" in done.stdout
+def test_gpu_refuses_to_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("OUT", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert gpu.main([]) == 2 and "no CUDA device" in capsys.readouterr().out
+    monkeypatch.setenv("PART", "micros")
+    assert gpu.main(["--dry-run"]) == 2 and "micros" in capsys.readouterr().out
     assert not list(tmp_path.iterdir())
 
 
