@@ -46,7 +46,7 @@ def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
         return None
     name = str(dtype).removeprefix("torch.")
     a = torch.ones(16, 32, dtype=dtype, device=device)
-    acc = torch.full((16, 16), torch.nan, device=device)
+    acc = torch.full((16, 16), torch.nan, dtype=FP32, device=device)
     try:
         add_product(acc, a, a.t(), alpha=0.5, adds=False)
         add_product(acc, a, a.t(), alpha=0.25, adds=True)
