@@ -103,13 +103,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Returns 1 if a variant was refused."""
     args = parse(argv)
     if args.show:
-        report(json.loads(args.show.read_text("utf-8")), targets=True)
+        rows = json.loads(args.show.read_text("utf-8"))
+        report(rows, targets="cuda" if rows[0]["driver"] else "cpu")
         return 0
     # Compile times are only honest with cold caches: Inductor's, and that of our own loops.
     with tempfile.TemporaryDirectory(prefix="benchmarks-") as cache:
         os.environ |= {"TORCHINDUCTOR_CACHE_DIR": cache, "XDG_CACHE_HOME": cache}
         suite = measure_all(args)
-    report(suite.rows, targets=not args.quick)
+    report(suite.rows, targets=None if args.quick else torch.device(args.device).type)
     return suite.close()
 
 

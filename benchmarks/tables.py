@@ -74,9 +74,9 @@ def judge(rows: Sequence[Row], device: str) -> list[str]:
     return lines
 
 
-def report(rows: Sequence[Row], *, targets: bool = False) -> None:
-    """Print tables and verdicts."""
+def report(rows: Sequence[Row], *, targets: str | None = None) -> None:
+    """Print tables and, where `targets` names a kind of device ("cpu", "cuda"), verdicts."""
     for _, members in groupby(rows, key=lambda row: row["group"]):
         show(list(members))
-    if targets:
-        print("\n" + "\n".join(judge(rows, "cuda" if rows[0]["driver"] else "cpu")))
+    if targets is not None:
+        print("\n" + "\n".join(judge(rows, targets)))
