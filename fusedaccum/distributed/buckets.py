@@ -76,14 +76,17 @@ def buckets_of(slots: Sequence[Slot], group: ProcessGroup, max_bytes: int) -> li
         max_bytes: a bucket ends where it has as many; a larger parameter is one by itself.
     """
     order = {slot: i for i, slot in enumerate(slots)}
-    runs: list[list[Slot]] = []
-    open_runs: dict[Block, list[Slot]] = {}
+    blocks: dict[Block, list[Slot]] = {}
     for slot in reversed(slots):
-        run = open_runs.get(slot.block, [])
-        is_full = sum(4 * s.numel for s in run) >= max_bytes
-        if not run or is_full or run[0].position != slot.position + 1:
-            run = open_runs[slot.block] = []
-            runs.append(run)
-        run.insert(0, slot)
-    runs.sort(key=lambda run: -order[run[0]])
-    return [Bucket(run, group) for run in runs]
+        blocks.setdefault(slot.block, []).append(slot)
+    runs: list[list[Slot]] = []  # of neighbours, the last one first
+    for members in blocks.values():
+        n_bytes, next_position = 0, None
+        for slot in members:
+            if slot.position + 1 != next_position or n_bytes >= max_bytes:
+                runs.append([])
+                n_bytes = 0
+            runs[-1].append(slot)
+            n_bytes, next_position = n_bytes + 4 * slot.numel, slot.position
+    runs.sort(key=lambda run: -order[run[-1]])
+    return [Bucket(run[::-1], group) for run in runs]

@@ -95,7 +95,7 @@ class Membership:
         Raises:
             ValueError: naming the way round.
         """
-        if not all(slot.is_own for slot in self.member.collector.slots.values()):
+        if not self.member.collector.attached.updates_all:
             raise ValueError(
                 "Join with shard_states=True, where a process that has left would still have to "
                 "update its part: leave shard_states out, or end all processes' data together"

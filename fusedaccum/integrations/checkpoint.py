@@ -60,7 +60,7 @@ def save(inner: StateDict, updater: Updater) -> StateDict:
     """
     collector, window = updater.collector, updater.collector.window
     slots = _indexed(updater.optimizer, collector)
-    is_part = not all(slot.is_own for slot in slots.values())
+    is_part = not collector.attached.updates_all
     if is_part:
         refuse_part()
     state, all_keys = without_ours(inner), is_asked_for_keys()
@@ -197,7 +197,7 @@ def check(state_dict: StateDict, updater: Updater) -> None:
     is_open = extra["window"]["micro_batches"] > 0 or accumulators
     rank, world = extra.get("rank", 0), extra.get("world", 1)
     is_part = extra.get("is_part", False)
-    shares = not all(slot.is_own for slot in updater.collector.slots.values())
+    shares = not updater.collector.attached.updates_all
     is_elsewhere = (rank, world) != place() or (is_part and not shares)
     if KEY in state_dict and is_elsewhere and (is_part or _holds_shards(state_dict)):
         raise ValueError(

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -51,14 +50,21 @@ def only_initialises(updater: Updater) -> bool:
     return True
 
 
-class WithOurNames(defaultdict[Tensor, Any]):
-    """States by parameter, with the names of what we save beside them.
+class WithOurNames(Mapping[Tensor, dict[str, Any]]):
+    """A view of states by parameter, with the names of what we save beside them.
 
-    Unflattening takes from a flat state dict what the optimizer has names for.
+    Unflattening takes from a flat state dict what the optimizer has names for. It asks for the
+    states of one parameter after the other.
     """
 
     def __init__(self, state: Mapping[Tensor, dict[str, Any]]) -> None:
-        super().__init__(dict, state)
+        self._state = state
 
-    def __getitem__(self, param: Tensor) -> Any:
-        return {**super().__getitem__(param), **dict.fromkeys(OURS)}
+    def __getitem__(self, param: Tensor) -> dict[str, Any]:
+        return {**self._state.get(param, {}), **dict.fromkeys(OURS)}
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter(self._state)
+
+    def __len__(self) -> int:
+        return len(self._state)

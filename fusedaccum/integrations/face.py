@@ -146,7 +146,7 @@ class SharingOptimizer(FusesLinear, Optimizer):
     def state(self) -> defaultdict[Tensor, Any]:
         """The wrapped optimizer's own dict. States are fp32 views of flat buffers."""
         if is_asked_by("_unflatten_optim_state_dict"):  # torch.distributed.checkpoint
-            return WithOurNames(self.optimizer.state)
+            return WithOurNames(self.optimizer.state)  # type: ignore[return-value]
         return self.optimizer.state
 
     @state.setter

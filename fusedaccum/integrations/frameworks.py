@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
 import sys
+from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
@@ -23,17 +23,18 @@ _SAVES = {
 _PASSED_OVER = ("fusedaccum", "torch", "contextlib")
 
 
+def _callers() -> Iterator[FrameType]:
+    """The stack from the function that asks on, outwards."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
+
+
 def is_asked_for_keys() -> bool:
     """Whether torch.distributed.checkpoint wants a state dict, of which it takes "state" alone."""
-    frame = inspect.currentframe()
-    try:
-        while frame is not None:
-            if frame.f_globals.get("__name__") == "torch.distributed.checkpoint.state_dict":
-                return True
-            frame = frame.f_back
-        return False
-    finally:
-        del frame  # or it would keep every local of the caller alive
+    name = "torch.distributed.checkpoint.state_dict"
+    return any(frame.f_globals.get("__name__") == name for frame in _callers())
 
 
 def refuse_part() -> None:
@@ -43,39 +44,31 @@ def refuse_part() -> None:
     Raises:
         RuntimeError: naming who asks, and what to do.
     """
-    frame = inspect.currentframe()
-    asks = None
-    try:
-        while frame is not None and asks is None:
-            asks = _SAVES.get(frame.f_code.co_name)
-            info: Any = frame.f_locals.get("info")
-            if frame.f_code.co_name == "_get_optim_state_dict" and info.full_state_dict:
-                asks = "StateDictOptions(full_state_dict=True)"
-            frame = frame.f_back
-    finally:
-        del frame  # or it would keep every local of the caller alive
-    if asks is not None:
-        raise RuntimeError(
-            f"{asks} saves the state dict of one process, but with shard_states=True each has the "
-            "states of some parameters only; nothing was saved. Use torch.distributed.checkpoint "
-            "(get_optimizer_state_dict, dcp.save) in all processes, or leave shard_states out"
-        )
+    for frame in _callers():
+        asks = _SAVES.get(frame.f_code.co_name)
+        info: Any = frame.f_locals.get("info")
+        if frame.f_code.co_name == "_get_optim_state_dict" and info.full_state_dict:
+            asks = "StateDictOptions(full_state_dict=True)"
+        if asks is not None:
+            raise RuntimeError(
+                f"{asks} saves the state dict of one process, but with shard_states=True each has "
+                "the states of some parameters only; nothing was saved. Use "
+                "torch.distributed.checkpoint (get_optimizer_state_dict, dcp.save) in all "
+                "processes, or leave shard_states out"
+            )
 
 
 def is_asked_by(function: str) -> bool:
     """Whether a function of this name asks for an attribute of the optimizer, directly or through
     an engine's own optimizer; called by what the attribute is made with."""
     frame: FrameType | None = sys._getframe(2)
-    try:
-        for _ in range(3):
-            if frame is None:
-                return False
-            if frame.f_code.co_name == function:
-                return True
-            frame = frame.f_back
-        return False
-    finally:
-        del frame  # or it would keep every local of the caller alive
+    for _ in range(3):  # no more, as attributes are asked for often
+        if frame is None:
+            return False
+        if frame.f_code.co_name == function:
+            return True
+        frame = frame.f_back
+    return False
 
 
 def refuse_second_count(steps: int | None) -> None:
@@ -95,21 +88,16 @@ def refuse_second_count(steps: int | None) -> None:
     """
     if steps is None or steps == 1:
         return  # a step() is an update
-    frame = inspect.currentframe()
-    try:
-        counting = None
-        while frame is not None:
-            module = frame.f_globals.get("__name__")
-            if module == "transformers.trainer":
-                counting = "the Trainer, which divides the loss, clips and counts updates"
-            elif module == "accelerate.optimizer":
-                state = getattr(frame.f_locals.get("self"), "gradient_state", None)
-                n = getattr(state, "num_steps", 1)
-                if n > 1:
-                    counting = f"Accelerator(gradient_accumulation_steps={n})"
-            frame = frame.f_back
-    finally:
-        del frame  # or it would keep every local of the caller alive
+    counting = None
+    for frame in _callers():
+        module = frame.f_globals.get("__name__")
+        if module == "transformers.trainer":
+            counting = "the Trainer, which divides the loss, clips and counts updates"
+        elif module == "accelerate.optimizer":
+            state = getattr(frame.f_locals.get("self"), "gradient_state", None)
+            n = getattr(state, "num_steps", 1)
+            if n > 1:
+                counting = f"Accelerator(gradient_accumulation_steps={n})"
     if counting is not None:
         raise ValueError(
             f"FusedAccumOptimizer(gradient_accumulation_steps={steps}) counts micro-batches, and "
@@ -148,13 +136,8 @@ def refuse_deepspeed(steps: int | None) -> None:
 
 def _caller() -> str:
     """The module that asks us: the first one on the stack that is neither ours nor torch's."""
-    frame: FrameType | None = sys._getframe(1)
-    try:
-        while frame is not None:
-            module = str(frame.f_globals.get("__name__", ""))
-            if module.split(".")[0] not in _PASSED_OVER:
-                return module
-            frame = frame.f_back
-        return ""
-    finally:
-        del frame  # or it would keep every local of the caller alive
+    for frame in _callers():
+        module = str(frame.f_globals.get("__name__", ""))
+        if module.split(".")[0] not in _PASSED_OVER:
+            return module
+    return ""

@@ -88,8 +88,7 @@ class Collector:
         self._queue_bytes = bucket_bytes
         self._limit: float = bucket_bytes  # of the backward that is running
         self._queue: list[Slot] = []
-        self._queued_bytes = 0
-        self._n_fitted = 0
+        self._queued_bytes = self._n_fitted = 0
 
     @property
     def reduction(self) -> Reducing:
@@ -118,23 +117,26 @@ class Collector:
     # --- the backward ---
 
     def arrive(self, slot: Slot, is_due: bool) -> None:  # see `hooks.Owner`
+        self.make_ready(slot)
+        slot.param.grad = None
+        if self._queue and self._queued_bytes + slot.nbytes > self._limit:
+            self.flush()
+        slot.pending, slot.is_due = True, is_due
+        self._queue.append(slot)
+        self._queued_bytes += slot.nbytes
+
+    def make_ready(self, slot: Slot) -> None:
+        """A gradient comes in this backward: have the accumulator hold what counts of before."""
         task = torch._C._current_graph_task_id()
         if task not in self.backwards.threads:
             self._begin(task)
-        param = slot.param
-        grad = param.grad
+        grad = slot.param.grad
         if slot.pending:
             self.flush()  # it arrives twice in one backward: add the first gradient first
         elif grad is not None and grad is not slot.grad:
             self.adopt([(slot, grad)])
         elif grad is None and (self.window.steps is None or slot.fill is Fill.CURRENT):
             slot.fill = Fill.EMPTY  # somebody took it away: zero_grad(), or `p.grad = None`
-        param.grad = None
-        if self._queue and self._queued_bytes + slot.nbytes > self._limit:
-            self.flush()
-        slot.pending, slot.is_due = True, is_due
-        self._queue.append(slot)
-        self._queued_bytes += slot.nbytes
 
     def arrive_together(self, slots: Sequence[Slot]) -> None:
         """An engine is about to assign `param.grad` of all or some of these, at once."""
@@ -316,9 +318,7 @@ class Collector:
     def _refuse_zeroed(self) -> None:
         """Raise if closed micro-batches were zeroed in place before the open one brought anything;
         where the loop owns the window, that starts it afresh, as torch has it."""
-        if self.backwards.count or self.trouble.reason is not None:
-            return
-        if not self.by_hand.is_zeroed():
+        if self.backwards.count or self.trouble.reason is not None or not self.by_hand.is_zeroed():
             return
         if self.window.steps is None:
             self.window.reset()

@@ -79,6 +79,11 @@ class Attached:
         self.when_taken_over: Callable[[], Callable[[], None] | None] = lambda: None
         self._check, self._deal = check, deal
 
+    @property
+    def updates_all(self) -> bool:
+        """Whether this process updates all parameters, and keeps states of all."""
+        return all(slot.is_own for slot in self.slots.values())
+
     def attach(self, named_params: Iterable[tuple[str, Tensor]]) -> None:
         """Give each named parameter a slot and a hook. All of them, or none if one is wrong."""
         named = list(named_params)

@@ -103,27 +103,15 @@ class Products:
             b: [k, n].
         """
         collector = self._collector
-        task = torch._C._current_graph_task_id()
-        if task not in collector.backwards.threads:
-            collector._begin(task)
-        # As `Collector.arrive` has it, which is not asked: nothing waits here.
-        param = slot.param
-        grad = param.grad
-        if slot.pending:
-            collector.flush()
-        elif grad is not None and grad is not slot.grad:
-            collector.adopt([(slot, grad)])
-        elif grad is None and (collector.window.steps is None or slot.fill is Fill.CURRENT):
-            slot.fill = Fill.EMPTY
-        if slot.grad is None or slot.grad.dtype is not torch.float32:
-            slot.allocate()
+        collector.make_ready(slot)
+        slot.allocate()
         scale, adds = collector.window.scale(), slot.fill is not Fill.EMPTY
         if self._stream is None:
             product.add_product(slot.acc, a, b, alpha=scale, adds=adds)
         else:
             self._add_on_stream(slot.acc, a, b, scale, adds)
         slot.fill, slot.is_zero, slot.sums_version = Fill.CURRENT, False, None
-        param.grad = slot.grad
+        slot.param.grad = slot.grad
         collector.reduction.added((slot,))
 
     def _add_on_stream(self, acc: Tensor, a: Tensor, b: Tensor, scale: float, adds: bool) -> None:

@@ -50,6 +50,25 @@ def go_on(model: nn.Module, opt: Any, is_open: bool) -> None:
     train(model, opt, range(4, 6), rank=0)
 
 
+def options_of(form: str) -> StateDictOptions:
+    """Of "nested" or "flat" state dicts."""
+    return StateDictOptions(flatten_optimizer_state_dict=form == "flat")
+
+
+def both_of(model: nn.Module, opt: Any, form: str) -> dict[str, Any]:
+    """What torch.distributed.checkpoint saves, or loads into."""
+    held = get_optimizer_state_dict(model, opt, options=options_of(form))
+    return {"model": get_model_state_dict(model), "optimizer": held}
+
+
+def load_both(model: nn.Module, opt: Any, form: str, folder: str) -> None:
+    """Take over what was saved there."""
+    both = both_of(model, opt, form)
+    dcp.load(both, checkpoint_id=folder)
+    set_model_state_dict(model, both["model"])
+    set_optimizer_state_dict(model, opt, both["optimizer"], options=options_of(form))
+
+
 def saved(case: str) -> Report:
     """ "bf16-nested-closed": saved by this many processes, for others to load; and how it went on.
 
@@ -61,12 +80,7 @@ def saved(case: str) -> Report:
     train(model, opt, range(3), rank=0)
     if window == "open":
         open_window(model, opt, 0)
-    options = StateDictOptions(flatten_optimizer_state_dict=form == "flat")
-    both = {
-        "model": get_model_state_dict(model),
-        "optimizer": get_optimizer_state_dict(model, opt, options=options),
-    }
-    dcp.save(both, checkpoint_id=f"{os.environ['FOLDER']}/{case}")
+    dcp.save(both_of(model, opt, form), checkpoint_id=f"{os.environ['FOLDER']}/{case}")
     now = [precise(opt), states(opt)]
     go_on(model, opt, window == "open")
     torch.save([now, [precise(opt), states(opt)]], f"{os.environ['FOLDER']}/{case}.pt")
@@ -81,14 +95,7 @@ def loaded(case: str) -> Report:
     if window == "open":  # the template of a load has what the optimizer has
         train(model, opt, range(1))
         open_window(model, opt, 0)
-    options = StateDictOptions(flatten_optimizer_state_dict=form == "flat")
-    both = {
-        "model": get_model_state_dict(model),
-        "optimizer": get_optimizer_state_dict(model, opt, options=options),
-    }
-    dcp.load(both, checkpoint_id=f"{os.environ['FOLDER']}/{case}")
-    set_model_state_dict(model, both["model"])
-    set_optimizer_state_dict(model, opt, both["optimizer"], options=options)
+    load_both(model, opt, form, f"{os.environ['FOLDER']}/{case}")
     now, later = torch.load(f"{os.environ['FOLDER']}/{case}.pt")
     report: Report = {"now": [off(precise(opt), now[0]), off(states(opt), now[1])]}
     report["micro_batches"] = opt.micro_batches

@@ -11,10 +11,7 @@ from torch import Tensor, nn
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
-    get_model_state_dict,
     get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
 )
 from torch.nn.parallel import DistributedDataParallel
 
@@ -29,6 +26,7 @@ from tests.distributed.ddp_cases import (
     loss_of,
     off,
 )
+from tests.distributed.sharded_checkpoint_cases import both_of, load_both
 from tests.processes import message
 
 N = 2
@@ -219,11 +217,6 @@ def refused() -> Report:
 # --- checkpoints ---
 
 
-def _both(run: Run, options: StateDictOptions) -> dict[str, Any]:
-    optimizer = get_optimizer_state_dict(run.model, run.opt, options=options)
-    return {"model": get_model_state_dict(run.model), "optimizer": optimizer}
-
-
 def _go_on(run: Run, is_open: bool) -> dict[str, Any]:
     if is_open:
         run.micro(3, 1, 0)
@@ -243,8 +236,7 @@ def _apart(found: dict[str, Any], other: dict[str, Any]) -> float:
 def saved(form: str) -> Report:
     run = Run("bf16")
     run.train(range(3), 0)
-    options = StateDictOptions(flatten_optimizer_state_dict=form == "flat")
-    dcp.save(_both(run, options), checkpoint_id=f"{os.environ['FOLDER']}/{form}")
+    dcp.save(both_of(run.model, run.opt, form), checkpoint_id=f"{os.environ['FOLDER']}/{form}")
     ended = _go_on(run, False)
     if dist.get_rank() == 0:
         torch.save(ended, f"{os.environ['FOLDER']}/{form}.pt")
@@ -258,11 +250,7 @@ def loaded(case: str) -> Report:
     form, shares = case.split("-")
     torch.manual_seed(1)
     run = Run("bf16", shares=shares == "part")
-    options = StateDictOptions(flatten_optimizer_state_dict=form == "flat")
-    both = _both(run, options)
-    dcp.load(both, checkpoint_id=f"{os.environ['FOLDER']}/{form}")
-    set_model_state_dict(run.model, both["model"])
-    set_optimizer_state_dict(run.model, run.opt, both["optimizer"], options=options)
+    load_both(run.model, run.opt, form, f"{os.environ['FOLDER']}/{form}")
     run.train(range(4, 6), 0)
     found = {"weights": run.values(), "states": entries(run.opt)}
     if shares == "part":

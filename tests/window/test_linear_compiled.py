@@ -14,11 +14,9 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._functorch.aot_autograd import aot_module_simplified
 
 from fusedaccum.window import linear, linear_traced
+from tests.linear_nets import added as added
+from tests.linear_nets import autocast, net, tokens, wrap
 from tests.tolerances import equal_bits
-from tests.window import test_linear_wgrad as cases
-from tests.window.test_linear_wgrad import autocast, net, tokens, wrap
-
-added = cases.added  # the fixture
 
 
 @pytest.fixture(autouse=True)
