@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
-from .checks import SUM_ROUNDINGS, U, Wrong, host, require_close, require_number
+from .checks import STEP_ROUNDINGS, SUM_ROUNDINGS, U, Wrong, host, require_close, require_number
 from .forms import Form
 from .plan import Plan
 
@@ -40,6 +40,7 @@ class Judge:
 
     Attributes:
         exact: the parameters, float64, on the CPU.
+        moved: how far all updates moved each element, back and forth.
         grad_error: relative L2 error of the mean gradient, the largest of all windows.
     """
 
@@ -47,6 +48,7 @@ class Judge:
         self.plan = plan
         self.exact = [host(p).requires_grad_() for p in params]
         self.start = [p.detach().clone() for p in self.exact]
+        self.moved = self.zeros()
         self.optimizer = plan.plain(self.exact)
         self.max_norm = plan.max_norm if clips and plan.max_norm is not None else torch.inf
         self.grad_error = 0.0
@@ -71,7 +73,10 @@ class Judge:
         for param, grad in zip(self.exact, grads, strict=True):
             param.grad = grad
         norm = float(clip_grad_norm_(self.exact, self.max_norm))
+        before = [p.detach().clone() for p in self.exact]
         self.optimizer.step()
+        for total, new, old in zip(self.moved, self.exact, before, strict=True):
+            total += (new.detach() - old).abs()
         return norm
 
     def update_error(self, trained: Any) -> float:
@@ -80,21 +85,30 @@ class Judge:
         changes = [new - old for new, old in zip(exact, self.start, strict=True)]
         return relative([host(value) for value in trained.values()], exact, changes)
 
-    def require_exact(self, trained: Any, noise: float = 0.0) -> None:
+    def require_exact(self, trained: Any, noise: float = 0.0, *, is_ours: bool = False) -> None:
         """Raise if what claims to be exact is off.
 
         Args:
             trained: a form, or a training loop: it has `params`, and their precise `values()`.
             noise: relative error that the gradients themselves have from one run to the next.
+            is_ours: whether it is held to what the wrapper promises.
         """
         allowed = GRAD_ROUNDINGS_PER_MICRO_BATCH * (self.plan.n + 4) * U + noise
         if not self.grad_error <= allowed:  # so that NaN is refused
             raise Wrong(f"mean gradient off by {self.grad_error:.1e} (allowed {allowed:.1e})")
-        everything = zip(trained.params, trained.values(), self.exact, self.start, strict=True)
-        for param, value, exact, start in everything:
+        # Both windows' roundings: N + 4 of the mean, which a normalised step doubles at most; those
+        # of the norm, in the clip coefficient.
+        of_mean = 2 * (self.plan.n + 4) + SUM_ROUNDINGS / 2
+        everything = zip(
+            trained.params, trained.values(), self.exact, self.start, self.moved, strict=True
+        )
+        for param, value, exact, start, moved in everything:
             right, got = exact.detach(), host(value)
-            bound = UPDATE_ROUNDINGS * U * (right.abs() + (right - start).abs() + self.plan.lr)
-            require_close("precise parameter", got, right, bound)
+            if is_ours:
+                bound = of_mean * moved + 2 * STEP_ROUNDINGS * (right.abs() + moved)
+            else:
+                bound = UPDATE_ROUNDINGS * (right.abs() + (right - start).abs() + self.plan.lr)
+            require_close("precise parameter", got, right, U * bound)
             # A split master's parameter is the nearest too, but a tie goes up and not to even.
             half = torch.finfo(param.dtype).eps / 2 * 1.01 * got.abs() + 2.0**-25
             require_close("parameter", host(param), got, half)
@@ -107,6 +121,8 @@ def judge(
     shapes: Sequence[Sequence[int]] = SHAPES,
     *,
     stepwise: bool = False,
+    is_ours: bool = False,
+    weights: Sequence[float] | None = None,
 ) -> tuple[float, float]:
     """Run two windows of a form, the second one with unaligned gradients.
 
@@ -115,6 +131,8 @@ def judge(
         like: dtype and device.
         shapes: of the parameters.
         stepwise: by the form's single operations, without clipping.
+        is_ours: see `Judge.require_exact`.
+        weights: of a window's micro-batches, which the form knows too; None: they are equal.
 
     Returns:
         Relative L2 errors: of the mean gradient, and of what the updates changed.
@@ -126,6 +144,8 @@ def judge(
     start = random(shapes, like.dtype, like.device, seed=60)
     form: Any = kind(start, plan)
     judge = Judge(start, plan, clips=not stepwise)
+    own = [1.0] * plan.n if weights is None else weights
+    shares = [weight / sum(own) for weight in own]
     for window in range(2):
         means = judge.zeros()
         for index in range(plan.n):
@@ -134,7 +154,7 @@ def judge(
             if form.loss_is_divided:
                 torch._foreach_div_(grads, plan.n)
             for mean, grad in zip(means, grads, strict=True):
-                mean += host(grad) / (1 if form.loss_is_divided else plan.n)
+                mean += host(grad) * (1 if form.loss_is_divided else shares[index])
             if not stepwise:
                 form.micro_batch(grads, index)
             elif 0 < index == plan.n - 1:
@@ -144,9 +164,9 @@ def judge(
         right = judge.update(means, form.grads())
         (form.step if stepwise else form.update)()
         if (norm := form.norm()) is not None:
-            require_number("norm", norm, right, SUM_ROUNDINGS * U)
+            require_number("norm", norm, right, (SUM_ROUNDINGS / 2 + plan.n + 4) * U)
     if form.is_exact:
-        judge.require_exact(form)
+        judge.require_exact(form, is_ours=is_ours)
     return judge.grad_error, judge.update_error(form)
 
 

@@ -7,6 +7,7 @@ import os
 import platform
 import re
 import shlex
+import tempfile
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from ..backends.compiled import compiler, libraries, openmp, source, store
 from ..backends.operations import GRAD_DTYPES
 
 # Triton's kernels need 7.0; it tests, and converts bf16 in hardware, from 8.0 on.
+MIN_TORCH, MIN_TRITON = (2, 11), (3, 6)
 MIN_CAPABILITY, NATIVE_BF16_CAPABILITY = (7, 0), (8, 0)
 CGROUP = "/sys/fs/cgroup"  # the limits of this container
 
@@ -50,9 +52,10 @@ def version_of(package: str) -> str | None:
 
 @cache
 def driver() -> str | None:
-    """The NVIDIA driver of this machine, whatever torch was built for."""
+    """The NVIDIA or AMD driver of this machine, whatever torch was built for."""
     found: str | None = collect_env.get_nvidia_driver_version(collect_env.run)
-    return found
+    amd = re.search(r"\b\d+\.\d+(\.\d+)?\b", _text("/sys/module/amdgpu/version"))
+    return found or (amd[0] if amd else None)
 
 
 def _compiler() -> str | None:
@@ -162,12 +165,25 @@ def _text(path: str) -> str:
 
 def warnings() -> list[str]:
     """What works, but slowly or not as one would think; each says what to do."""
-    found = [*_cpu_warnings(), *_gpu_warnings()]
+    found = [*_version_warnings(), *_cpu_warnings(), *_gpu_warnings()]
     if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
         found.append(
             "TRITON_INTERPRET is set: Triton runs its interpreter, thousands of times slower, and "
             "cuts bf16 off where GPUs round; unset it but for debugging kernels"
         )
+    return found
+
+
+def _version_warnings() -> list[str]:
+    found = []
+    for name, version, least in (
+        ("torch", torch.__version__, MIN_TORCH),
+        ("triton", version_of("triton"), MIN_TRITON),
+    ):
+        numbers = re.match(r"(\d+)\.(\d+)", version or "")
+        if numbers is not None and tuple(map(int, numbers.groups())) < least:
+            wanted = ".".join(map(str, least))
+            found.append(f"{name} {version} is older than {wanted}, with which nothing is tested")
     return found
 
 
@@ -203,14 +219,24 @@ def _cpu_warnings() -> list[str]:
             "CPU: torch's OpenMP runtime (libgomp) was not found; the compiled loops run on one "
             f"thread of {threads}"
         )
+    if os.environ.get("OMP_WAIT_POLICY", "").upper() == "ACTIVE" and _is_busy():
+        found.append(
+            "CPU: OMP_WAIT_POLICY=ACTIVE on a machine with other work to do: threads spin and keep "
+            "cores from it; set it to PASSIVE"
+        )
     return found
+
+
+def _is_busy() -> bool:
+    """Whether other processes take half of the cores."""
+    return hasattr(os, "getloadavg") and os.getloadavg()[0] > 0.5 * usable_cores()
 
 
 def busy(device: torch.device) -> str | None:
     """A warning where other processes would decide what is measured: they take half of the cores,
     and nothing keeps torch's threads from waiting for them."""
     is_safe = device.type != "cpu" or "OMP_WAIT_POLICY" in os.environ
-    if is_safe or os.getloadavg()[0] <= 0.5 * usable_cores():
+    if is_safe or not _is_busy():
         return None
     return (
         "this machine has other work to do: torch's threads wait for each other then, and native "
@@ -229,7 +255,24 @@ def _gpu_warnings() -> list[str]:
             f"there is a GPU driver ({driver()}), but torch {torch.__version__} {reason}: "
             "the GPU is not used. See pytorch.org/get-started for the right build"
         ]
-    return [*filter(None, map(_gpu_warning, available()[1:]))]
+    found = [*filter(None, map(_gpu_warning, available()[1:]))]
+    cache = Path(os.environ.get("TRITON_CACHE_DIR") or Path.home() / ".triton" / "cache")
+    if not is_writable(cache):
+        found.append(
+            f"{cache} cannot be written: Triton needs it to keep compiled kernels; set "
+            "TRITON_CACHE_DIR to a folder that can"
+        )
+    return found
+
+
+def is_writable(folder: Path) -> bool:
+    """Whether files can be made in a folder, which is made if need be."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return True
+    except OSError:
+        return False
 
 
 def _gpu_warning(device: torch.device) -> str | None:

@@ -20,6 +20,8 @@ from . import windows as check_windows
 from .checks import Check, Runner, Wrong, threads
 
 MAX_SHOWN = 10
+# "CUDA error: an illegal memory access" and the like: the device serves nobody afterwards.
+LOST = "CUDA error"
 
 
 # Of a check: `device`, `name`, `error` (what is wrong, by how much and where, or None), `seconds`.
@@ -42,11 +44,13 @@ def run(chosen: Sequence[torch.device], backend: str | None, full: bool) -> list
         check_steps.compile_ahead(full)
     outcomes: list[Outcome] = []
     for device in chosen:
-        found = checks_of(device, backend, full)
+        found, is_lost = checks_of(device, backend, full), False
         with threads(1):
             for check in found:
                 began = time.perf_counter()
-                outcome = {"device": str(device), "name": check.name, "error": error_of(check)}
+                error = "not run: the device failed before" if is_lost else error_of(check)
+                is_lost |= error is not None and LOST in error
+                outcome = {"device": str(device), "name": check.name, "error": error}
                 outcomes.append(outcome | {"seconds": round(time.perf_counter() - began, 4)})
     return outcomes
 

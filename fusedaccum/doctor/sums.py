@@ -43,8 +43,10 @@ def all_checks(backend: Runner, full: bool) -> Iterator[Check]:
     for dtype in GRAD_DTYPES if full else (torch.bfloat16,):
         for keeps in (True, False):
             yield _accumulate(backend, dtype, 0, False, True, keeps)
+    yield Check("NaN and Inf show in the sums", lambda: _nonfinite(backend))
     for value, max_norm, skip in product((1.0, math.nan, math.inf), (0.5, None), (True, False)):
         yield _finalize(backend, value, max_norm, skip)
+    yield Check("a skipped step writes nothing", lambda: _skipped(backend))
 
 
 def sums_for(tensors: Sequence[Tensor]) -> tuple[Tensor, list[int]]:
@@ -114,9 +116,25 @@ def _sum_of_squares(backend: Runner, dtype: torch.dtype, offset: int) -> Check:
         partials, cells = sums_for(tensors)
         backend.sum_of_squares(SumOfSquares(tensors, partials, cells))
         _require_sums(tensors, partials, cells)
+        norm, right = float(host(partials).sum().sqrt()), float(reference.global_norm(tensors))
+        checks.require_number("norm", norm, right, checks.SUM_ROUNDINGS * checks.U / 2)
         memory.check()
 
     return Check(f"norm {short(dtype)}{', unaligned' if offset else ''}", run)
+
+
+def _nonfinite(backend: Runner) -> None:
+    for value in (math.nan, math.inf, -math.inf):
+        n = CHUNK + 1817
+        acc = normal(n, 1).to(backend.device)
+        grad = normal(n, 2).to(backend.device, torch.bfloat16)
+        grad[n - 1] = value
+        partials = torch.zeros(2, dtype=FP32, device=backend.device)
+        backend.accumulate(Add([(acc, grad)], 1.0, False, partials, [0]))
+        if partials.isfinite().tolist() != [True, False]:
+            raise Wrong(
+                f"a gradient with {value} in its second chunk left the sums {partials.tolist()}"
+            )
 
 
 def _finalize(backend: Runner, value: float, max_norm: float | None, skip: bool) -> Check:
@@ -154,3 +172,19 @@ def _finalize(backend: Runner, value: float, max_norm: float | None, skip: bool)
     clip = "no clipping" if max_norm is None else f"clipped to {max_norm}"
     name = f"finalize, {clip}, {'finite' if value == 1.0 else value}"
     return Check(name + ("" if skip else ", not skipped"), run)
+
+
+def _skipped(backend: Runner) -> None:
+    rule, n, device = RULES["adam"], CHUNK + 1, backend.device
+    param = normal(n, 4).to(device, torch.bfloat16)
+    master = torch.ones(n, dtype=torch.int16, device=device)
+    states = (normal(n, 6).to(device), torch.ones(n, dtype=FP32, device=device))
+    tensor = StepTensor(param, normal(n, 5).to(device), states, 0, 0, master)
+    written = [param, master, *states]
+    before = [tensor.clone() for tensor in written]
+    step = Step(rule, Keep.SPLIT, [tensor], UpdateScalars(1, rule.family.n_scalars, device))
+    partials = torch.tensor([math.inf], dtype=FP32, device=device)
+    backend.finalize(Finalize([step], [(1.0, *HYPER)], Correction(), partials, 0.5, True))
+    backend.step(step)
+    for got, old in zip(written, before, strict=True):
+        checks.require_same("tensor of a skipped update", got, old)

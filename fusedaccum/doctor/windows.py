@@ -17,8 +17,8 @@ from .judge import SHAPES, judge, random
 from .plan import OPTIMIZERS, Plan
 
 BF16 = torch.bfloat16
-# Of a window's micro-batches; powers of two, so that gradients can be divided by them exactly.
-WEIGHTS = (1.0, 2.0, 4.0, 1.0)
+N = 4
+WEIGHTS = (3.0, 5.0, 2.0)  # of a window that flush() closes: one fewer than N
 
 
 class Partial(Wrapper):
@@ -29,41 +29,42 @@ class Partial(Wrapper):
 
     def micro_batch(self, grads: Sequence[Tensor], index: int) -> None:
         self.begin(index)
-        own = WEIGHTS[index] * len(WEIGHTS) / sum(WEIGHTS)
         with self.optimizer.micro_batch(weight=WEIGHTS[index]):
-            self.deliver([grad / own for grad in grads])
+            self.deliver(grads)
         self.end()
 
     def update(self) -> None:
         self.optimizer.flush()
 
     def grads(self) -> list[Tensor]:
-        # Announced were equal weights of one micro-batch more; the step corrects that.
-        return [grad * (self.plan.n / sum(WEIGHTS)) for grad in super().grads()]
+        # Announced was the first weight, N times; the step corrects that.
+        return [grad.double() * (N * WEIGHTS[0] / sum(WEIGHTS)) for grad in super().grads()]
 
 
 def all_checks(device: torch.device, backend: str | None, full: bool) -> Iterator[Check]:
     """Every optimizer in bf16, AdamW and with `full` all in every dtype; a partial window; a NaN
     window."""
 
-    def check(name: str, kind: type[Wrapper], optimizer: str, dtype: torch.dtype) -> Check:
-        plan = Plan(optimizer, len(WEIGHTS), backend=backend)
+    def check(optimizer: str, dtype: torch.dtype, is_partial: bool = False) -> Check:
+        kind, weights = (Partial, WEIGHTS) if is_partial else (Wrapper, None)
+        plan = Plan(optimizer, len(weights) if weights else N, backend=backend)
         like = torch.empty(0, dtype=dtype, device=device)
+        name = "partial window with token weights" if is_partial else f"window of {N}"
         return Check(
             f"{name}, {optimizer}, {short(dtype)}, clipped",
-            lambda: judge(kind, plan, like),
+            lambda: judge(kind, plan, like, is_ours=True, weights=weights),
         )
 
     for dtype in (torch.float32, BF16, torch.float16):
         for optimizer in OPTIMIZERS:
             if full or dtype == BF16 or optimizer == "adamw":
-                yield check(f"window of {len(WEIGHTS)}", Wrapper, optimizer, dtype)
-    yield check("partial window with token weights", Partial, "adamw", BF16)
+                yield check(optimizer, dtype)
+    yield check("adamw", BF16, is_partial=True)
     yield Check("window with a NaN is skipped", lambda: _nan_window(device, backend))
 
 
 def _nan_window(device: torch.device, backend: str | None) -> None:
-    ours = Wrapper(random(SHAPES, BF16, device, seed=30), Plan(n=4, backend=backend))
+    ours = Wrapper(random(SHAPES, BF16, device, seed=30), Plan(n=N, backend=backend))
 
     def window(spoil: bool) -> list[Tensor]:
         for index in range(ours.plan.n):

@@ -278,6 +278,23 @@ def test_an_exception_is_a_finding_and_the_rest_is_checked(
     assert "RuntimeError: the kernel does not compile because" in capsys.readouterr().out
 
 
+def test_a_lost_device_is_not_asked_again(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    only: Callable[[str], None],
+) -> None:
+    calls = []
+
+    def raises(*_: Any) -> None:
+        calls.append(1)
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    only("norm fp32|norm bf16")
+    after("sum_of_squares", raises)(monkeypatch)
+    _, found = report(capsys)
+    assert len(calls) == 1 and found["n_failed"] == found["n_checks"] > 1
+
+
 # --- usage ---
 
 

@@ -44,6 +44,10 @@ def test_cpu_warnings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert warned("4 threads", "2 cores", "Set OMP_NUM_THREADS=2")
     monkeypatch.setattr(machine, "usable_cores", lambda: 64.0)
     assert warned("4 threads of 64 cores", "OMP_NUM_THREADS=1")
+    monkeypatch.setattr(torch, "__version__", "2.9.1+cu128")
+    assert warned("torch 2.9.1+cu128 is older than 2.11")
+    monkeypatch.setattr(machine, "version_of", lambda package: "3.5.0")
+    assert warned("triton 3.5.0 is older than 3.6")
     blocked = tmp_path / "file"
     blocked.touch()
     monkeypatch.setattr(store, "folder", lambda: blocked / "cache")
@@ -76,9 +80,11 @@ def test_gpu_warnings(
     capability: tuple[int, int],
     words: tuple[str, ...],
     monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
 ) -> None:
     """On a machine that says it has a GPU; Triton is not asked to run anything."""
     pytest.importorskip("triton")
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     cuda = {
         "is_available": lambda: True,
@@ -90,6 +96,9 @@ def test_gpu_warnings(
     for name, value in cuda.items():
         monkeypatch.setattr(torch.cuda, name, value)
     assert machine._gpu_warnings() == [] if not words else warned("cuda:0 (a GPU", *words)
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "file"))
+    (tmp_path / "file").touch()
+    assert warned("cannot be written", "TRITON_CACHE_DIR")
     assert machine.choose(None) == [CPU, torch.device("cuda", 0)]
     assert machine.choose("cuda") == machine.choose("cuda:0") == [torch.device("cuda", 0)]
 
