@@ -153,14 +153,18 @@ class Core:
             )
 
     def check_params(self, reattach: bool = False) -> None:
-        """Notice parameters that were added, unfrozen, or changed by `model.to()` and the like."""
+        """Notice parameters that were added, unfrozen, or moved by `model.to()` and the like.
+
+        Args:
+            reattach: between windows, serve those that moved from now on.
+        """
         if self.collector.attached.taken_over:
             return
         if self._moving is not None:
             self._reattach()
         self._follow_exchange()
         self.collector.attach_groups(self.optimizer.param_groups)
-        if self.collector.attached.changed() is None:
+        if self.collector.attached.changed(is_thorough=False) is None:
             return
         if reattach and not self.window.micro_batches:
             self._reattach()
@@ -229,7 +233,7 @@ class Core:
         self.collect()
         reduction, counts = self.collector.reduction, self.window.steps is not None
         if not counts or reduction.comes_averaged:
-            reduction.complete(closes=counts and self.collector.has_arrivals)
+            reduction.complete(closes=counts and self.collector.slots.has_arrivals)
         return self.collector.sums_of_squares()
 
     def clip(self, max_norm: float) -> Tensor:
@@ -241,7 +245,7 @@ class Core:
         if reduction.is_average:
             correction = reduction.correction(self.window)
         else:
-            correction = self.window.correction_so_far(is_open=self.collector.has_arrivals)
+            correction = self.window.correction_so_far(is_open=self.collector.slots.has_arrivals)
         return (sums.double().sum().sqrt() * correction).float()
 
     def evaluate(self, closure: Callable[[], Any]) -> Any:
@@ -250,7 +254,7 @@ class Core:
             with torch.enable_grad():
                 return closure()
         except BaseException:
-            if self.collector.has_arrivals:
+            if self.collector.slots.has_arrivals:
                 self.collector.trouble.note("the closure raised after its backward()" + PART)
             raise
 
@@ -261,6 +265,8 @@ class Core:
         """
         if closure is None:
             raise TypeError(f"{type(self.optimizer).__name__}.step() needs a closure")
+
+        self.collector.attached.refuse_changed()
 
         def evaluate() -> Any:
             loss = self.evaluate(closure)
@@ -285,19 +291,20 @@ class Core:
         Raises:
             RuntimeError: inside a micro_batch() block of a loop that owns the window.
         """
-        if self.window.weight is not None and not closes and self.collector.has_arrivals:
+        if self.window.weight is not None and not closes and self.collector.slots.has_arrivals:
             raise RuntimeError(
                 "step() was called inside a micro_batch() block, whose weight does not count yet; "
                 "nothing was updated. Call step() after the block; after an exception call "
                 "zero_grad()"
             )
+        self.collector.attached.refuse_changed()
         self.processes.refuse_alone(self.collector.reduction)
         max_norm = self.window.max_norm or self.options.max_grad_norm
         with hooks as has_run:
             if has_run:
                 self.collector.adopt_assigned()
             self.collector.reduction.complete(closes)
-            has_gradient = bool(self.collector.filled())
+            has_gradient = bool(self.collector.slots.filled())
             skip, is_scaled = self.options.skip_nonfinite, self.scaling.takes_part
             apply = self.updater.prepare(max_norm, skip, is_scaled)
             with self.collector.trouble.unless_done("an update", PARTLY_UPDATED):
@@ -306,7 +313,7 @@ class Core:
                 factor = self.collector.reduction.correction(self.window)
                 apply(self.scaling.correction(factor))
                 if self.options.shard_states:
-                    self.collector.reduction.share(self.collector.filled())
+                    self.collector.reduction.share(self.collector.slots.filled())
                 self.collector.end_window()
                 self.window_closed = True
         return has_gradient
