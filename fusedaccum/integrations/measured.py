@@ -23,8 +23,9 @@ class Measured:
             A new dict with the keys that mean something here:
 
             updates (int): updates so far, with those that were skipped on the device. An update
-                that a GradScaler of the loop left out is none. A checkpoint has it. The host
-                counts, so a replayed CUDA graph does not.
+                that a GradScaler of the loop left out is none. `state_dict()` has it, but
+                torch.distributed.checkpoint does not take it from there. The host counts, so a
+                replayed CUDA graph does not.
             skipped_steps (int64 tensor): those of them that were skipped because of NaN or Inf.
             grad_norm (float32 tensor): L2 norm of the mean gradient before `max_grad_norm` clips
                 it. NaN or Inf where the window was not finite, and NaN where a GradScaler found an

@@ -161,6 +161,8 @@ class Two(lm.lightning.LightningModule):
             opt.zero_grad()
             self.manual_backward(torch.nn.functional.mse_loss(net(x), y))
             opt.step()
+        if self.wraps:  # through the object that Lightning puts before the optimizer
+            assert self.optimizers()[1].metrics()["updates"] == batch_idx + 1
 
     def configure_optimizers(self) -> Any:
         first, second = lm.sgd(self.a.parameters()), lm.sgd(self.b.parameters())

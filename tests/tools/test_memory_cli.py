@@ -4,6 +4,7 @@ wrong. Several processes: tests/distributed/test_memory.py."""
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +23,7 @@ from fusedaccum.doctor.forms import Form, Wrapper
 from fusedaccum.doctor.plan import OPTIMIZERS, Plan
 from tests.commands import run_command
 
+ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 SIZES: shapes.Shapes = [(256, 256)] * 4 + [(64,)]  # without padding between tensors
@@ -207,6 +209,13 @@ def test_what_people_see(capsys: pytest.CaptureFixture[str]) -> None:
     assert "DDP's buckets" not in lines[3]
     assert any("activations" in line for line in lines)
     assert lines[-1].startswith("free here: cpu ")
+
+
+def test_what_the_page_shows(capsys: pytest.CaptureFixture[str]) -> None:
+    text = (ROOT / "docs" / "how_it_works.md").read_text(encoding="utf-8")
+    (command, shown), *_ = re.findall(r"```\n\$ python -m fusedaccum (.*?)\n(.*?)```", text, re.S)
+    assert cli.main(command.split()) == 0
+    assert capsys.readouterr().out.startswith(shown)
 
 
 def test_json_in_a_process_of_its_own(tmp_path: Path) -> None:
