@@ -19,6 +19,8 @@ from .integrations.face import SharingOptimizer
 from .options import Options
 from .rules import packages, registry
 from .update.masters import Masters
+from .update.record import Record
+from .update.summary import Summary
 from .update.updater import Updater
 from .window.advice import Advice
 from .window.collector import Collector
@@ -42,6 +44,8 @@ class Core:
     Attributes:
         window, scaling, collector, updater: the parts.
         processes: what other processes have to do with it.
+        record: what the host remembers of the updates.
+        summary: says once, in the log, what serves the parameters.
         linears: layers whose weight gradients never exist.
         window_closed: whether the last step() or flush() ended a window.
     """
@@ -50,6 +54,7 @@ class Core:
         self.optimizer, self.options = optimizer, options
         self.window_closed = False
         self.advice = Advice()
+        self.record, self.summary = Record(), Summary()
         # What load_state_dict() was given, until all of it is taken over.
         self._loading: dict[str, Any] | None = None
         # The state that moves along, until the parts for moved parameters are complete.
@@ -88,6 +93,7 @@ class Core:
             self.optimizer,
             self.collector,
             masters,
+            self.record,
             is_stochastic=options.stochastic_rounding,
             seed=options.seed,
         )
@@ -274,8 +280,10 @@ class Core:
             return loss
 
         loss = self.optimizer.step(evaluate)
+        self.record.note(self.window, self.collector.reduction, None)
         self.window_closed = True
         self.collector.end_window()
+        self.summary.updated(self.updater, self.options)
         return loss
 
     def update(self, closes: bool, hooks: AbstractContextManager[Any]) -> bool:
@@ -312,10 +320,14 @@ class Core:
                     self.collector.close_micro_batch()
                 factor = self.collector.reduction.correction(self.window)
                 apply(self.scaling.correction(factor))
+                if has_gradient:
+                    self.record.note(self.window, self.collector.reduction, max_norm)
                 if self.options.shard_states:
                     self.collector.reduction.share(self.collector.slots.filled())
                 self.collector.end_window()
                 self.window_closed = True
+        if has_gradient:
+            self.summary.updated(self.updater, self.options)
         return has_gradient
 
     # --- Join; see `distributed.joining.Member` ---

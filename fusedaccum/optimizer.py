@@ -384,6 +384,7 @@ class FusedAccumOptimizer(SharingOptimizer):
     join_process_group = property(lambda self: self.process_group)
 
     _linears = property(lambda self: self._core.linears)
+    _updates = property(lambda self: self._core.updater)
 
     def _take_parameters(self) -> None:
         self._core.check_params()
