@@ -25,6 +25,16 @@ def llama_1b() -> Shapes:
     return PRESETS["llama-1b"]
 
 
+def llama_8b() -> Shapes:
+    """Llama 3.1 8B, 8,030,261,248 parameters in 291 tensors."""
+    return PRESETS["llama-8b"]
+
+
+def many_2000() -> Shapes:
+    """2,000 small matrices, 8,192,000 parameters: what is done for each tensor, nearly alone."""
+    return [(64, 64)] * 2000
+
+
 def lora_500() -> Shapes:
     """500 low-rank matrices, 32,768,000 parameters: many tensors, little in each."""
     return [(16, 4096)] * 500
@@ -57,7 +67,7 @@ def tiny() -> Shapes:
 SHAPES: dict[str, Callable[[], Shapes]] = {
     function.__name__: function
     for function in (
-        *(gpt2_small, llama_1b, lora_500),
+        *(gpt2_small, llama_1b, llama_8b, lora_500, many_2000),
         *(flat_64mi, odd, unaligned, tiny),
     )
 }

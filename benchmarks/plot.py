@@ -4,6 +4,7 @@
     cycle.svg    time of a window against N
     tax.svg      what accumulating and updating add to a training loop, against the micro-batch size
     memory.svg   bytes per parameter, between two windows and at the peak of one
+    host.svg     the time that Python takes for a micro-batch and for an update
 
 A line is drawn through rows of the same file only; the conditions stand beneath. What has no rows
 is left out, and said.
@@ -63,6 +64,7 @@ LOOK: Any = {
     "svg.hashsalt": "fusedaccum",
 }
 GREY = "#999999"
+SIGNS = (("fused_hooks", 1), ("autograd", -1))
 Group = list[Row]
 
 
@@ -279,7 +281,26 @@ def memory(plt: Any, found: Sequence[Group], path: Path) -> bool:
     return finish(figure, rows, path)
 
 
-FIGURES = {"share": share, "cycle": cycle, "tax": tax, "memory": memory}
+def host(plt: Any, found: Sequence[Group], path: Path) -> bool:
+    """Python's own time, of each shape."""
+    kinds = {"host_micro_batch": "micro-batch, above autograd's own", "host_update": "update"}
+    chosen = newest([g for g in found if g[0]["operation"] in kinds], "operation", "shape")
+    if not chosen:
+        return False
+    figure, axes = panels(plt, [*kinds.values()], width=4.2, height=2.6)
+    for axis, kind in zip(axes, kinds, strict=True):
+        shown = {shape: by(g, "variant") for (own, shape), g in chosen.items() if own == kind}
+        ms = {
+            shape: sum(s * row["p50_ms"] for name, s in SIGNS for row in rows.get(name, ()))
+            for shape, rows in shown.items()
+        }
+        bars = axis.barh([*ms], [*ms.values()], color=style("fused_hooks")["color"])
+        axis.bar_label(bars, fmt=" {:.1f}", fontsize=8)
+        axis.set_xlabel("ms of the host, without the kernels")
+    return finish(figure, [row for g in chosen.values() for row in g], path)
+
+
+FIGURES = {"share": share, "cycle": cycle, "tax": tax, "memory": memory, "host": host}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

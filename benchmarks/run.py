@@ -19,7 +19,7 @@ import torch
 from fusedaccum.doctor import machine
 from fusedaccum.doctor.plan import Plan
 
-from . import cases, linear, reduction, suites
+from . import cases, host, linear, reduction, suites
 from .measure import arguments
 from .suites import Suite
 from .tables import report
@@ -33,9 +33,9 @@ SHAPES = {
         "reduction": ["gpt2_small"],
     },
 }
-KINDS = ("micro", "cycle", "linear", "reduction")
+KINDS = ("micro", "cycle", "linear", "reduction", "host")
 # Seconds for each group of variants.
-BUDGETS = {"micro": 8.0, "cycle": 60.0, "linear": 2.0, "reduction": 2.0}
+BUDGETS = {"micro": 8.0, "cycle": 60.0, "linear": 2.0, "reduction": 2.0, "host": 4.0}
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -67,6 +67,10 @@ def work(args: argparse.Namespace) -> Iterator[tuple[str, int, partial[None]]]:
     if wants("reduction", by_default):
         for shape in shapes("reduction"):
             yield "reduction", max(args.n), partial(reduction.reduction, shape=shape)
+    if wants("host", by_default):
+        names = args.shapes or (["tiny"] if args.quick else [n for n in host.HOST if n != "tiny"])
+        for shape in names:
+            yield "host", max(args.n), partial(host.host, shape=shape)
     for forms_of in passes:
         for shape in shapes("micro") if wants("micro", True) else ():
             # A single operation is the same for any N.

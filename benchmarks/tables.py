@@ -25,6 +25,11 @@ TARGETS = {
 REDUCED: dict[str, Column] = bench.COLUMNS | {
     "before the end": lambda row: f"{row['early']} of {row['launched']}" if row["launched"] else "",
 }
+HOST: dict[str, Column] = {
+    **{name: bench.COLUMNS[name] for name in ("", "p20", "p50", "p80 ms")},
+    "us per tensor": column("us_per_tensor", ".2f"),
+    "launches": column("launches"),
+}
 TRAINING: dict[str, Column] = {
     "": column("variant"),
     "p20": column("p20_ms", ".1f"),
@@ -43,6 +48,9 @@ TRAINING: dict[str, Column] = {
 def show(rows: Sequence[Row]) -> None:
     """One group: of variants, or of training loops."""
     head = rows[0]
+    if "us_per_tensor" in head:
+        bench.show(rows, HOST)
+        return
     if "tax_p50" not in head:
         bench.show(rows, REDUCED if "launched" in head else bench.COLUMNS)
         return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
@@ -201,7 +202,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     run = {"bench": _bench, "doctor": _doctor, "memory": _memory}[args.command]
     try:
-        return run(args)
+        code = run(args)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # `| head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except ValueError as error:
         print(f"fusedaccum {args.command}: {error}", file=sys.stderr)
         return 2

@@ -84,7 +84,8 @@ class Master:
         master = self.tensor if self.loaded is None else self._adopted(self.loaded)
         if not self.is_kept or master is None:
             return None
-        return reference.precise(self._slot.local.detach(), master)
+        param = self._slot.local.detach()
+        return reference.precise(param, master.to(param.device))  # the model may have moved
 
 
 class Masters(dict[Slot, Master]):

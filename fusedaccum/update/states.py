@@ -142,9 +142,16 @@ class States(dict[Slot, RuleState]):
 
     @torch.no_grad()
     def release(self) -> None:
-        """Give the wrapped optimizer states of its own, in the dtypes plain torch would have."""
+        """Give the wrapped optimizer states of its own, in the dtypes plain torch would have, and
+        its numbers where it would have them: on the device where its step reads them there."""
         if self.is_provisional:
             self._optimizer.state.clear()
+        stays = {
+            param
+            for group in self._optimizer.param_groups
+            if group.get("fused") or group.get("capturable")
+            for param in group["params"]
+        }
         for param, slot in self._collector.slots.items():
             if self.is_unused(slot):
                 self._optimizer.state.pop(param, None)
@@ -153,7 +160,8 @@ class States(dict[Slot, RuleState]):
                 if not isinstance(value, Tensor):
                     continue
                 if value.dim() == 0:
-                    entry[name] = value.detach().clone().cpu()
+                    number = value.detach().clone()
+                    entry[name] = number if param in stays else number.cpu()
                 elif value.is_floating_point():
                     entry[name] = value.to(slot.dtype, copy=True)
 

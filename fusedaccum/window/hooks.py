@@ -100,6 +100,7 @@ class Attached:
         deal: Deal,
     ) -> None:
         self._owner_ref = weakref.ref(owner)
+        self._stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
         self.device = device
         self.slots = Slots()
         self.queues: dict[tuple[Slot, ...], Any] = {}
@@ -233,7 +234,10 @@ class Attached:
         try:
             # A frozen one, of which a checkpoint has something, is hooked for the time after.
             param.requires_grad_(True)
-            slot.node = torch.autograd.graph.get_gradient_edge(param).node
+            # A node runs on the stream that it was made on. All on one: a launch adds gradients of
+            # many, and must not read those that another stream still writes.
+            with torch.cuda.stream(self._stream):
+                slot.node = torch.autograd.graph.get_gradient_edge(param).node
         finally:
             param.requires_grad_(is_trained)
         # The node holds the hook and the slot the node: a strong reference back would be a

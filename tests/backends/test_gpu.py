@@ -159,6 +159,52 @@ def test_a_side_stream() -> None:
         assert equal_bits(p.detach(), q.detach())
 
 
+def test_parameters_that_join_on_another_stream() -> None:
+    """Their gradients are written and added on one stream, that of the others."""
+    models = [small_model(BF16).cuda() for _ in range(2)]
+    data = inputs(16)
+    for model, stream in zip(models, (torch.cuda.Stream(), None), strict=True):
+        late = next(model.parameters())
+        late.requires_grad_(False)
+        opt = FusedAccumOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), 2)
+        train(model, opt, data[:4])
+        late.requires_grad_(True)
+        torch.cuda.synchronize()
+        with torch.cuda.stream(stream):
+            opt.step()  # notices it
+        torch.cuda.synchronize()
+        opt.zero_grad()
+        train(model, opt, data[4:])
+    for p, q in zip(*(m.parameters() for m in models), strict=True):
+        assert equal_bits(p.detach(), q.detach())
+
+
+@pytest.mark.parametrize("option", ["fused", "capturable"])
+def test_detach_leaves_step_counts_where_the_step_reads_them(option: str) -> None:
+    model = small_model().cuda()
+    opt = FusedAccumOptimizer(torch.optim.AdamW(model.parameters(), **{option: True}), 1)
+    train(model, opt, inputs(2, torch.float32))
+    plain = opt.detach()
+    assert all(state["step"].is_cuda for state in plain.state.values())
+    train(model, plain, inputs(2, torch.float32))
+
+
+def test_saved_after_a_load_and_a_move() -> None:
+    """The master of a checkpoint and the parameter are on two devices then."""
+    model = small_model(BF16)
+    opt = FusedAccumOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), 1)
+    for x in inputs(2):
+        model(x.cpu()).float().square().mean().backward()
+        opt.step()
+        opt.zero_grad()
+    saved = opt.state_dict()
+    opt.load_state_dict(saved)
+    model.cuda()
+    masters = opt.state_dict()["fusedaccum"]["masters"]
+    for ours, theirs in zip(masters.values(), saved["fusedaccum"]["masters"].values(), strict=True):
+        assert equal_bits(ours.cpu(), theirs.cpu())
+
+
 def test_offsets_beyond_int32() -> None:
     """More than 2**31 elements in one tensor: addresses and offsets are 64-bit."""
     n = 2**31 + 12_345
@@ -173,24 +219,28 @@ def test_offsets_beyond_int32() -> None:
 
 
 def test_whole_windows_in_a_graph_with_a_changing_rate() -> None:
-    """Forward, backward, accumulation, norm, clip and step of four micro-batches, replayed."""
+    """Forward, backward, accumulation, norm, clip and step of four micro-batches, replayed.
+
+    The wrapper is made on the stream of the capture: its nodes run there.
+    """
     models = [small_model(BF16).cuda() for _ in range(2)]
     rates = [torch.tensor(1e-2, device="cuda") for _ in models]
-    opts = [
-        FusedAccumOptimizer(
-            torch.optim.AdamW(model.parameters(), lr=rate, capturable=True), 4, max_grad_norm=1.0
-        )
-        for model, rate in zip(models, rates, strict=True)
-    ]
     static = inputs(4)
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
+        opts = [
+            FusedAccumOptimizer(
+                torch.optim.AdamW(model.parameters(), lr=rate, capturable=True), 4,
+                max_grad_norm=1.0,
+            )
+            for model, rate in zip(models, rates, strict=True)
+        ]  # fmt: skip
         for model, opt in zip(models, opts, strict=True):
             train(model, opt, static * 3)
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=side):
         train(models[0], opts[0], static)
     data = inputs(20)
     for window, rate in enumerate((1e-2, 5e-3, 1e-1)):

@@ -4,7 +4,9 @@ wrong. Several processes: tests/distributed/test_memory.py."""
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -280,3 +282,13 @@ def test_a_config_without_transformers(
     assert cli.main(["memory", "--model", str(tmp_path)]) == 2
     message = capsys.readouterr().err
     assert "pip install transformers, or use --params 1.1B" in message
+
+
+def test_a_reader_that_has_read_enough_is_no_error() -> None:
+    """`python -m fusedaccum memory ... | head`."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "fusedaccum", "memory", "--params", "7"]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (0, "")

@@ -70,8 +70,10 @@ def test_plain_fp32_training_takes_more() -> None:
 def test_peak_of_a_window_on_a_gpu() -> None:
     device, width = "cuda", 2048
     layers = [torch.nn.Linear(width, width, bias=False) for _ in range(8)]
-    warm = torch.randn(256, 256, dtype=torch.bfloat16, device=device)
-    warm = warm @ warm  # cuBLAS takes its workspace now
+    # cuBLAS takes its workspaces now: that of this thread, and that of the backward's.
+    warm = torch.randn(256, 256, dtype=torch.bfloat16, device=device, requires_grad=True)
+    (warm @ warm).sum().backward()
+    del warm
     before = torch.cuda.memory_allocated()
     net = torch.nn.Sequential(*layers).to(device, torch.bfloat16)
     n_params = sum(p.numel() for p in net.parameters())
