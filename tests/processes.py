@@ -59,7 +59,8 @@ def run(module: str, cases: Sequence[str], world: int, folder: Path) -> list[dic
         has the results from before, if there are any.
     """
     # A server imports torch and the module once, and forks for each process.
-    mp.get_context("forkserver").set_forkserver_preload([__name__, module])
+    preload = [__name__, module, "tests.frozen"]
+    mp.get_context("forkserver").set_forkserver_preload(preload)
     arguments = world, module, cases, str(folder)
     processes = mp.start_processes(
         _work, arguments, nprocs=world, join=False, start_method="forkserver"

@@ -7,6 +7,7 @@ loss = sum(p * g).
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,6 +22,13 @@ SHAPES = ((5, 7), (6, 4), (3, 3))
 WEIGHTS = (3.0, 5.0, 2.0)  # of weighted micro-batches, in turn
 # An operation: its name, and what it is of.
 Op = tuple[Any, ...]
+
+
+@functools.cache
+def _gradients(i: int) -> tuple[Tensor, ...]:
+    """Whoever gets them only reads them."""
+    generator = torch.Generator().manual_seed(i)
+    return tuple(torch.randn(shape, generator=generator).bfloat16().float() for shape in SHAPES)
 
 
 @dataclass(frozen=True)
@@ -43,8 +51,7 @@ class Kind:
 
     def grads(self, i: int) -> list[Tensor]:
         """The gradients of micro-batch `i`, numbers that bf16 and fp16 have."""
-        generator = torch.Generator().manual_seed(i)
-        return [torch.randn(shape, generator=generator).bfloat16().float() for shape in SHAPES]
+        return list(_gradients(i))
 
     def params(self) -> list[Tensor]:
         generator = torch.Generator().manual_seed(99)
@@ -152,7 +159,7 @@ class Run:
     def saved(self) -> dict[str, Any]:
         """All that a checkpoint has, copied."""
         scaler = None if self.scaler is None else self.scaler.state_dict()
-        params = [p.detach().clone() for p in self.params]
+        params = [p.detach() for p in self.params]
         found = {"params": params, "opt": self.opt.state_dict(), "scaler": scaler}
         return copy.deepcopy(found)
 

@@ -9,6 +9,7 @@ A case trains in fp32 with the plain optimizer, with that one nudged by what rou
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
 import sys
 import tempfile
@@ -221,6 +222,7 @@ def lightning(strategy: str) -> Report:
 
 
 def main(folder: str, cases: list[str]) -> None:
+    importlib.import_module("tests.frozen")
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     os.environ["FOLDER"] = folder
