@@ -1,0 +1,224 @@
+"""The pages of docs/: what the site's menu names, links that lead somewhere on GitHub and on the
+site, and code that runs. The site itself is built by `make docs`."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import fusedaccum
+from benchmarks.memory import LiveBytes
+from tests import readme_tables
+
+ROOT = Path(__file__).resolve().parents[2]
+DOCS = sorted((ROOT / "docs").glob("*.md"))
+# Pages whose blocks of Python run one after the other, in one set of names.
+RUN = ["index.md", "concepts.md", "speed.md"]
+
+
+def load_hooks() -> ModuleType:
+    """docs/site_hooks.py, which mkdocs loads by its path too."""
+    spec = importlib.util.spec_from_file_location("site_hooks", ROOT / "docs" / "site_hooks.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+HOOKS = load_hooks()
+ORIGINS = [f"docs/{path.name}" for path in DOCS] + [
+    path for path in HOOKS.TAKEN_IN if (ROOT / path).is_file()
+]
+
+
+def slugs(text: str) -> set[str]:
+    """What GitHub and the site call the headings of a page."""
+    found: set[str] = set()
+    for heading in re.findall(
+        r"^#+ (.*)$", re.sub(r"^```.*?^```", "", text, flags=re.M | re.S), re.M
+    ):
+        plain = re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", heading).lower()
+        found.add(re.sub(r"[^\w\- ]", "", plain).strip().replace(" ", "-"))
+    return found
+
+
+def leads_somewhere(link: str, source: str, text: str) -> bool:
+    """Whether a link of a page is an address, or leads to a file and a heading that exist."""
+    path, fragment = HOOKS.target(source, link), link.partition("#")[2]
+    if "://" in link:
+        return True
+    if path is not None and not (ROOT / path).exists():
+        return False
+    return not fragment or fragment in slugs(HOOKS.as_page(path) if path else text)
+
+
+def broken(source: str, text: str) -> list[str]:
+    """The links of a page that lead nowhere."""
+    return [link for link in HOOKS.links(text) if not leads_somewhere(link, source, text)]
+
+
+# --- menu and links ---
+
+
+def test_the_menu_names_every_page_once() -> None:
+    menu = (ROOT / "mkdocs.yml").read_text("utf-8").split("\nnav:")[1].split("\ntheme:")[0]
+    named = re.findall(r"(\S+\.md)$", menu, re.M)
+    assert sorted(named) == sorted({HOOKS.place(path) for path in ORIGINS})
+
+
+@pytest.mark.parametrize("source", ORIGINS)
+def test_links_lead_somewhere(source: str) -> None:
+    assert broken(source, HOOKS.as_page(source)) == []
+
+
+def test_a_broken_link_is_found() -> None:
+    text = "# A b\n[x](gone.md) [y](loops.md#gone) [z](#a-b) ![](http://x.y/z) `[c](code.md)`\n"
+    assert broken("docs/page.md", text) == ["gone.md", "loops.md#gone"]
+
+
+def test_links_are_turned_to_where_the_site_has_them() -> None:
+    text = "[k](../kernels/README.md#no-autotune) [l](loops.md) `[c](../code.md)` [g](../gone.md)"
+    assert HOOKS.moved(text, "docs/x.md") == text.replace("../kernels/README.md", "kernels.md")
+    assert HOOKS.moved("[d](../docs/linear.md)", "kernels/README.md") == "[d](linear.md)"
+    assert HOOKS.moved("[k](../kernels/README.md)", "examples/ddp.py") == "[k](../kernels.md)"
+    plot = "results/m/plots/share.svg"
+    real = plot.replace("/m/", "/intel-r-xeon-r-processor/")
+    assert HOOKS.moved(f"![s]({real})", "benchmarks/README.md") == f"![s](benchmarks/{real})"
+    assert HOOKS.moved(f"![s]({plot})", "benchmarks/README.md") == f"![s]({plot})"
+
+
+# --- code ---
+
+
+def blocks(page: str) -> list[str]:
+    """The Python code of a page."""
+    return re.findall(
+        r"^```python\n(.*?)^```", (ROOT / "docs" / page).read_text("utf-8"), re.M | re.S
+    )
+
+
+class Model(nn.Module):
+    """Returns its loss."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1))
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.mse_loss(self.net(x).float(), y)
+
+
+def given(dtype: torch.dtype = torch.float32, sizes: tuple[int, ...] = (2,)) -> dict[str, Any]:
+    """What a page has and does not show."""
+    torch.manual_seed(0)
+    data = [(torch.randn(n, 4).to(dtype), torch.randn(n, 1)) for n in 24 * sizes]
+    model = Model().to(dtype)
+    return {"torch": torch, "fusedaccum": fusedaccum, "model": model, "loader": data[:24]}
+
+
+def run(code: str, page: str, names: dict[str, Any]) -> None:
+    # The first scale of a GradScaler overflows some windows, which the two kinds of loops count
+    # differently.
+    code = code.replace('GradScaler("cuda")', 'GradScaler("cpu", init_scale=64.0)')
+    exec(compile(code.replace('"cuda"', '"cpu"'), page, "exec"), names)
+
+
+@pytest.mark.parametrize("page", RUN)
+def test_the_code_of_a_page_runs(page: str) -> None:
+    names = given()
+    for code in blocks(page):
+        run(code, page, names)
+    assert isinstance(names["opt"], fusedaccum.FusedAccumOptimizer)
+
+
+def test_the_loops_before_and_after_do_the_same() -> None:
+    """docs/migrating.md. Under autocast in fp16 the loops multiply by other numbers as they go."""
+    cases = [
+        (torch.float32, (2,), 1e-6),
+        (torch.float32, (1, 3, 7), 1e-6),
+        (torch.float32, (2,), 1e-3),
+        (torch.bfloat16, (2,), 0.0),
+    ]
+    weights: list[torch.Tensor] = []
+    case = -1
+    for code in blocks("migrating.md"):
+        kind, _, rest = code.partition("\n")
+        case += kind == "# before"
+        dtype, sizes, tolerance = cases[case]
+        names = given(dtype, sizes)
+        start = nn.utils.parameters_to_vector(names["model"].parameters()).clone()
+        run(rest if kind.startswith("# ") else code, "migrating.md", names)
+        end = nn.utils.parameters_to_vector(names["model"].parameters()).detach()
+        if kind == "# before":
+            weights = [end]
+            assert not torch.equal(start, end)
+        elif kind.startswith("# after"):
+            torch.testing.assert_close(end, weights[0], rtol=tolerance, atol=tolerance)
+    assert case == len(cases) - 1
+
+
+def test_the_rule_of_the_page_is_registered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rule, training = blocks("add_a_rule.md")
+    (tmp_path / "my_rules.py").write_text(rule, "utf-8")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    names = given()
+    before = nn.utils.parameters_to_vector(names["model"].parameters()).detach().clone()
+    run(training, "add_a_rule.md", names)
+    try:
+        assert "fused rule 'signed'" in capsys.readouterr().out
+        after = nn.utils.parameters_to_vector(names["model"].parameters()).detach()
+        # Six windows, each of which moves each element by the rate.
+        assert float((after - before).abs().max()) == pytest.approx(6e-3, rel=1e-3)
+    finally:
+        fusedaccum.unregister_rules(names["Signed"])
+        sys.modules.pop("my_rules", None)
+
+
+def test_every_page_with_code_is_run_somewhere() -> None:
+    """from_deepspeed.md and distributed.md run in processes: tests/distributed/test_docs.py."""
+    here = {*RUN, "migrating.md", "add_a_rule.md"}
+    elsewhere = {"loops.md", "from_deepspeed.md", "distributed.md"}
+    # Pieces of frameworks' code; tests/integrations and the examples run the same.
+    pieces = {"frameworks.md", "linear.md"}
+    assert {path.name for path in DOCS if blocks(path.name)} == here | elsewhere | pieces
+
+
+# --- memory.md ---
+
+OPTIMIZERS: dict[str, dict[str, Any]] = {
+    "sgd": {"kind": torch.optim.SGD},
+    "sgd_momentum": {"kind": torch.optim.SGD, "momentum": 0.9},
+    "adam": {"kind": torch.optim.AdamW},
+    "adam_amsgrad": {"kind": torch.optim.AdamW, "amsgrad": True},
+}
+
+
+@pytest.mark.parametrize("kept", readme_tables.KEPT)
+@pytest.mark.parametrize("rule", OPTIMIZERS)
+def test_a_parameter_takes_the_bytes_of_the_table(rule: str, kept: str) -> None:
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[kept[:4]]
+    param = nn.Parameter(torch.zeros(1 << 16, dtype=dtype))
+    options = dict(OPTIMIZERS[rule])
+    inner = options.pop("kind")([param], lr=0.1, **options)
+    master = "none" if "no master" in kept else None
+    with LiveBytes([param]) as counted:
+        opt = fusedaccum.FusedAccumOptimizer(inner, master_weights=master)
+        for _ in range(2):
+            param.sum().backward()
+            opt.step()
+            opt.zero_grad()
+    n_states = len(readme_tables.RULES[rule].states)
+    # Tables and sums take some bytes for each tensor.
+    assert counted.live / param.numel() == pytest.approx(
+        readme_tables.at_rest(n_states, kept), abs=0.1
+    )
