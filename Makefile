@@ -64,10 +64,10 @@ check: $(INSTALLED) $(if $(wildcard .venv/.docs),docs)  ## lint, format and type
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy $(TYPED)
 
-# The variable keeps a notice of the theme's makers out of the output.
+# The variable keeps a notice of the theme's makers, about its end, out of the output.
 docs: .venv/.docs  ## the documentation site, in site/; a broken link or a missing name is an error
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --quiet
-	@echo 'open site/index.html'
+	@echo 'open site/index.html (its search needs: python -m http.server -d site)'
 
 bench: $(INSTALLED)  ## the benchmark rows that this machine's CPU can measure
 	$(PY) -m benchmarks.run $(BENCH_ARGS)
