@@ -193,6 +193,36 @@ def test_every_page_with_code_is_run_somewhere() -> None:
     assert {path.name for path in DOCS if blocks(path.name)} == here | elsewhere | pieces
 
 
+def unknown_commands(text: str) -> list[str]:
+    """What a page tells to type and is not there: rules of the Makefile, modules, options."""
+    rules = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text("utf-8"), re.M)
+    found = [
+        f"make {name}"
+        for names in re.findall(r"(?:`|^)make ([a-z -]+?)(?=[`,;]|  |$)", text, re.M)
+        for name in names.split()
+        if name not in rules
+    ]
+    for module, rest in re.findall(r"python -m ((?:fusedaccum|tests|benchmarks)[\w.]*)(.*)", text):
+        path = ROOT / module.replace(".", "/")
+        files = [file for file in (path.with_suffix(".py"), path / "__main__.py") if file.is_file()]
+        source = "".join(file.read_text("utf-8") for file in files)
+        options = re.findall(r"--[a-z-]{2,}", re.split(r"`|  |#|-->", rest)[0])
+        found += [f"{module} {name}" for name in options if f'"{name}"' not in source]
+        found += [] if files else [module]
+    return found
+
+
+@pytest.mark.parametrize("source", ["README.md", *ORIGINS])
+def test_commands_of_a_page_exist(source: str) -> None:
+    """Other tests run them."""
+    assert unknown_commands(HOOKS.as_page(source)) == []
+
+
+def test_an_unknown_command_is_found() -> None:
+    text = "`make test gone`, `python -m tests.gone`\n`python -m fusedaccum doctor --gone --json`"
+    assert unknown_commands(text) == ["make gone", "tests.gone", "fusedaccum --gone"]
+
+
 # --- memory.md ---
 
 OPTIMIZERS: dict[str, dict[str, Any]] = {
