@@ -28,6 +28,8 @@ TAKEN_IN = {
     },
 }
 CODE = re.compile(r"^(```+)[^`\n]*\n.*?^\1\s*$|(`+)[^`].*?\2", re.M | re.S)
+# The reference, which only mkdocstrings can read: GitHub shows no comments.
+REFERENCE = re.compile(r"^<!--\n(:::.*?)^-->$", re.M | re.S)
 LINK = re.compile(r"(\]\()([^)\s]+)(\))")
 
 
@@ -97,7 +99,7 @@ def on_files(files: Any, config: Any) -> Any:
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
-    """Turn the links."""
+    """Turn the links, and let mkdocstrings see the reference."""
     origins = {uri: path for path, uri in TAKEN_IN.items()}
     uri = page.file.src_uri
-    return moved(markdown, origins.get(uri, f"docs/{uri}"))
+    return REFERENCE.sub(r"\1", moved(markdown, origins.get(uri, f"docs/{uri}")))

@@ -3,6 +3,7 @@ site, and code that runs. The site itself is built by `make docs`."""
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import re
 import sys
@@ -16,6 +17,7 @@ from torch import nn
 
 import fusedaccum
 from benchmarks.memory import LiveBytes
+from fusedaccum.integrations.linear import FusesLinear
 from tests import readme_tables
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -93,6 +95,25 @@ def test_links_are_turned_to_where_the_site_has_them() -> None:
     real = plot.replace("/m/", "/intel-r-xeon-r-processor/")
     assert HOOKS.moved(f"![s]({real})", "benchmarks/README.md") == f"![s](benchmarks/{real})"
     assert HOOKS.moved(f"![s]({plot})", "benchmarks/README.md") == f"![s]({plot})"
+
+
+# --- reference ---
+
+
+def test_the_reference_names_everything_public() -> None:
+    text = (ROOT / "docs" / "api.md").read_text("utf-8")
+    shown = HOOKS.REFERENCE.sub("", text)  # as on GitHub
+    # What a GradScaler and Join ask for is left out.
+    others = {"found_inf", "found_inf_per_device", "grad_scale"}
+    others |= {"join_hook", "join_device", "join_process_group"}
+    own = {*vars(fusedaccum.FusedAccumOptimizer), *vars(FusesLinear)} - others
+    own = {name for name in own if not name.startswith("_")}
+    assert {"step", "flush", "fuse_linear_wgrad", "shard_states"} <= own
+    for name in {*own, *fusedaccum.functional.__all__, *fusedaccum.__all__} - {"__version__"}:
+        assert re.search(rf"\b{name}\b", shown), f"docs/api.md does not name {name}"
+    for name in re.findall(r"^::: (\S+)$", "\n".join(HOOKS.REFERENCE.findall(text)), re.M):
+        module, _, last = name.rpartition(".")
+        assert hasattr(importlib.import_module(module), last), name
 
 
 # --- code ---
