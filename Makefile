@@ -16,7 +16,7 @@ PIP := $(PY) -m pip install --quiet --constraint constraints.txt $(PIP_ARGS)
 INSTALLED := .venv/.installed
 TYPED := fusedaccum benchmarks examples
 
-.PHONY: help demo test fuzz deepspeed check docs bench gpu wheel-test release-check clean
+.PHONY: help demo test fuzz deepspeed check docs gallery bench gpu wheel-test release-check clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -68,6 +68,9 @@ check: $(INSTALLED) $(if $(wildcard .venv/.docs),docs)  ## lint, format and type
 docs: .venv/.docs  ## the documentation site, in site/; a broken link or a missing name is an error
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --quiet
 	@echo 'open site/index.html (its search needs: python -m http.server -d site)'
+
+gallery: $(INSTALLED)  ## run all examples, some minutes, and write what they print and draw to docs/gallery.md
+	$(PY) -m tests.gallery
 
 bench: $(INSTALLED)  ## the benchmark rows that this machine's CPU can measure
 	$(PY) -m benchmarks.run $(BENCH_ARGS)

@@ -18,7 +18,7 @@ from torch import nn
 import fusedaccum
 from benchmarks.memory import LiveBytes
 from fusedaccum.integrations.linear import FusesLinear
-from tests import readme_tables
+from tests import gallery, readme_tables
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = sorted((ROOT / "docs").glob("*.md"))
@@ -242,6 +242,24 @@ def test_commands_of_a_page_exist(source: str) -> None:
 def test_an_unknown_command_is_found() -> None:
     text = "`make test gone`, `python -m tests.gone`\n`python -m fusedaccum doctor --gone --json`"
     assert unknown_commands(text) == ["make gone", "tests.gone", "fusedaccum --gone"]
+
+
+# --- gallery.md ---
+
+
+def test_the_gallery_has_every_example() -> None:
+    text = (ROOT / "docs" / "gallery.md").read_text("utf-8")
+    outputs = dict(re.findall(r"^## (\w+)\n.*?^```text\n(.*?)\n```$", text, re.M | re.S))
+    assert [*outputs] == [*gallery.EXAMPLES]
+    assert {*outputs} == {path.stem for path in (ROOT / "examples").glob("*.py")}
+    assert all(gallery.cleaned(output) == output for output in outputs.values())
+
+
+def test_times_of_a_busy_machine_are_left_out() -> None:
+    said = (
+        "a\r200 updates, in 3.1 s\n{'loss': '2', 'eval_runtime': '0.2', 'epoch': 0}\npicture: x\n"
+    )
+    assert gallery.cleaned(said) == "200 updates\n{'loss': '2', 'epoch': 0}"
 
 
 # --- memory.md ---
