@@ -22,6 +22,7 @@ TAKEN_IN = {
     "CHANGELOG.md": "changelog.md",
     "CONTRIBUTING.md": "contributing.md",
     "SECURITY.md": "security.md",
+    "CODE_OF_CONDUCT.md": "conduct.md",
     **{
         f"examples/{path.name}": f"examples/{path.stem}.md"
         for path in sorted((ROOT / "examples").glob("*.py"))
