@@ -10,29 +10,19 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fusedaccum.bench.shapes import Shapes, gpt
+from fusedaccum.bench.shapes import PRESETS, Shapes
 from fusedaccum.bench.shapes import count as count
 from fusedaccum.doctor.judge import random as random
 
 
-def _llama(dim: int, key_value: int, hidden: int) -> Shapes:
-    """A layer: q, k, v, o; gate, up, down; the two norms."""
-    return [
-        *((dim, dim), (key_value, dim), (key_value, dim), (dim, dim)),
-        *((hidden, dim), (hidden, dim), (dim, hidden)),
-        *((dim,), (dim,)),
-    ]
-
-
 def gpt2_small() -> Shapes:
     """GPT-2, 124,439,808 parameters in 148 tensors; the head is the token embedding."""
-    return gpt(768, 50257, 1024, 12)
+    return PRESETS["gpt2"]
 
 
 def llama_1b() -> Shapes:
     """TinyLlama, 1,100,048,384 parameters in 201 tensors; grouped key/value heads, head untied."""
-    dim, vocabulary = 2048, 32000
-    return [(vocabulary, dim), *_llama(dim, 256, 5632) * 22, (dim,), (vocabulary, dim)]
+    return PRESETS["llama-1b"]
 
 
 def lora_500() -> Shapes:

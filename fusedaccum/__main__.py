@@ -1,4 +1,4 @@
-"""The command line: `python -m fusedaccum doctor` and `python -m fusedaccum bench`."""
+"""The command line: `python -m fusedaccum doctor`, `bench` and `memory`."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from collections.abc import Sequence
 import torch
 
 from . import __version__
+from .bench import memory, shapes
 from .bench import run as bench
-from .bench import shapes
 from .doctor import run as doctor
 from .doctor.plan import OPTIMIZERS, Plan
 
@@ -31,6 +31,18 @@ where a copy also reads what it is about to overwrite.
 
 Exit status: 0 all is well, 1 a form was wrong or could not run, 2 wrong usage."""
 
+MEMORY = """\
+What a model takes to train: parameters, gradients, masters and optimizer states, by fusedaccum and
+by stock PyTorch, in bytes per parameter and in GiB, and the most that fresh gradients take on top
+of it. It is arithmetic, which the tests compare with bytes that were counted. Nothing is trained,
+and no GPU is needed. Activations are not included.
+
+  python -m fusedaccum memory --model llama-8b --processes 8 --engine fsdp2
+  python -m fusedaccum memory --model path/to/config.json --optimizer lion
+  python -m fusedaccum memory --params 1.1B --dtype fp32 --json
+
+Exit status: 0 all is well, 2 wrong usage."""
+
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -39,7 +51,7 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(
         prog="fusedaccum",
         description="Fused fp32 gradient accumulation for PyTorch: checks and benchmarks of this "
-        "machine.",
+        "machine, and what a model takes to train.",
     )
     top.add_argument("--version", action="version", version=f"fusedaccum {__version__}")
     common = argparse.ArgumentParser(add_help=False)
@@ -50,13 +62,15 @@ def parser() -> argparse.ArgumentParser:
     common.add_argument("--json", action="store_true", help="one JSON object on stdout")
     commands = top.add_subparsers(dest="command", metavar="COMMAND")
 
-    def command(name: str, summary: str, description: str) -> argparse.ArgumentParser:
+    def command(
+        name: str, summary: str, description: str, parent: argparse.ArgumentParser = common
+    ) -> argparse.ArgumentParser:
         return commands.add_parser(
             name,
             help=summary,
             description=description,
             formatter_class=argparse.RawDescriptionHelpFormatter,
-            parents=[common],
+            parents=[parent],
         )
 
     doctor = command(
@@ -93,7 +107,48 @@ def parser() -> argparse.ArgumentParser:
     bench.add_argument(
         "--seconds", type=float, default=20.0, help="about how long to measure (default: 20)"
     )
+    plain = argparse.ArgumentParser(add_help=False)
+    _memory_options(command("memory", "what a model takes to train, by arithmetic", MEMORY, plain))
     return top
+
+
+def _memory_options(parser: argparse.ArgumentParser) -> None:
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument(
+        "--model",
+        help=f"{', '.join(shapes.PRESETS)}, a folder with a transformers config.json, or that file",
+    )
+    which.add_argument("--params", help="how many parameters, all trained: 1.1B, 124M, 7e9")
+    parser.add_argument(
+        "--optimizer",
+        choices=memory.CHOICES,
+        default="adamw",
+        help="with its defaults, sgd with momentum (default: adamw)",
+    )
+    parser.add_argument(
+        "--dtype", choices=DTYPES, default="bf16", help="of the parameters (default: bf16)"
+    )
+    parser.add_argument(
+        "--master-weights",
+        choices=("split", "fp32", "none"),
+        help="of FusedAccumOptimizer (default: split for bf16, fp32 for fp16)",
+    )
+    parser.add_argument(
+        "--device",
+        choices=memory.BUCKET_MIB,
+        default="cuda",
+        help="where it is to train: a GPU lets 128 MiB of fresh gradients wait, a CPU 64",
+    )
+    parser.add_argument(
+        "--processes", metavar="N", type=_positive_int, default=1, help="that train it together"
+    )
+    parser.add_argument(
+        "--engine",
+        choices=memory.ENGINES,
+        default="ddp",
+        help="by which they do; zero1 is DDP with shard_states=True (default: ddp)",
+    )
+    parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
 
 
 def _positive_int(text: str) -> int:
@@ -118,6 +173,25 @@ def _bench(args: argparse.Namespace) -> int:
     return bench.bench(args.device, dtype, plan, name, sizes, args.seconds, args.json)
 
 
+def _memory(args: argparse.Namespace) -> int:
+    if args.params is not None:
+        name = "given parameters"
+        sizes: shapes.Shapes = [(memory.parse_count(args.params),)]
+    else:
+        name, sizes = args.model, memory.sizes_of(args.model)
+    request = memory.Request(
+        sizes,
+        has_shapes=args.params is None,
+        optimizer=args.optimizer,
+        dtype=DTYPES[args.dtype],
+        device_type=args.device,
+        processes=args.processes,
+        engine=args.engine,
+        master_weights=args.master_weights,
+    )
+    return memory.memory(request, name, args.json)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status."""
     top = parser()
@@ -125,7 +199,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.command is None:
         top.print_help()
         return 0
-    run = _bench if args.command == "bench" else _doctor
+    run = {"bench": _bench, "doctor": _doctor, "memory": _memory}[args.command]
     try:
         return run(args)
     except ValueError as error:

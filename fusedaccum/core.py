@@ -19,6 +19,8 @@ from .integrations.face import SharingOptimizer
 from .options import Options
 from .rules import packages, registry
 from .update.masters import Masters
+from .update.record import Record
+from .update.summary import Summary
 from .update.updater import Updater
 from .window.advice import Advice
 from .window.collector import Collector
@@ -42,6 +44,8 @@ class Core:
     Attributes:
         window, scaling, collector, updater: the parts.
         processes: what other processes have to do with it.
+        record: what the host remembers of the updates.
+        summary: says once, in the log, what serves the parameters.
         linears: layers whose weight gradients never exist.
         window_closed: whether the last step() or flush() ended a window.
     """
@@ -50,6 +54,7 @@ class Core:
         self.optimizer, self.options = optimizer, options
         self.window_closed = False
         self.advice = Advice()
+        self.record, self.summary = Record(), Summary()
         # What load_state_dict() was given, until all of it is taken over.
         self._loading: dict[str, Any] | None = None
         # The state that moves along, until the parts for moved parameters are complete.
@@ -88,6 +93,7 @@ class Core:
             self.optimizer,
             self.collector,
             masters,
+            self.record,
             is_stochastic=options.stochastic_rounding,
             seed=options.seed,
         )
@@ -153,14 +159,18 @@ class Core:
             )
 
     def check_params(self, reattach: bool = False) -> None:
-        """Notice parameters that were added, unfrozen, or changed by `model.to()` and the like."""
+        """Notice parameters that were added, unfrozen, or moved by `model.to()` and the like.
+
+        Args:
+            reattach: between windows, serve those that moved from now on.
+        """
         if self.collector.attached.taken_over:
             return
         if self._moving is not None:
             self._reattach()
         self._follow_exchange()
         self.collector.attach_groups(self.optimizer.param_groups)
-        if self.collector.attached.changed() is None:
+        if self.collector.attached.changed(is_thorough=False) is None:
             return
         if reattach and not self.window.micro_batches:
             self._reattach()
@@ -229,7 +239,7 @@ class Core:
         self.collect()
         reduction, counts = self.collector.reduction, self.window.steps is not None
         if not counts or reduction.comes_averaged:
-            reduction.complete(closes=counts and self.collector.has_arrivals)
+            reduction.complete(closes=counts and self.collector.slots.has_arrivals)
         return self.collector.sums_of_squares()
 
     def clip(self, max_norm: float) -> Tensor:
@@ -241,7 +251,7 @@ class Core:
         if reduction.is_average:
             correction = reduction.correction(self.window)
         else:
-            correction = self.window.correction_so_far(is_open=self.collector.has_arrivals)
+            correction = self.window.correction_so_far(is_open=self.collector.slots.has_arrivals)
         return (sums.double().sum().sqrt() * correction).float()
 
     def evaluate(self, closure: Callable[[], Any]) -> Any:
@@ -250,7 +260,7 @@ class Core:
             with torch.enable_grad():
                 return closure()
         except BaseException:
-            if self.collector.has_arrivals:
+            if self.collector.slots.has_arrivals:
                 self.collector.trouble.note("the closure raised after its backward()" + PART)
             raise
 
@@ -262,14 +272,18 @@ class Core:
         if closure is None:
             raise TypeError(f"{type(self.optimizer).__name__}.step() needs a closure")
 
+        self.collector.attached.refuse_changed()
+
         def evaluate() -> Any:
             loss = self.evaluate(closure)
             self.collect()
             return loss
 
         loss = self.optimizer.step(evaluate)
+        self.record.note(self.window, self.collector.reduction, None)
         self.window_closed = True
         self.collector.end_window()
+        self.summary.updated(self.updater, self.options)
         return loss
 
     def update(self, closes: bool, hooks: AbstractContextManager[Any]) -> bool:
@@ -285,19 +299,20 @@ class Core:
         Raises:
             RuntimeError: inside a micro_batch() block of a loop that owns the window.
         """
-        if self.window.weight is not None and not closes and self.collector.has_arrivals:
+        if self.window.weight is not None and not closes and self.collector.slots.has_arrivals:
             raise RuntimeError(
                 "step() was called inside a micro_batch() block, whose weight does not count yet; "
                 "nothing was updated. Call step() after the block; after an exception call "
                 "zero_grad()"
             )
+        self.collector.attached.refuse_changed()
         self.processes.refuse_alone(self.collector.reduction)
         max_norm = self.window.max_norm or self.options.max_grad_norm
         with hooks as has_run:
             if has_run:
                 self.collector.adopt_assigned()
             self.collector.reduction.complete(closes)
-            has_gradient = bool(self.collector.filled())
+            has_gradient = bool(self.collector.slots.filled())
             skip, is_scaled = self.options.skip_nonfinite, self.scaling.takes_part
             apply = self.updater.prepare(max_norm, skip, is_scaled)
             with self.collector.trouble.unless_done("an update", PARTLY_UPDATED):
@@ -305,10 +320,14 @@ class Core:
                     self.collector.close_micro_batch()
                 factor = self.collector.reduction.correction(self.window)
                 apply(self.scaling.correction(factor))
+                if has_gradient:
+                    self.record.note(self.window, self.collector.reduction, max_norm)
                 if self.options.shard_states:
-                    self.collector.reduction.share(self.collector.filled())
+                    self.collector.reduction.share(self.collector.slots.filled())
                 self.collector.end_window()
                 self.window_closed = True
+        if has_gradient:
+            self.summary.updated(self.updater, self.options)
         return has_gradient
 
     # --- Join; see `distributed.joining.Member` ---

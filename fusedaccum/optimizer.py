@@ -206,7 +206,7 @@ class FusedAccumOptimizer(SharingOptimizer):
         value, core, window = check_weight(weight), self._core, self._core.window
         core.check_params()  # one that was unfrozen since gets its hook before the forward
         core.collector.look()
-        if window.weight is not None or core.collector.has_arrivals:
+        if window.weight is not None or core.collector.slots.has_arrivals:
             raise RuntimeError(
                 "micro_batch() was entered while another micro-batch is open: call step() after "
                 "each micro_batch() block (or, with gradient_accumulation_steps=None, run every "
@@ -273,7 +273,7 @@ class FusedAccumOptimizer(SharingOptimizer):
             )
         core = self._core
         core.collect()
-        is_open = core.collector.has_arrivals
+        is_open = core.collector.slots.has_arrivals
         core.window_closed = False
         has_any = is_open or core.window.micro_batches > 0
         if has_any or core.window.is_shared:
@@ -384,6 +384,7 @@ class FusedAccumOptimizer(SharingOptimizer):
     join_process_group = property(lambda self: self.process_group)
 
     _linears = property(lambda self: self._core.linears)
+    _updates = property(lambda self: self._core.updater)
 
     def _take_parameters(self) -> None:
         self._core.check_params()

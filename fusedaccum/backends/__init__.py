@@ -10,12 +10,21 @@ from __future__ import annotations
 from torch import device as Device
 
 from .keep import Keep
-from .operations import Add, Backend, Correction, Finalize, Step, StepTensor, SumOfSquares
+from .operations import (
+    Add,
+    Backend,
+    Correction,
+    Finalize,
+    Launch,
+    Step,
+    StepTensor,
+    SumOfSquares,
+)
 from .scalars import UpdateScalars
 
 __all__ = [
-    "Add", "Backend", "Correction", "Finalize", "Keep", "Step", "StepTensor", "SumOfSquares",
-    "UpdateScalars", "get", "why",
+    "Add", "Backend", "Correction", "Finalize", "Keep", "Launch", "Step", "StepTensor",
+    "SumOfSquares", "UpdateScalars", "get", "why",
 ]  # fmt: skip
 
 

@@ -54,29 +54,48 @@ class Mirror:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._host: npt.NDArray[Any] | None = None
+        self._host: npt.NDArray[Any] | None = None  # what `set` uploaded last
+        self._is_there = False  # whether the device has what was uploaded last
+        self._of_graphs: list[Tensor] = []  # what captured graphs read and write, also later
         self.tensor = torch.empty(0, dtype=torch.float32, device=device)
+
+    @property
+    def must_upload(self) -> bool:
+        """Whether the device's copy may be another one than the last that was uploaded."""
+        return not self._is_there or bool(self._of_graphs) or is_capturing(self._device)
 
     def set(self, host: npt.NDArray[Any]) -> Tensor:
         """The device copy of `host`. Nothing waits for the device.
 
-        In a CUDA graph's capture it is always uploaded, and afterwards once more: the captured copy
-        runs at replays only, and a replay may follow an upload of other numbers.
+        In a CUDA graph's capture it is always uploaded, and at each use after that: captured copies
+        run at replays, of which nothing is seen here.
         """
-        capturing = self._is_capturing()
-        if capturing or self._host is None or not np.array_equal(self._host, host):
-            source = torch.from_numpy(host)
-            if self.tensor.shape != source.shape or self.tensor.dtype != source.dtype:
-                self.tensor = torch.empty_like(source, device=self._device)
-            if self._device.type == "cuda":
-                source = _staging.stage(source, capturing)
-            self.tensor.copy_(source, non_blocking=True)
-            self._host = None if capturing else host.copy()
+        if self.must_upload or self._host is None or not np.array_equal(self._host, host):
+            self.upload(host)
+            self._host = host.copy()
         return self.tensor
 
-    def keep(self, host: npt.NDArray[Any]) -> Tensor:
-        """The same for numbers that never change, without comparing them."""
-        return self.set(host) if self._host is None or self._is_capturing() else self.tensor
+    def upload(self, host: npt.NDArray[Any]) -> None:
+        """`set` for numbers that are known to have changed."""
+        capturing = is_capturing(self._device)
+        source = torch.from_numpy(host)
+        if self.tensor.shape != source.shape or self.tensor.dtype != source.dtype:
+            self.tensor = torch.empty_like(source, device=self._device)
+        if capturing and not any(self.tensor is tensor for tensor in self._of_graphs):
+            self._of_graphs.append(self.tensor)
+        if self._device.type == "cuda":
+            source = _staging.stage(source, capturing)
+        self.tensor.copy_(source, non_blocking=True)
+        self._host, self._is_there = None, not capturing
 
-    def _is_capturing(self) -> bool:
-        return self._device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    def keep(self, host: npt.NDArray[Any]) -> Tensor:
+        """`set` for numbers that never change: uploaded once, and before a capture where that can
+        be, so that the graph has no copy of them."""
+        if not self._is_there:
+            self.upload(host)
+        return self.tensor
+
+
+def is_capturing(device: torch.device) -> bool:
+    """Whether what is launched now becomes part of a CUDA graph."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()

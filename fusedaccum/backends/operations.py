@@ -7,7 +7,7 @@ all tensors that share rule, parameter dtype and `Keep`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -18,6 +18,23 @@ from .keep import Keep
 from .scalars import UpdateScalars
 
 GRAD_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class Launch:
+    """A launch that is made again and again: what a backend keeps of it.
+
+    Attributes:
+        table: its launch table, once there is one.
+        found: the addresses in that which may change.
+        tensors: whose they are, where these are the same every time.
+    """
+
+    __slots__ = ("found", "table", "tensors")
+
+    def __init__(self) -> None:
+        self.table: Any = None
+        self.found: list[int] = []
+        self.tensors: list[Tensor] = []
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +50,8 @@ class Add:
             so that its launches share a table; None where there are never any sums.
         control: fp32 [2] on the device: `scale` is multiplied by `control[0]`, and a `control[1]`
             of 0 means `stores`; or None.
+        launch: one for all requests of the same accumulators and cells, in the same order, whose
+            gradients have the same dtype; None for one that need not come again.
     """
 
     pairs: Sequence[tuple[Tensor, Tensor]]
@@ -41,6 +60,7 @@ class Add:
     sums: Tensor | None = None
     cells: Sequence[int] | None = None
     control: Tensor | None = None
+    launch: Launch | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,12 +109,14 @@ class Step:
         keep: how the parameters keep their precise values.
         tensors: at least one.
         scalars: the numbers that the `Finalize` of the update has written.
+        launch: of this request, which may be given again while its tensors are the same.
     """
 
     rule: Rule
     keep: Keep
     tensors: list[StepTensor]
     scalars: UpdateScalars
+    launch: Launch = field(default_factory=Launch)
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +153,7 @@ class Finalize:
         sums: fp32 sums of squares of all accumulators of the update, or None for no norm.
         max_norm: clip to it, or None.
         skip_nonfinite: whether a non-finite norm leaves everything as it was.
+        launch: of this request, which may be given again while its steps are the same.
     """
 
     steps: Sequence[Step]
@@ -139,6 +162,7 @@ class Finalize:
     sums: Tensor | None = None
     max_norm: float | None = None
     skip_nonfinite: bool = False
+    launch: Launch = field(default_factory=Launch)
 
     @property
     def family(self) -> Family:

@@ -4,12 +4,17 @@ A table has a row of int64 addresses and counts per tensor and a row `(tensor, c
 `CHUNK` elements; program `i` of a launch works on chunk `i`. Tables live on the device and are
 uploaded again only when an address changed, which between micro-batches is rare: the caching
 allocator hands out the same blocks.
+
+A request that comes again (`Launch`) keeps its own table. Others find theirs by their contents.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict, defaultdict
 from collections.abc import Hashable, Iterator, Sequence
+from functools import reduce
+from itertools import chain
+from operator import or_
 from typing import Any
 
 import numpy as np
@@ -18,10 +23,10 @@ import torch
 from torch import Tensor
 
 from ..kernels.layout import CHUNK, VECTOR_BYTES, AccumulateRow, SquaresRow, StepRow
-from .mirror import Mirror
-from .operations import Add, Step, SumOfSquares
+from .mirror import Mirror, is_capturing
+from .operations import Add, Launch, Step, SumOfSquares
 
-# Tables kept per backend. A model needs one per bucket and one per step launch.
+# Tables kept per backend of requests that keep none themselves.
 MAX_TABLES = 512
 
 Rows = npt.NDArray[np.int64]
@@ -62,14 +67,41 @@ class LaunchTable:
         self._host_chunks, self._chunks = chunks, Mirror(device)
         self._address_columns = list(address_columns)
         self._rows = Mirror(device)
+        self._fixed: int | None = None
         self.update(rows)
 
     def update(self, rows: Rows) -> None:
         """Give the rows new contents; nothing moves when they are the old ones."""
         self.rows = self._rows.set(rows)
         self.chunks = self._chunks.keep(self._host_chunks)
-        addresses = rows[:, self._address_columns]
-        self.is_aligned = not bool((addresses & (VECTOR_BYTES - 1)).any())
+        self._host_rows = rows
+        self.is_aligned = _are_aligned(_bits(rows, self._address_columns))
+
+    def readdress(self, columns: Sequence[int], found: Sequence[int]) -> None:
+        """Give the same columns new addresses each time, listed column by column."""
+        rows, n = self._host_rows, len(self._host_rows)
+        if self._fixed is None:
+            self._fixed = _bits(rows, [c for c in self._address_columns if c not in columns])
+        for i, column in enumerate(columns):
+            rows[:, column] = found[i * n : (i + 1) * n]
+        self._rows.upload(rows)
+        self.rows = self._rows.tensor
+        self.chunks = self._chunks.keep(self._host_chunks)
+        self.is_aligned = _are_aligned(reduce(or_, found, self._fixed))
+
+    @property
+    def must_upload(self) -> bool:
+        """Whether the rows have to be uploaded though they are the old ones."""
+        return self._rows.must_upload
+
+
+def _bits(rows: Rows, columns: list[int]) -> int:
+    """Those that are set in any address of these columns."""
+    return int(np.bitwise_or.reduce(rows[:, columns], axis=None))
+
+
+def _are_aligned(bits: int) -> bool:
+    return not bits & (VECTOR_BYTES - 1)
 
 
 class Tables:
@@ -85,23 +117,31 @@ class Tables:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._tables: OrderedDict[Hashable, LaunchTable] = OrderedDict()
+        self._of_graphs: set[LaunchTable] = set()  # never freed: a replay reads them
 
     def of_add(self, request: Add) -> Iterator[LaunchTable]:
-        """A table for each dtype of the gradients."""
-        pairs = request.pairs
+        """A table for each dtype of the gradients; the one of a `Launch`, whose dtype is one."""
+        pairs, launch = request.pairs, request.launch
+        if launch is not None and launch.table is not None:
+            found = [grad.data_ptr() for _, grad in pairs]
+            yield from self._again(launch, (AccumulateRow.GRAD,), found)
+            return
         cells = request.cells or [0] * len(pairs)
         for dtype, members in _by_dtype([grad for _, grad in pairs]).items():
             accs = [pairs[i][0] for i in members]
             numels = [acc.numel() for acc in accs]
             own_cells = [cells[i] for i in members]
             acc_addresses = addresses(accs)
-            columns = [addresses([pairs[i][1] for i in members]), acc_addresses, numels, own_cells]
+            grads = addresses([pairs[i][1] for i in members])
+            columns = [grads, acc_addresses, numels, own_cells]
+            own = (AccumulateRow.GRAD, AccumulateRow.ACC)
+            if launch is not None:
+                yield from self._first(launch, dtype, columns, numels, own, grads.tolist())
+                return
             # The accumulators are part of the key, so that two buckets of equal shapes, such as two
             # layers of a model, keep a table each and neither is uploaded again.
             key = ("accumulate", dtype, acc_addresses.tobytes(), tuple(numels), tuple(own_cells))
-            yield from self._get(
-                key, dtype, columns, numels, (AccumulateRow.GRAD, AccumulateRow.ACC)
-            )
+            yield from self._get(key, dtype, columns, numels, own)
 
     def of_sums(self, request: SumOfSquares) -> Iterator[LaunchTable]:
         """A table for each dtype of the tensors."""
@@ -116,19 +156,59 @@ class Tables:
 
     def of_step(self, request: Step) -> Iterator[LaunchTable]:
         """The one table."""
-        tensors = request.tensors
-        dtype = tensors[0].param.dtype
+        tensors, launch = request.tensors, request.launch
+        n_states, n = len(tensors[0].states), len(tensors)
+        own: tuple[int, ...] = (StepRow.PARAM, StepRow.ACC)
+        own += () if tensors[0].master is None else (StepRow.MASTER,)
+        own += tuple(range(StepRow.STATES, StepRow.STATES + n_states))
+        if launch.table is not None:
+            yield from self._again(launch, own, list(map(Tensor.data_ptr, launch.tensors)))
+            return
+        lists: list[list[Any]] = [[t.param for t in tensors], [t.acc for t in tensors]]
+        lists += [] if tensors[0].master is None else [[t.master for t in tensors]]
+        lists += map(list, zip(*(t.states for t in tensors), strict=True))
+        launch.tensors = list(chain.from_iterable(lists))
+        found = list(map(Tensor.data_ptr, launch.tensors))
         numels = [t.acc.numel() for t in tensors]
-        accs = addresses([t.acc for t in tensors])
-        masters = [0 if t.master is None else t.master.data_ptr() for t in tensors]
-        rows, keys = [t.row for t in tensors], [t.key for t in tensors]
-        columns: list[Any] = [addresses([t.param for t in tensors]), masters, accs]
-        columns += [numels, rows, keys]
-        columns += [addresses(states) for states in zip(*(t.states for t in tensors), strict=True)]
-        own = (StepRow.PARAM, StepRow.MASTER, StepRow.ACC)
-        address_columns = (*own, *range(StepRow.STATES, len(columns)))
-        key = ("step", request.rule.name, dtype, request.keep, accs.tobytes(), tuple(numels))
-        yield from self._get(key, dtype, columns, numels, address_columns)
+        columns: list[Any] = [[0] * n] * (StepRow.STATES + n_states)
+        columns[StepRow.NUMEL] = numels
+        columns[StepRow.TENSOR] = [t.row for t in tensors]
+        columns[StepRow.KEY] = [t.key for t in tensors]
+        for i, column in enumerate(own):
+            columns[column] = found[i * n : (i + 1) * n]
+        dtype = tensors[0].param.dtype
+        yield from self._first(launch, dtype, columns, numels, own, found)
+
+    def _first(
+        self,
+        launch: Launch,
+        dtype: torch.dtype,
+        columns: list[Any],
+        numels: Sequence[int],
+        address_columns: Sequence[int],
+        found: list[int],
+    ) -> Iterator[LaunchTable]:
+        """Make the table of a launch; `found` are the addresses that `_again` compares."""
+        rows = np.stack([np.asarray(column, np.int64) for column in columns], axis=1)
+        launch.table = LaunchTable(dtype, rows, numels, address_columns, self._device)
+        launch.found = found
+        yield from self._usable(launch.table)
+
+    def _again(
+        self, launch: Launch, columns: Sequence[int], found: list[int]
+    ) -> Iterator[LaunchTable]:
+        """The table of a launch, with the addresses in these columns as they are now."""
+        table: LaunchTable = launch.table
+        if found != launch.found or table.must_upload:
+            table.readdress(columns, found)
+            launch.found = found
+        return self._usable(table)
+
+    def _usable(self, table: LaunchTable) -> Iterator[LaunchTable]:
+        if is_capturing(self._device):
+            self._of_graphs.add(table)
+        if table.n_chunks:
+            yield table
 
     def _get(
         self,
@@ -149,8 +229,7 @@ class Tables:
         else:
             self._tables.move_to_end(key)
             table.update(rows)
-        if table.n_chunks:
-            yield table
+        yield from self._usable(table)
 
 
 def addresses(tensors: Sequence[Tensor]) -> Rows:

@@ -94,8 +94,9 @@ class Race:
         self._gates: dict[tuple[str, torch.dtype, Plan], gate.Gate] = {}
 
     def refuse(self, name: str, error: Exception) -> None:
-        """No number for this variant, and why; a lack of memory is no fault of its own."""
-        kept = self.skipped if isinstance(error, torch.OutOfMemoryError) else self.refused
+        """No number for this variant, and why; a lack of memory or time is no fault of its own."""
+        is_innocent = isinstance(error, torch.OutOfMemoryError | timing.NoTime)
+        kept = self.skipped if is_innocent else self.refused
         kept[name] = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
 
     def gate(self, name: str, dtype: torch.dtype) -> gate.Gate | None:
@@ -166,6 +167,7 @@ class Race:
         *,
         n_elements: int,
         tokens: int | None = None,
+        spare: Sequence[str] = (),
     ) -> dict[str, timing.Samples]:
         """Time variants in turns beside the ceilings, and keep their rows.
 
@@ -173,6 +175,7 @@ class Race:
             operation, shape, dtype, tokens: what the rows say.
             variants: by name.
             n_elements: of all tensors.
+            spare: see `timing.interleave`.
 
         Returns:
             What was measured of each.
@@ -184,6 +187,7 @@ class Race:
             rounds=self.rounds,
             budget_s=self.budget_s,
             refuse=self.refuse,
+            spare=spare,
         )
         yardstick_ms = next(iter(samples.values())).quantile(0.5)
         self.groups += 1

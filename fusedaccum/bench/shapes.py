@@ -1,4 +1,4 @@
-"""The parameter shapes that `bench` measures: given, of a model's config, or GPT-2's."""
+"""The parameter shapes of models: given, of a config, or GPT-2's and Llama's."""
 
 from __future__ import annotations
 
@@ -44,18 +44,44 @@ def gpt(dim: int, vocabulary: int, positions: int, layers: int) -> Shapes:
     return [(vocabulary, dim), (positions, dim), *_block(dim) * layers, (dim,), (dim,)]
 
 
+def llama(
+    dim: int, key_value: int, hidden: int, vocabulary: int, layers: int, *, is_tied: bool
+) -> Shapes:
+    """Llama's shapes; `key_value` is the width of all key heads together.
+
+    Args:
+        is_tied: whether the head is the token embedding.
+    """
+    block: Shapes = [
+        *((dim, dim), (key_value, dim), (key_value, dim), (dim, dim)),
+        *((hidden, dim), (hidden, dim), (dim, hidden)),
+        *((dim,), (dim,)),
+    ]
+    head: Shapes = [] if is_tied else [(vocabulary, dim)]
+    return [(vocabulary, dim), *block * layers, (dim,), *head]
+
+
+# Models that need no config: GPT-2, TinyLlama 1.1B and Llama 3.1 8B.
+PRESETS: dict[str, Shapes] = {
+    "gpt2": gpt(768, 50257, 1024, 12),
+    "llama-1b": llama(2048, 256, 5632, 32_000, 22, is_tied=False),
+    "llama-8b": llama(4096, 1024, 14336, 128_256, 32, is_tied=False),
+}
+
+
 def default(device_type: str) -> tuple[str, Shapes]:
     """What is measured without being asked: beyond any cache, and quick enough for the machine."""
     if device_type == "cuda":
-        return "GPT-2", gpt(768, 50257, 1024, 12)
+        return "GPT-2", PRESETS["gpt2"]
     return "a small GPT", gpt(512, 16384, 512, 6)
 
 
-def of_model(path: str) -> Shapes:
+def of_model(path: str, instead: str = "--shapes") -> Shapes:
     """Shapes of the model that a transformers config describes; no weight is read or made.
 
     Args:
         path: a folder with a config.json, or the file itself.
+        instead: the option that needs no transformers.
 
     Raises:
         ValueError: where it, or transformers, is not there, or the config describes no model that
@@ -68,7 +94,7 @@ def of_model(path: str) -> Shapes:
         from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
     except ImportError as error:
         raise ValueError(
-            f"--model needs transformers ({error}): pip install transformers, or use --shapes"
+            f"--model needs transformers ({error}): pip install transformers, or use {instead}"
         ) from error
     try:
         config = AutoConfig.from_pretrained(path, local_files_only=True)

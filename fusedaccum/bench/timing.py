@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -103,6 +103,10 @@ MAX_LEAD_MS = 20.0
 MIN_ROUNDS = 3
 
 
+class NoTime(Exception):
+    """A variant was given up, so that the others get more rounds."""
+
+
 def interleave(
     variants: Mapping[str, Callable[[], object]],
     clock: Clock,
@@ -110,6 +114,7 @@ def interleave(
     rounds: int,
     budget_s: float,
     refuse: Callable[[str, Exception], object],
+    spare: Sequence[str] = (),
 ) -> dict[str, Samples]:
     """Time variants in turns.
 
@@ -118,7 +123,10 @@ def interleave(
         clock: of their device.
         rounds: samples of each; fewer (at least three) once `budget_s` is spent.
         budget_s: seconds for the rounds.
-        refuse: called with the name of a variant that raises at its first call, and the error.
+        refuse: called with the name of a variant that raises at its first call, and the error; or
+            that was given up.
+        spare: those that are given up after the first round where the budget has no room for
+            three, the most dispensable first.
     """
     samples = {}
     for name, run in variants.items():
@@ -138,4 +146,9 @@ def interleave(
         for name in order:
             lead = min(1.5 * samples[name].host + 0.1, MAX_LEAD_MS)
             samples[name].times.append(clock.time(variants[name], lead)[0])
+        for name in spare if done == 0 else ():
+            needed_s = 1e-3 * MIN_ROUNDS * sum(timed.times[0] for timed in samples.values())
+            if name in samples and needed_s > budget_s:
+                del samples[name]
+                refuse(name, NoTime(f"{MIN_ROUNDS} rounds of all take {needed_s:.3g} s"))
     return samples

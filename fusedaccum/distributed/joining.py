@@ -136,7 +136,7 @@ class Membership:
         member.collector.check()
         member.collector.adopt_assigned()
         counts = window.steps is not None
-        if counts and member.collector.has_arrivals:
+        if counts and member.collector.slots.has_arrivals:
             raise RuntimeError(
                 "Join was left between backward() and step(), and the other processes wait for the "
                 "window that was not closed. Call step() after every backward()"

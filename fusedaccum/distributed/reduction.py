@@ -162,6 +162,9 @@ class Reduction(Alone):
             return window.correction()
         return correction_of(self._sums, self.world, window)
 
+    def total(self, window: Window) -> float | Tensor:
+        return self._sums[0] if self.is_average and self._sums is not None else window.total
+
     @torch.no_grad()
     def share(self, slots: Sequence[Slot]) -> None:
         for rank in sorted({slot.updater for slot in slots}):

@@ -64,9 +64,9 @@ class Sharded(Alone):
         self.is_average, self.comes_averaged = False, True
         self._settings: Mapping[str, Any] | None = settings  # until they were compared
         self._groups = _groups_of(self._slots.values())
-        self._world = 1
+        self.world = 1
         for group in self._groups:
-            self._world *= group.size()
+            self.world *= group.size()
         self._numbers = Mirror(device)
         self._sums: Tensor | None = None
         self._norm = ShardedSums(self._slots.values(), device)
@@ -192,7 +192,10 @@ class Sharded(Alone):
     def correction(self, window: Window) -> float | Tensor:
         if not self.is_average or self._sums is None:
             return window.correction()
-        return correction_of(self._sums, self._world, window)
+        return correction_of(self._sums, self.world, window)
+
+    def total(self, window: Window) -> float | Tensor:
+        return self._sums[0] if self.is_average and self._sums is not None else window.total
 
     def whole(self, sums: Tensor) -> Tensor:
         return self._norm.whole(sums)

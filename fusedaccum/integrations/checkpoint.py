@@ -109,6 +109,7 @@ def save(inner: StateDict, updater: Updater) -> StateDict:
         "steps": steps,
         "masters": masters,
         "skipped_steps": updater.states.skipped,
+        "updates": updater.record.updates,
     }
     extra["rank"], extra["world"] = place()
     extra["is_part"] = is_part
@@ -329,3 +330,4 @@ def load(state_dict: StateDict, updater: Updater) -> None:
     go_on(collector, going_on, zeroed, extra["window"] if extra and is_same else None)
     if extra:
         updater.states.scalars.skipped.fill_(extra.get("skipped_steps", 0))
+        updater.record.updates = extra.get("updates", 0)  # older ones lack it

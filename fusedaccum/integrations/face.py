@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_map_only
 from .dcp import WithOurNames
 from .frameworks import is_asked_by, refuse_deepspeed
 from .linear import FusesLinear
+from .measured import Measured
 
 
 def _wrapper(kind: type[Any]) -> type[Any]:
@@ -84,7 +85,7 @@ class _Exchange(list[dict[str, Any]]):
         self._taken()
 
 
-class SharingOptimizer(FusesLinear, Optimizer):
+class SharingOptimizer(FusesLinear, Measured, Optimizer):
     """Shows the wrapped optimizer's `param_groups`, `state`, `defaults` and hooks as its own.
 
     They are looked up each time: torch's `load_state_dict` replaces them on the wrapped one.
@@ -105,7 +106,7 @@ class SharingOptimizer(FusesLinear, Optimizer):
         if not isinstance(inspect.getattr_static(cls, "optimizer", None), property):
             return
         for base in cls.__mro__:
-            if base is not cls and issubclass(base, (SharingOptimizer, FusesLinear)):
+            if base is not cls and issubclass(base, (SharingOptimizer, FusesLinear, Measured)):
                 for name in vars(base):
                     is_first = next(c for c in cls.__mro__ if name in vars(c)) is base
                     if is_first and (name == "__repr__" or not name.startswith("__")):

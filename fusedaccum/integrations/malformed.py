@@ -101,6 +101,8 @@ def refuse_malformed(extra: Mapping[str, Any], ids: Set[Any]) -> None:
     check("zeros", zeros, _is_subset(zeros, ids), "a list of indices of its parameters")
     skipped = extra.get("skipped_steps", 0)
     check("skipped_steps", skipped, _is_int(skipped, 0), "an int >= 0")
+    updates = extra.get("updates", 0)
+    check("updates", updates, _is_int(updates, 0), "an int >= 0")
     rank, world = extra.get("rank", 0), extra.get("world", 1)
     check("world", world, _is_int(world, 1), "an int >= 1")
     check("rank", rank, _is_int(rank, 0) and rank < world, "an int from 0 to world - 1")

@@ -33,17 +33,20 @@ def describe(updater: Updater, options: Options, more: Sequence[str] = ()) -> st
         f"  max_grad_norm: {clip}; non-finite windows are "
         + ("skipped" if options.skip_nonfinite else "applied"),
     ]
-    fused = updater.is_fused
     for index, group in enumerate(inner.param_groups):
-        rule = registry.select(inner, group)
-        if fused and rule is not None:
-            path = f"fused rule {rule.name!r}"
-        elif rule is not None:
-            path = "native step, because another param group has no fused rule"
-        else:
-            path = f"native step on fp32 gradients ({registry.reason(inner)})"
-        lines.append(f"  group {index}: {path}; {_params(group['params'], updater)}")
+        params = _params(group["params"], updater)
+        lines.append(f"  group {index}: {path_of(updater, group)}; {params}")
     return "\n".join([*lines, *more])
+
+
+def path_of(updater: Updater, group: dict[str, Any]) -> str:
+    """Which step a param group takes, and why."""
+    rule = registry.select(updater.optimizer, group)
+    if rule is None:
+        return f"native step on fp32 gradients ({registry.reason(updater.optimizer)})"
+    if not updater.is_fused:
+        return "native step, because another param group has no fused rule"
+    return f"fused rule {rule.name!r}"
 
 
 def _params(params: list[Any], updater: Updater) -> str:

@@ -1,15 +1,21 @@
-"""The fused step: one launch for all parameters of one rule, dtype and kind of master."""
+"""The fused step: one launch for all parameters of one rule, dtype and kind of master.
+
+What an update needs is nearly always what the one before needed, the learning rate apart. It is
+kept and compared with what is there now, without Python code for each parameter.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import chain
+from operator import attrgetter, is_, itemgetter
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ..backends import Correction, Finalize, Keep, Step, StepTensor
+from ..backends import Correction, Finalize, Keep, Launch, Step, StepTensor, UpdateScalars
 from ..backends.rounding import tensor_key
 from ..rules import registry
 from ..rules.rule import Rule, sign
@@ -20,6 +26,81 @@ from .states import RuleState, States
 
 # What is still to do of an update, given what makes the accumulated sum the mean.
 Apply = Callable[[Correction], None]
+
+
+_keep, _tensor = attrgetter("keep"), attrgetter("tensor")
+_loaded, _step = attrgetter("loaded"), attrgetter("step")
+
+
+class _Prepared:
+    """The steps of an update, and all that they were made from.
+
+    Attributes:
+        steps: one for all tensors that share rule, dtype and `Keep`.
+        updated: the parameters, by their slots.
+        params: the same as tensors.
+        launch: of the update's `Finalize`.
+    """
+
+    def __init__(self, steps: list[Step], launch: Launch) -> None:
+        self.steps, self.launch = steps, launch
+        self.updated: list[Slot] = []
+        self.params: list[Tensor] = []
+
+    def remember(
+        self,
+        filled: list[Slot],
+        groups: Sequence[dict[str, Any]],
+        rules: list[Rule],
+        bound: list[tuple[Master, RuleState]],
+        states: Any,
+    ) -> bool:
+        """Keep what `holds` compares; whether the next update may be asked at all."""
+        self._filled, self._rules = filled, rules
+        self._params = [list(group["params"]) for group in groups]
+        self._masters, self._own = [m for m, _ in bound], [own for _, own in bound]
+        self._keeps = list(map(_keep, self._masters))
+        self._kept = list(map(_tensor, self._masters))
+        self._counts = list(map(_step, self._own))
+        self._entries = [states[param] for param in self.params]
+        names = [tuple(own.shown) for own in self._own]
+        self._names: Any = itemgetter(*names[0]) if names and len(names[0]) > 1 else None
+        self._shown = [tensor for own in self._own for tensor in own.shown.values()]
+        return (
+            self._names is not None
+            and all(name == names[0] for name in names)
+            and not any(rule.has_starts for rule in rules)
+            and all(slot.shard is None for slot in self.updated)
+        )
+
+    def holds(
+        self,
+        filled: list[Slot],
+        groups: Sequence[dict[str, Any]],
+        rules: list[Rule],
+        scalars: UpdateScalars,
+        states: Any,
+    ) -> bool:
+        """Whether nothing but numbers of the param groups differs."""
+        lists = [group["params"] for group in groups]
+        if not (
+            self.steps[0].scalars is scalars
+            and filled == self._filled
+            and rules == self._rules
+            and list(map(len, lists)) == list(map(len, self._params))
+            and all(map(is_, chain.from_iterable(lists), chain.from_iterable(self._params)))
+            and set(map(_loaded, self._masters)) == {None}
+            and list(map(_keep, self._masters)) == self._keeps
+            and all(map(is_, map(_tensor, self._masters), self._kept))
+            and all(map(is_, map(_step, self._own), self._counts))
+            and all(map(is_, map(states.get, self.params), self._entries))
+        ):
+            return False
+        try:
+            shown = chain.from_iterable(map(self._names, self._entries))
+            return all(map(is_, shown, self._shown))
+        except KeyError:  # somebody took a state away
+            return False
 
 
 class FusedStep:
@@ -43,6 +124,7 @@ class FusedStep:
         self._optimizer, self._collector = optimizer, collector
         self._masters, self._states = masters, states
         self._seed = seed
+        self._prepared: _Prepared | None = None
 
     def bind(self, slot: Slot, rule: Rule, group: dict[str, Any]) -> tuple[Master, RuleState]:
         """Have a parameter's master and states in their buffers, and show them."""
@@ -52,14 +134,53 @@ class FusedStep:
 
     def prepare(self, max_norm: float | None, partials: Tensor | None, skip: bool) -> Apply | None:
         """See `Updater.prepare`; None where there is nothing to update."""
-        scalars = self._states.scalars
-        groups = self._optimizer.param_groups
+        scalars, filled = self._states.scalars, self._collector.slots.filled()
+        groups, state = self._optimizer.param_groups, self._optimizer.state
+        rules = [self._rule(group) for group in groups]
+        prepared = self._prepared
+        if prepared is None or not prepared.holds(filled, groups, rules, scalars, state):
+            self._prepared = None  # until all is well with the new one
+            prepared, may_come_again = self._prepare(filled, groups, rules, scalars)
+            self._prepared = prepared if may_come_again else None
+        requests = prepared.steps
+        if not requests:
+            return None
+        family = requests[0].rule.family
+        hyper = [(sign(group), *family.hyper(group)) for group in groups]
+        backend = self._collector.backend
+
+        @torch.no_grad()
+        def apply(correction: Correction) -> None:
+            backend.finalize(
+                Finalize(requests, hyper, correction, partials, max_norm, skip, prepared.launch)
+            )
+            for request in requests:
+                if request.tensors:  # others may update all
+                    backend.step(request)
+            # The kernels write behind autograd's back: a backward through the old weights must
+            # notice.
+            torch.autograd.graph.increment_version(prepared.params)
+
+        return apply
+
+    def _rule(self, group: dict[str, Any]) -> Rule:
+        rule = registry.select(self._optimizer, group)
+        assert rule is not None
+        return rule
+
+    def _prepare(
+        self,
+        filled: list[Slot],
+        groups: Sequence[dict[str, Any]],
+        rules: list[Rule],
+        scalars: UpdateScalars,
+    ) -> tuple[_Prepared, bool]:
+        """Bind what the window filled, and sort it into steps; whether they may be used again."""
         steps: dict[tuple[str, torch.dtype, Keep], Step] = {}
         updated: list[Slot] = []
+        bound: list[tuple[Master, RuleState]] = []
         position = -1  # among all parameters, frozen ones too: a resumed run draws the same bits
-        for group_index, group in enumerate(groups):
-            rule = registry.select(self._optimizer, group)
-            assert rule is not None
+        for group_index, (group, rule) in enumerate(zip(groups, rules, strict=True)):
             for param in group["params"]:
                 position += 1
                 slot = self._collector.slots.get(param)
@@ -78,24 +199,11 @@ class FusedStep:
                     StepTensor(slot.local, slot.acc, own.tensors, slot.row, group_index, kept, key)
                 )
                 updated.append(slot)
-        requests = list(steps.values())
-        if not requests:
-            return None
-        family = requests[0].rule.family
-        hyper = [(sign(group), *family.hyper(group)) for group in groups]
-        backend = self._collector.backend
-
-        @torch.no_grad()
-        def apply(correction: Correction) -> None:
-            backend.finalize(Finalize(requests, hyper, correction, partials, max_norm, skip))
-            for request in requests:
-                if request.tensors:  # others may update all
-                    backend.step(request)
-            # The kernels write behind autograd's back: a backward through the old weights must
-            # notice.
-            torch.autograd.graph.increment_version([s.param for s in updated])
-
-        return apply
+                bound.append((master, own))
+        prepared = _Prepared(list(steps.values()), Launch())
+        prepared.updated, prepared.params = updated, [slot.param for slot in updated]
+        state = self._optimizer.state
+        return prepared, bool(updated) and prepared.remember(filled, groups, rules, bound, state)
 
     def _key(self, slot: Slot, position: int) -> int:
         """Of a parameter's random bits; each shard draws others, and copies draw the same."""

@@ -14,6 +14,7 @@ from ..rules import registry
 from ..window.collector import Collector
 from .fused import Apply, FusedStep
 from .masters import Masters
+from .record import Record
 from .skips import SkipWatch
 from .states import States
 from .wrapped import WrappedStep
@@ -26,6 +27,7 @@ class Updater:
         optimizer: the wrapped one; its `state` and `param_groups` are read and written.
         collector: where the accumulators are.
         masters: of its parameters.
+        record: what the host remembers of the updates.
         is_stochastic: whether bf16 parameters are rounded stochastically.
         seed: of that.
 
@@ -33,6 +35,7 @@ class Updater:
         masters, states: of the parameters.
         fused, wrapped: the two kinds of step.
         grad_norm: of the last update, 0-d on the device, or None.
+        record: as given.
     """
 
     def __init__(
@@ -40,6 +43,7 @@ class Updater:
         optimizer: Optimizer,
         collector: Collector,
         masters: Masters,
+        record: Record,
         *,
         is_stochastic: bool = False,
         seed: int = 0,
@@ -51,6 +55,7 @@ class Updater:
         self.fused = FusedStep(optimizer, collector, masters, self.states, seed)
         self.wrapped = WrappedStep(optimizer, collector, masters, self.states)
         self.grad_norm: Tensor | None = None
+        self.record = record
         self._is_stochastic = is_stochastic
         self._watch = SkipWatch()
         self.refuse_stochastic()
@@ -82,7 +87,7 @@ class Updater:
         Returns:
             What applies it. Until that is called, all of this may be given up and done again.
         """
-        if not self.collector.filled():
+        if not self.collector.slots.filled():
             return lambda correction: None  # torch's step() without a gradient does nothing either
         self.states.forget_provisional()
         self.refuse_stochastic()

@@ -48,7 +48,7 @@ class WrappedStep:
 
     def prepare(self, max_norm: float | None, partials: Tensor | None, skip: bool) -> Apply:
         """See `Updater.prepare`."""
-        filled = [slot for slot in self._collector.filled() if slot.is_own]
+        filled = [slot for slot in self._collector.slots.filled() if slot.is_own]
         scalars = self._states.scalars
         masters = {s: self._parameter(s) for s in filled if self._masters[s].is_kept}
 

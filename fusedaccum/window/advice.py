@@ -28,7 +28,7 @@ class Advice:
         """`step()` is about to close a micro-batch, with all that arrived in its accumulators."""
         window, steps = collector.window, collector.window.steps
         count = collector.backwards.count
-        has_any = count or collector.has_arrivals or collector.reduction.keeps_back()
+        has_any = count or collector.slots.has_arrivals or collector.reduction.keeps_back()
         if not has_any and not self._uses_old(collector):
             self._warn(
                 "nothing",
@@ -60,7 +60,7 @@ class Advice:
 
     def _uses_old(self, collector: Collector) -> bool:
         """Whether a loop that owns its window updates once more with the gradients of before."""
-        return collector.window.steps is None and bool(collector.filled())
+        return collector.window.steps is None and bool(collector.slots.filled())
 
     def _warn(self, key: str, text: str) -> None:
         if key not in self._given:

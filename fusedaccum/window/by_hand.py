@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from .backwards import Backwards
-from .slots import Fill, Slot
+from .slots import Fill, Slot, Slots
 from .weights import Window
 
 
@@ -36,8 +35,8 @@ class ByHand:
         window, backwards: of the same optimizer.
     """
 
-    def __init__(self, slots: Mapping[Tensor, Slot], window: Window, backwards: Backwards) -> None:
-        self._segments, self._window, self._backwards = slots, window, backwards
+    def __init__(self, slots: Slots, window: Window, backwards: Backwards) -> None:
+        self._slots, self._window, self._backwards = slots, window, backwards
         self._clipped: dict[Slot, int] = {}
 
     def look(self) -> Seen:
@@ -45,7 +44,9 @@ class ByHand:
         seen = Seen(is_emptied=self.is_emptied())
         loop_owned, float32 = self._window.steps is None, torch.float32
         earlier, current = Fill.EARLIER, Fill.CURRENT
-        for slot in self._segments.values():
+        if self._slots.are_shown and self._slots.are_fp32:
+            return seen
+        for slot in self._slots.values():
             grad, own = slot.param.grad, slot.grad
             if grad is own:
                 if grad is not None and grad.dtype is not float32:
@@ -71,7 +72,7 @@ class ByHand:
             least = Fill.EARLIER
         if not may_be:
             return False  # nearly always at the beginning of a backward
-        grads = (s.param.grad for s in self._segments.values() if s.fill >= least)
+        grads = (s.param.grad for s in self._slots.values() if s.fill >= least)
         return next(grads, self) is None and all(grad is None for grad in grads)
 
     def is_zeroed(self) -> bool:
@@ -82,7 +83,7 @@ class ByHand:
         """
         if not self._window.micro_batches:
             return self._window.max_norm is not None and self._is_zeroed_since_clip()
-        may_be = (s for s in self._segments.values() if s.fill and s.numel and not s.is_zero)
+        may_be = (s for s in self._slots.values() if s.fill and s.numel and not s.is_zero)
         first = next(may_be, None)
         if first is None or (first.param.grad is not None and not first.is_written):
             return False  # nearly always
@@ -101,7 +102,7 @@ class ByHand:
         is_left = self._window.steps is None and not self._backwards.count
         self._clipped = {
             slot: slot.grad._version
-            for slot in (self._segments.values() if is_left else ())
+            for slot in (self._slots.values() if is_left else ())
             if slot.fill and slot.grad is not None
         }
 
@@ -114,6 +115,8 @@ class ByHand:
 
     def drop_assigned(self) -> None:
         """Forget gradients that somebody assigned and that no micro-batch has taken over."""
-        for slot in self._segments.values():
+        if self._slots.are_shown:
+            return
+        for slot in self._slots.values():
             if slot.param.grad is not slot.grad and slot.param.grad is not None:
                 slot.param.grad = slot.grad if slot.fill else None

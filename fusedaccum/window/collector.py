@@ -9,7 +9,7 @@ fresh gradients are freed and `param.grad` shows the accumulator again.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 from weakref import WeakMethod
 
@@ -25,11 +25,13 @@ from .deal import Deal
 from .grad_scaler import Scaling
 from .hooks import Attached
 from .reducing import Parts, Reducing
-from .slots import Fill, Slot
+from .slots import Fill, Slot, Slots
 from .sums import Sums
 from .trouble import BACKWARD_RAISED, PART, Trouble
 from .watch import Serve, Watch, may_reduce
 from .weights import Window
+
+_task = torch._C._current_graph_task_id
 
 
 class Collector:
@@ -72,12 +74,12 @@ class Collector:
         deal: Deal,
     ) -> None:
         self.attached = Attached(self, device, check, deal)
-        self.slots: Mapping[Tensor, Slot] = self.attached.slots
+        self.slots: Slots = self.attached.slots
         self.backend = backend
         self.window = window
         self.scaling = scaling
         self.sums = Sums(backend, self.attached)
-        self.adder = Adder(backend, window, scaling, self.sums, wants_norm)
+        self.adder = Adder(backend, window, scaling, self.sums, wants_norm, self.attached.queues)
         self.trouble = Trouble()
         self.backwards = Backwards()
         self.by_hand = ByHand(self.slots, window, self.backwards)
@@ -117,9 +119,12 @@ class Collector:
     # --- the backward ---
 
     def arrive(self, slot: Slot, is_due: bool) -> None:  # see `hooks.Owner`
-        self.make_ready(slot)
+        grad = slot.param.grad
+        is_usual = grad is slot.grad and grad is not None and not slot.pending
+        if not is_usual or _task() not in self.backwards.threads:
+            self.make_ready(slot)
         slot.param.grad = None
-        if self._queue and self._queued_bytes + slot.nbytes > self._limit:
+        if self._queued_bytes + slot.nbytes > self._limit and self._queue:
             self.flush()
         slot.pending, slot.is_due = True, is_due
         self._queue.append(slot)
@@ -127,8 +132,7 @@ class Collector:
 
     def make_ready(self, slot: Slot) -> None:
         """A gradient comes in this backward: have the accumulator hold what counts of before."""
-        task = torch._C._current_graph_task_id()
-        if task not in self.backwards.threads:
+        if (task := _task()) not in self.backwards.threads:
             self._begin(task)
         grad = slot.param.grad
         if slot.pending:
@@ -140,8 +144,7 @@ class Collector:
 
     def arrive_together(self, slots: Sequence[Slot]) -> None:
         """An engine is about to assign `param.grad` of all or some of these, at once."""
-        task = torch._C._current_graph_task_id()
-        if task not in self.backwards.threads:
+        if (task := _task()) not in self.backwards.threads:
             self._begin(task)
         n_bytes = self._queued_bytes + sum(s.nbytes for s in slots)
         if n_bytes > self._limit or any(s.pending for s in slots):
@@ -207,10 +210,20 @@ class Collector:
             self.window.warn_discarded("model.zero_grad() (or p.grad = None) after a backward()")
         self.discard()
 
-    @torch.no_grad()
     def flush(self) -> None:
         """Add what is queued, free it, and let `param.grad` show the accumulators."""
         queue, self._queue, self._queued_bytes = self._queue, [], 0
+        if not queue:
+            return
+        reduction, scale, again = self.reduction, self.window.scale(), self.adder.add_again
+        if not reduction.comes_averaged and again(queue, scale, reduction.is_running):
+            reduction.added(queue)
+        else:
+            self._add(queue, scale)
+
+    @torch.no_grad()
+    def _add(self, queue: list[Slot], scale: float) -> None:
+        """The same for whatever there may be in the queue."""
         fresh: list[tuple[Slot, Tensor]] = []
         for slot in queue:
             slot.pending = False
@@ -230,8 +243,8 @@ class Collector:
                     "zero_grad() after changing the model, or wrap after it"
                 )
             fresh.append((slot, grad))
-        for part, scale in self.reduction.weighed(fresh, self.window.scale()):
-            self.adder.add(part, scale, is_averaged=self.reduction.is_running)
+        for part, factor in self.reduction.weighed(fresh, scale):
+            self.adder.add(part, factor, is_averaged=self.reduction.is_running)
         self.reduction.added(slot for slot, _ in fresh)
 
     def adopt(self, assigned: list[tuple[Slot, Tensor]]) -> None:
@@ -261,11 +274,6 @@ class Collector:
     # --- between backwards ---
 
     @property
-    def has_arrivals(self) -> bool:
-        """Whether the open micro-batch has contributed anything."""
-        return any(s.fill is Fill.CURRENT for s in self.slots.values())
-
-    @property
     def is_open(self) -> bool:  # see `hooks.Owner`
         return bool(self.window.micro_batches) or self.unclosed() is not None
 
@@ -273,11 +281,11 @@ class Collector:
         """What the open micro-batch was left by, in words; None where none is open."""
         if self.is_broken:
             return "a failed backward()" if self.backwards.is_any_open else "what step() refuses"
-        return "backward() without step()" if self.has_arrivals else None
+        return "backward() without step()" if self.slots.has_arrivals else None
 
     def fail_block(self) -> None:
         """A micro_batch() block raised."""
-        if self.has_arrivals:
+        if self.slots.has_arrivals:
             self.trouble.note("a micro_batch() block raised after its backward()" + PART)
 
     def check(self) -> None:
@@ -336,10 +344,6 @@ class Collector:
         if assigned := self.look():
             self.adopt(assigned)
 
-    def filled(self) -> list[Slot]:
-        """The parameters that the open window holds a gradient for."""
-        return [slot for slot in self.slots.values() if slot.fill]
-
     def close_micro_batch(self) -> None:
         """The open micro-batch is over."""
         self.reduction.refuse_kept(is_over=False)
@@ -347,10 +351,7 @@ class Collector:
             self.scaling.close_micro_batch()
             self.window.close_micro_batch()
             self.backwards.count = 0
-            earlier = Fill.EARLIER
-            for slot in self.slots.values():
-                if slot.fill and slot.grad is not None:
-                    slot.fill, slot.closed_version = earlier, slot.grad._version
+            self.slots.close_micro_batch()
 
     def end_window(self) -> None:
         """The window has been used. `param.grad` still shows it.
@@ -358,10 +359,8 @@ class Collector:
         A loop that owns the window and does not zero it goes on adding, as in torch. A mean (the
         wrapper counts, or the loop gives weights) starts afresh with the next gradient.
         """
-        keeps = not self.window.is_weighted
         self.backwards.count = 0
-        for slot in self.slots.values():
-            slot.fill = Fill.EARLIER if keeps and slot.fill else Fill.EMPTY
+        self.slots.end_window(keeps=not self.window.is_weighted)
         self.scaling.end_window()
         self.window.reset()
         self.reduction.reset()
@@ -384,8 +383,8 @@ class Collector:
         self._queue.clear()
         self._queued_bytes = 0
         self.engines.forget()
+        self.slots.empty()
         for slot in self.slots.values():
-            slot.fill, slot.pending = Fill.EMPTY, False
             if zeroes and slot.param.grad is not None:
                 slot.show_zeros()
         self.scaling.reset()

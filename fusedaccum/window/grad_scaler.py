@@ -74,6 +74,11 @@ class Scaling:
         """Whether gradients are unscaled as they are added. A disabled scaler scales nothing."""
         return self._scaler is not None and self._scaler.is_enabled()
 
+    @property
+    def scale(self) -> Tensor | None:
+        """Of the linked scaler, on the device; None without one, and before its first loss."""
+        return self._scaler._scale if self.is_linked else None  # type: ignore[union-attr]
+
     def asked(self) -> bool:
         """What `_step_supports_amp_scaling` says: True has GradScaler hand its scale to step().
 

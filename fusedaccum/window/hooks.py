@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import chain
+from operator import attrgetter, is_
 from typing import Any, Protocol
 
 import torch
@@ -19,11 +21,14 @@ from .buffers import Block
 from .deal import Deal
 from .engines import refuse_exchange
 from .shards import local_of
-from .slots import Slot, check_param
+from .slots import Slot, Slots, check_param
 
 # Whose live hooks are on a parameter: two owners would take each other's accumulators for
 # gradients.
 _owners: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+_requires_grad = attrgetter("requires_grad")
 
 
 def is_owned(param: Tensor) -> bool:
@@ -45,6 +50,29 @@ class Owner(Protocol):
         """
 
 
+class _Known:
+    """Param groups all of whose parameters are attached, or frozen and without a gradient.
+
+    It is asked of at every micro-batch, so it compares without Python code for each parameter.
+    """
+
+    def __init__(self, groups: Sequence[dict[str, Any]], slots: Mapping[Tensor, Slot]) -> None:
+        self._lists = [list(group["params"]) for group in groups]
+        self._params = list(chain.from_iterable(self._lists))
+        self._trained = list(map(_requires_grad, self._params))
+        self._others = [param for param in self._params if param not in slots]
+
+    def holds(self, groups: Sequence[dict[str, Any]]) -> bool:
+        """Whether they are the same, and nothing was frozen, unfrozen, or given a gradient."""
+        lists = [group["params"] for group in groups]
+        return (
+            list(map(len, lists)) == list(map(len, self._lists))
+            and all(map(is_, chain.from_iterable(lists), self._params))
+            and list(map(_requires_grad, self._params)) == self._trained
+            and not any(param.grad is not None for param in self._others)
+        )
+
+
 class Attached:
     """Parameters with slots and hooks.
 
@@ -58,6 +86,7 @@ class Attached:
         device: as given.
         slots: by parameter.
         groups: the optimizer's param groups, as they were last seen.
+        queues: what `Adder` remembers of parameters that arrive together.
         n_cells: partial sums of squares of all of them.
         taken_over: whether another wrapper has the parameters now.
         when_taken_over: gives what is called then, or None.
@@ -72,7 +101,10 @@ class Attached:
     ) -> None:
         self._owner_ref = weakref.ref(owner)
         self.device = device
-        self.slots: dict[Tensor, Slot] = {}
+        self.slots = Slots()
+        self.queues: dict[tuple[Slot, ...], Any] = {}
+        self._known: _Known | None = None
+        self._unchanged: tuple[Any, Any] | None = None  # where all were, and how they lay
         self.groups: Sequence[dict[str, Any]] = ()
         self.n_cells = 0
         self.taken_over = False
@@ -128,8 +160,11 @@ class Attached:
 
     def attach_groups(self, groups: Sequence[dict[str, Any]]) -> None:
         """Attach parameters of param groups that need a gradient and have no slot yet."""
-        refuse_exchange(self.slots, groups)
         self.groups = groups
+        if self._known is not None and self._known.holds(groups):
+            return
+        refuse_exchange(self.slots, groups)
+        self._known = None
         new: list[tuple[str, Tensor]] = []
         for i, group in enumerate(groups):
             for j, param in enumerate(group["params"]):
@@ -141,6 +176,7 @@ class Attached:
                 elif slot.hook is None:  # somebody interrupted us before
                     self._hook(slot)
         self.attach(new)
+        self._known = _Known(groups, self.slots)
 
     def refuse_take_over(self, name: str, param: Tensor, named: list[tuple[str, Tensor]]) -> None:
         """Raise unless another wrapper may have the parameters from now on.
@@ -163,9 +199,18 @@ class Attached:
                 f"FusedAccumOptimizer, which {why}; call {first}its detach(), or delete it, first"
             )
 
-    def changed(self) -> Slot | None:
-        """A parameter that is not what it was when it was attached, if there is one."""
-        return next((s for s in self.slots.values() if s.difference()), None)
+    def changed(self, is_thorough: bool = True) -> Slot | None:
+        """A parameter that is not what it was when it was attached, if there is one.
+
+        Args:
+            is_thorough: whether to look at those too that have their memory and dtype of before.
+        """
+        memory, known = self.slots.memory(), self._unchanged
+        if known and memory == known[0] and (not is_thorough or self.slots.layout() == known[1]):
+            return None
+        found = next((s for s in self.slots.values() if s.difference()), None)
+        self._unchanged = (memory, self.slots.layout()) if found is None else None
+        return found
 
     def refuse_changed(self) -> None:
         """Raise if a parameter changed.
@@ -197,13 +242,15 @@ class Attached:
 
         def prehook(grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...] | None:
             arriving, owner = slot_ref(), owner_ref()
-            if arriving is not None and owner is not None and arriving.node is not None:
-                if arriving.takes_products and grads[0] is None:
-                    return None  # on a GPU this may be another thread than the backward's
-                owner.arrive(arriving, grads[0] is not None)
-                # Here, where every process is at the same place of the same graph.
-                if arriving.shard is not None and grads[0] is not None:
-                    return (arriving.shard.placed(grads[0]),)
+            if arriving is None or owner is None or arriving.node is None:
+                return None
+            grad = grads[0]
+            if grad is None and arriving.takes_products:
+                return None  # on a GPU this may be another thread than the backward's
+            owner.arrive(arriving, grad is not None)
+            # Here, where every process is at the same place of the same graph.
+            if arriving.shard is not None and grad is not None:
+                return (arriving.shard.placed(grad),)
             return None
 
         slot.hook = slot.node.register_prehook(prehook)
@@ -219,3 +266,5 @@ class Attached:
             slot.param.grad = None
             slot.param.grad_dtype = slot.param.dtype
         self.slots.clear()
+        self.queues.clear()
+        self._known = self._unchanged = None

@@ -41,6 +41,7 @@ class Reducing(Protocol):
         comes_averaged: whether gradients arrive as averages, so that `complete` may be called at
             any time.
         shares: whether `share` gives others what this process has updated.
+        world: how many processes there are.
     """
 
     queue_bytes: float
@@ -48,6 +49,7 @@ class Reducing(Protocol):
     is_average: bool
     comes_averaged: bool
     shares: bool
+    world: int
 
     def is_instead_of(self, modules: Sequence[Module]) -> bool:
         """Whether these DDP modules rest because of this."""
@@ -105,6 +107,9 @@ class Reducing(Protocol):
     def correction(self, window: Window) -> float | Tensor:
         """What makes the accumulated sum the mean; a 0-d tensor if it is of many processes."""
 
+    def total(self, window: Window) -> float | Tensor:
+        """The sum of the weights; of all processes, as a 0-d tensor, where they average."""
+
     def whole(self, sums: Tensor) -> Tensor:
         """Partial sums of squares of the whole gradient, from those of what this process holds."""
 
@@ -123,6 +128,7 @@ class Alone:
 
     queue_bytes: float = math.inf
     is_running = is_average = comes_averaged = shares = False
+    world = 1
 
     def is_instead_of(self, modules: Sequence[Module]) -> bool:
         return False
@@ -161,6 +167,9 @@ class Alone:
 
     def correction(self, window: Window) -> float | Tensor:
         return window.correction()
+
+    def total(self, window: Window) -> float | Tensor:
+        return window.total
 
     def whole(self, sums: Tensor) -> Tensor:
         return sums

@@ -37,7 +37,7 @@ def open_accumulators(collector: Collector) -> dict[Tensor, Tensor]:
     Where the loop owns the window, `param.grad` may still show the last one, which it need not.
     """
     window = collector.window
-    if not window.micro_batches and not collector.has_arrivals:
+    if not window.micro_batches and not collector.slots.has_arrivals:
         return {}
     return {
         param: slot.grad
@@ -81,5 +81,5 @@ def go_on(
             slot.show_zeros()
     if numbers is not None:
         collector.window.go_on(numbers)
-        collector.backwards.count = int(collector.has_arrivals)
+        collector.backwards.count = int(collector.slots.has_arrivals)
         collector.scaling.restore(numbers.get("overflow", 0.0))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from enum import IntEnum
+from operator import attrgetter, is_
 from typing import Any
 
 import torch
@@ -203,3 +205,67 @@ class Slot:
         if param.stride() != self.stride:
             return f"strides changed from {self.stride} to {param.stride()}"
         return None
+
+
+_fill, _grad, _dtype = attrgetter("fill"), attrgetter("grad"), attrgetter("dtype")
+
+
+class Slots(dict[Tensor, Slot]):
+    """Those of an optimizer, by parameter.
+
+    What is asked at every micro-batch is answered without Python code for each of them, where there
+    are nearly always thousands that are as they should be.
+    """
+
+    def filled(self) -> list[Slot]:
+        """Those that the open window holds a gradient for."""
+        return [slot for slot in self.values() if slot.fill]
+
+    @property
+    def are_all_filled(self) -> bool:
+        return Fill.EMPTY not in map(_fill, self.values())
+
+    @property
+    def has_arrivals(self) -> bool:
+        """Whether the open micro-batch has contributed anything."""
+        return Fill.CURRENT in map(_fill, self.values())
+
+    @property
+    def are_shown(self) -> bool:
+        """Whether every parameter shows its accumulator, or None where there is none yet."""
+        return all(map(is_, map(_grad, self), map(_grad, self.values())))
+
+    @property
+    def are_fp32(self) -> bool:
+        """Whether every accumulator is there, and none was converted by `model.to()`."""
+        try:
+            return set(map(_dtype, map(_grad, self.values()))) == {torch.float32}
+        except AttributeError:  # a None
+            return False
+
+    def memory(self) -> Any:
+        """Where each parameter is, and its dtype; NaN, which equals nothing, where one has no
+        address, as shards have none."""
+        addresses = list(map(Tensor.data_ptr, self))
+        return math.nan if 0 in addresses else (addresses, list(map(_dtype, self)))
+
+    def layout(self) -> Any:
+        """The parameters' sizes and strides."""
+        return list(map(Tensor.size, self)), list(map(Tensor.stride, self))
+
+    def close_micro_batch(self) -> None:
+        """What the open micro-batch has brought is a part of the sum."""
+        earlier = Fill.EARLIER
+        for slot in self.values():
+            if slot.fill and slot.grad is not None:
+                slot.fill, slot.closed_version = earlier, slot.grad._version
+
+    def end_window(self, keeps: bool) -> None:
+        """The window was used; with `keeps`, the next one goes on adding to the sum."""
+        for slot in self.values():
+            slot.fill = Fill.EARLIER if keeps and slot.fill else Fill.EMPTY
+
+    def empty(self) -> None:
+        """The window is given up."""
+        for slot in self.values():
+            slot.fill, slot.pending = Fill.EMPTY, False

@@ -66,7 +66,9 @@ def test_a_window_never_waits() -> None:
             model(data[0]).sum().backward()
         opt.step()
         opt.flush()
+        logged = opt.metrics()
     assert int(opt.skipped_steps) == 0
+    assert logged["updates"] == 7 and float(logged["clip_coefficient"]) <= 1.0
 
 
 def test_a_linked_scaler_never_waits() -> None:

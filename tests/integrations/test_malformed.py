@@ -33,6 +33,7 @@ WRONG: dict[str, list[Any]] = {
     "zeros": [3, None, [99], [None]],
     "steps": [3, [], {99: 1.0}, {0: -1.0}, {0: NAN}, {0: INF}, {0: 1e300}, {0: "1"}, {0: None}],
     "skipped_steps": [-1, 1.0, NAN, 10**30, "1", True, None],
+    "updates": [-1, 1.0, NAN, 10**30, "1", True, None],
 }
 # What lies beside the states, for torch.distributed.checkpoint.
 BESIDE: dict[str, list[float]] = {

@@ -187,6 +187,36 @@ def test_variants_that_raise_are_left_out() -> None:
     assert samples.keys() == {"sound"} and len(samples["sound"].times) == 4
 
 
+class Told(timing.Clock):
+    """A call takes as many milliseconds as it returns."""
+
+    def time(self, run: Any, lead: float) -> tuple[float, float]:
+        return run(), run()
+
+
+def test_the_time_limit_is_kept_by_fewer_variants(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+
+    def tick() -> float:
+        nonlocal now  # asked before the first round, and from the fourth on
+        now += 0.5
+        return now
+
+    monkeypatch.setattr(timing.time, "perf_counter", tick)
+    given_up: dict[str, str] = {}
+    samples = timing.interleave(
+        {"ours": lambda: 100.0, "slow": lambda: 900.0, "small": lambda: 1.0, "best": lambda: 300.0},
+        Told(),
+        rounds=50,
+        budget_s=2.0,
+        refuse=lambda name, error: given_up.update({name: str(error)}),
+        spare=["slow", "small"],
+    )
+    assert given_up == {"slow": "3 rounds of all take 3.9 s"}
+    counts = {name: len(timed.times) for name, timed in samples.items()}
+    assert counts == {"ours": 7, "small": 7, "best": 7}
+
+
 def test_the_cuda_clock_asks_for_what_it_should(monkeypatch: pytest.MonkeyPatch) -> None:
     """The order of its calls, on a machine without a GPU: nothing waits inside the timed region."""
     calls: list[str] = []

@@ -34,7 +34,7 @@ ROOMS: dict[str, str] = {
     "optimizer": "options update integrations core",
     "package": "functional optimizer rules",
     "doctor": "kernels backends rules package",
-    "bench": "doctor",
+    "bench": "backends window doctor",
     "__main__": "package doctor bench",
 }
 KERNELS = "fusedaccum.kernels"

@@ -68,7 +68,7 @@ def test_the_program_of_the_readme_runs(capsys: pytest.CaptureFixture[str]) -> N
     assert "fused rule 'adam'; 2 tensors, 65 parameters" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("block", range(4))
+@pytest.mark.parametrize("block", range(5))
 def test_the_loops_of_the_page_run(block: int) -> None:
     torch.manual_seed(0)
     net = torch.nn.Linear(4, 1)
@@ -79,7 +79,7 @@ def test_the_loops_of_the_page_run(block: int) -> None:
         "loader": [(torch.randn(2, 4), torch.randn(2, 1)) for _ in range(20)],
     }
     code = blocks("docs/loops.md")
-    assert len(code) == 4
+    assert len(code) == 5
 
     class Model(torch.nn.Module):
         """Returns its loss, as the page has it."""
@@ -93,7 +93,7 @@ def test_the_loops_of_the_page_run(block: int) -> None:
 
     names["model"] = Model()
     before = net.weight.detach().clone()
-    if block == 2:  # goes on from the first
+    if block in (2, 3):  # they go on from the first
         exec(code[0].split("scheduler")[0], names)
     exec(code[block].replace('"cuda"', '"cpu"'), names)
     assert not torch.equal(before, net.weight)
