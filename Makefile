@@ -16,11 +16,11 @@ PIP := $(PY) -m pip install --quiet --constraint constraints.txt $(PIP_ARGS)
 INSTALLED := .venv/.installed
 TYPED := fusedaccum benchmarks examples
 
-.PHONY: help demo test fuzz deepspeed check bench gpu wheel-test clean
+.PHONY: help demo test fuzz deepspeed check docs gallery bench gpu wheel-test release-check clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
-	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 20
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 22
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -28,11 +28,11 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(PIP) --no-build-isolation --editable '.[dev]'
 	@touch $@
 
-# Without linters, tests and frameworks, unless they are there already.
-.venv/.demo: pyproject.toml constraints.txt
+# What one command needs, without linters, tests and frameworks, unless they are there already.
+.venv/.demo .venv/.docs .venv/.release: .venv/.%: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(PIP) setuptools
-	$(PIP) --no-build-isolation --editable '.[demo]'
+	$(PIP) --no-build-isolation --editable '.[$*]'
 	@touch $@
 
 demo: $(or $(wildcard $(INSTALLED)),.venv/.demo)  ## fine-tune a small model with and without fusedaccum
@@ -58,10 +58,19 @@ fuzz: $(INSTALLED)  ## random walks over the public API for SECONDS=600, beginni
 deepspeed: .venv-deepspeed/.installed  ## tests beside the real DeepSpeed, in an environment of its own
 	.venv-deepspeed/bin/python -m pytest -q tests/with_deepspeed.py
 
-check: $(INSTALLED)  ## lint, format and types
+# The site takes seconds, but its packages are no part of `make test`: only who has them builds it here.
+check: $(INSTALLED) $(if $(wildcard .venv/.docs),docs)  ## lint, format and types; the site, once `make docs` has run
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy $(TYPED)
+
+# The variable keeps a notice of the theme's makers, about its end, out of the output.
+docs: .venv/.docs  ## the documentation site, in site/; a broken link or a missing name is an error
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --quiet
+	@echo 'open site/index.html (its search needs: python -m http.server -d site)'
+
+gallery: $(INSTALLED)  ## run all examples, some minutes, and write what they print and draw to docs/gallery.md
+	$(PY) -m tests.gallery
 
 bench: $(INSTALLED)  ## the benchmark rows that this machine's CPU can measure
 	$(PY) -m benchmarks.run $(BENCH_ARGS)
@@ -80,6 +89,13 @@ wheel-test: $(INSTALLED)  ## build the wheel, install it elsewhere, use it there
 	$(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > "$$site/torch.pth"; \
 	cd "$$tmp"; venv/bin/python "$(CURDIR)/tests/wheel_check.py" "$$site"
 
+# Both are built from a copy of what git has, so that nothing else lying here can help them.
+release-check: .venv/.release  ## sdist and wheel in dist/, as a release uploads them, and checked
+	@set -e; tmp=$$(mktemp -d); trap 'rm -rf "$$tmp"' EXIT; set -x; \
+	git archive HEAD | tar -x -C "$$tmp"; rm -rf dist; \
+	$(PY) -m build --no-isolation --outdir dist "$$tmp"
+	$(PY) -m twine check --strict dist/*
+
 clean:  ## remove what these commands made, .venv included; benchmark results stay
-	rm -rf .venv .venv-deepspeed build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis out
+	rm -rf .venv .venv-deepspeed site build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis out
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -234,6 +234,8 @@ def draw(curves: Any, errors: Any, kept: dict[str, float], path: Path) -> None:
         middle.loglog(errors.keys(), [error[name] for error in errors.values()], style, label=name)
     left.set(title="fine-tuning", xlabel="updates", ylabel="validation loss, nats per byte")
     middle.set(title="error of the mean gradient", xlabel="micro-batches per update, N")
+    middle.set_xticks([*errors], [str(n) for n in errors])
+    middle.minorticks_off()
     right.bar(kept.keys(), kept.values(), color=["C0", "C1", "C2"])
     right.set(title="bytes per parameter at rest")
     left.legend()

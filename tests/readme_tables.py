@@ -17,14 +17,18 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from fusedaccum.rules.builtin import RULES
 from tests import readme_optimizers
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 PAGES = tuple(
     ROOT / name
-    for name in ("README.md", "docs/numbers.md", "docs/optimizers.md", "benchmarks/README.md")
-)
+    for name in (
+        "README.md", "docs/numbers.md", "docs/optimizers.md", "docs/memory.md",
+        "benchmarks/README.md",
+    )
+)  # fmt: skip
 BEGIN = "<!-- {}: python -m tests.readme_tables --write -->\n"
 END = "<!-- end -->"
 
@@ -222,6 +226,37 @@ def demo() -> str:
     return table(["", *columns], lines)
 
 
+# --- memory ---
+
+# Optimizers by the name of their rule, whose states are counted.
+STATES = {
+    "sgd": "SGD",
+    "sgd_momentum": "SGD with momentum, Lion, Adagrad, RMSprop, ASGD",
+    "adam": "AdamW, Adam, NAdam, RAdam, Adamax, Adadelta, Rprop, RMSprop with momentum or centered",
+    "adam_amsgrad": "AdamW and Adam with `amsgrad`, RMSprop with both",
+}
+# How a parameter is kept: its own bytes, and the master's.
+KEPT = {
+    "bf16, split master": (2, 2),
+    "bf16, no master": (2, 0),
+    "fp16, fp32 master": (2, 4),
+    "fp32": (4, 0),
+}
+
+
+def at_rest(n_states: int, kept: str) -> int:
+    """Bytes of a parameter between two updates: its own, master, accumulator and states."""
+    return sum(KEPT[kept]) + 4 + 4 * n_states
+
+
+def memory() -> str:
+    lines = []
+    for name, words in STATES.items():
+        n_states = len(RULES[name].states)
+        lines.append([words, str(n_states), *(str(at_rest(n_states, kept)) for kept in KEPT)])
+    return table(["", "states", *KEPT], lines)
+
+
 # --- the pages ---
 
 TABLES: dict[str, Callable[[], str]] = {
@@ -230,6 +265,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "operations in short": operations_in_short,
     "training": training,
     "demo": demo,
+    "memory": memory,
     "operations": operations,
     "errors": errors,
     "windows": windows,

@@ -147,9 +147,13 @@ class Common(TypedDict, total=False):
     """The keywords of `apply`, which all updates share."""
 
     maximize: bool
+    """As in torch (default: False)."""
     masters: Tensors | None
+    """See `adamw_` (default: None)."""
     grad_scale: float
+    """Normalisation, unscale or clip factor, applied in registers (default: 1)."""
     backend: str | None
+    """None (automatic, the default), "triton" or "torch"."""
 
 
 def apply(
