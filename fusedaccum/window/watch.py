@@ -224,7 +224,12 @@ class Watch:
 
 
 def _modules() -> list[Module]:
-    """Every module that Python's collector knows. `type`, for proxies that answer to any class."""
+    """Every module that Python's collector knows. `type`, for proxies that answer to any class.
+
+    What `gc.freeze()` took from it is given back, or an engine among that would never be found.
+    """
+    if gc.get_freeze_count():
+        gc.unfreeze()
     return [o for o in gc.get_objects() if issubclass(type(o), Module)]
 
 

@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from fusedaccum import FusedAccumOptimizer
 from fusedaccum.distributed import reduction
 from fusedaccum.window.shards import local_of
+from tests import frozen
 from tests.distributed.ddp_cases import (
     Micro,
     Net,
@@ -136,6 +137,19 @@ def unfrozen() -> Report:
     run(net, opt, 2, 6)
     changed = not torch.equal(start, model.b.weight)
     return {"same": is_same_everywhere(masters(opt)), "changed": changed}
+
+
+def heap_frozen() -> Report:
+    """gc.freeze() after DDP was made hides it from Python's collector."""
+    torch.manual_seed(0)
+    model = Net()
+    net = DistributedDataParallel(model)
+    gc.freeze()
+    with mock.patch.object(gc, "unfreeze", frozen.unfreeze):
+        opt = FusedAccumOptimizer(torch.optim.AdamW(model.parameters(), lr=1e-2), 2)
+        trained = message(lambda: run(net, opt, 0, 4))
+    gc.freeze()  # what all tests share
+    return {"train": trained, "same": is_same_everywhere(masters(opt))}
 
 
 # --- mistakes ---

@@ -29,7 +29,7 @@ DIFFERENT = {
     "different:scaler": "grad_scaler (linked) is False on rank 0, True on rank 1",
 }
 OTHERS = [
-    "detached", "taken_over", "broadcast", "gone", "unfrozen", "two_wrappers:n",
+    "detached", "taken_over", "broadcast", "gone", "unfrozen", "heap_frozen", "two_wrappers:n",
     "two_wrappers:loop",
 ]  # fmt: skip
 
@@ -45,6 +45,10 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Results:
 
 def test_parameters_that_are_unfrozen_later_are_averaged(two: Results) -> None:
     assert two("unfrozen") == {"same": True, "changed": True}
+
+
+def test_ddp_is_found_in_a_frozen_heap(two: Results) -> None:
+    assert two("heap_frozen") == {"train": None, "same": True}
 
 
 def test_two_wrappers_share_a_ddp_module(two: Results) -> None:

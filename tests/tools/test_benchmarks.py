@@ -67,12 +67,13 @@ def test_gpu_dry_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
 def check_dry_run(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Every part left its files, and no row is missing."""
     names = {path.name for path in folder.iterdir()}
-    assert len(names) <= 8 and "gpu.log" in names
+    assert len(names) <= 9 and "gpu.log" in names
     files = {path: check_rows(path) for path in folder.glob("*-quick.json")}
-    assert len(files) == 5 and any(name.endswith("finetune.json") for name in names)
+    assert len(files) == 6 and any(name.endswith("finetune.json") for name in names)
     assert {row["operation"] for rows in files.values() for row in rows} == {
         *("accumulate_first", "accumulate", "accumulate_last_norm", "norm", "step", "window"),
         *("linear_wgrad", "linear_layer", "train_window", "reduced_window"),
+        *("host_micro_batch", "host_update"),
     }
     (cycle,) = (path for path in files if "cycle" in path.name)
     assert {(row["group"], row["n"]) for row in files[cycle]} == {(1, 1), (2, 2)}
@@ -91,6 +92,9 @@ def check_dry_run(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     layers = {row["variant"]: row for row in rows if row["operation"] == "linear_layer"}
     assert layers.keys() >= {"layer_plain", "layer_hook", "layer_fused"}
     assert layers["layer_fused"]["grad_error"] < 1e-6
+    (rows,) = (files[p] for p in files if "host" in p.name)
+    assert {row["variant"] for row in rows} == {"autograd", "fused_hooks"}
+    assert [row["launches"] for row in rows] == [1, 1, None]
     text = (folder / "gpu.log").read_text("utf-8")
     assert "accumulate, norm, finalize, step: each ran, and is right" in text
     assert "REFUSED" not in text and "SKIPPED flashoptim_24: " in text
@@ -130,12 +134,12 @@ def check_training(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def check_figures(folder: Path, file: str, row: dict[str, Any]) -> None:
-    """All four are in the archive; those of training say what was measured where."""
+    """All are in the archive; those of training say what was measured where."""
     (archive,) = folder.glob("*-plots.tar.gz")
     with tarfile.open(archive) as packed:
         packed.extractall(folder, filter="data")
     figures = {path.stem: path for path in (folder / "plots").glob("*.svg")}
-    assert figures.keys() >= {"share", "cycle", "tax", "memory"}
+    assert figures.keys() >= {"share", "cycle", "tax", "memory", "host"}
     for name in ("tax", "memory"):
         assert figures[name].stat().st_size < 100_000
         text = " ".join(ElementTree.parse(figures[name]).getroot().itertext())
@@ -143,8 +147,14 @@ def check_figures(folder: Path, file: str, row: dict[str, Any]) -> None:
             assert word in text
 
 
-def test_gpu_parts_fit_in_eight_minutes(tmp_path: Path) -> None:
-    assert sum(part.limit_s for part in gpu.parts(False, tmp_path).values()) < 8 * 60
+def test_each_group_of_gpu_parts_fits_in_nine_minutes(tmp_path: Path) -> None:
+    parts = gpu.parts(False, tmp_path)
+    assert {part for group in gpu.GROUPS.values() for part in group} == parts.keys()
+    for group in gpu.GROUPS:
+        wanted, unknown = gpu.choose(group, parts)
+        assert sum(parts[part].limit_s for part in wanted) < 9 * 60 and not unknown
+    assert gpu.choose("rows, demo", parts) == ([*gpu.GROUPS["rows"], "demo"], [])
+    assert gpu.choose("row", parts)[1] == ["row"]
 
 
 def test_gpu_refuses_to_start(
