@@ -37,8 +37,7 @@ class Launch:
         self.tensors: list[Tensor] = []
 
 
-@dataclass(frozen=True, slots=True)
-class Add:
+class Add(NamedTuple):
     """`acc = (0 if stores else acc) + scale * grad` for each pair, in place.
 
     Attributes:

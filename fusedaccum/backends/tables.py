@@ -11,7 +11,7 @@ A request that comes again (`Launch`) keeps its own table. Others find theirs by
 from __future__ import annotations
 
 from collections import OrderedDict, defaultdict
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Sequence
 from functools import reduce
 from itertools import chain
 from operator import or_
@@ -30,6 +30,7 @@ from .operations import Add, Launch, Step, SumOfSquares
 MAX_TABLES = 512
 
 Rows = npt.NDArray[np.int64]
+_GRAD = (AccumulateRow.GRAD,)
 
 
 def count_chunks(numel: int) -> int:
@@ -119,13 +120,12 @@ class Tables:
         self._tables: OrderedDict[Hashable, LaunchTable] = OrderedDict()
         self._of_graphs: set[LaunchTable] = set()  # never freed: a replay reads them
 
-    def of_add(self, request: Add) -> Iterator[LaunchTable]:
+    def of_add(self, request: Add) -> Sequence[LaunchTable]:
         """A table for each dtype of the gradients; the one of a `Launch`, whose dtype is one."""
         pairs, launch = request.pairs, request.launch
         if launch is not None and launch.table is not None:
-            found = [grad.data_ptr() for _, grad in pairs]
-            yield from self._again(launch, (AccumulateRow.GRAD,), found)
-            return
+            return self._again(launch, _GRAD, [grad.data_ptr() for _, grad in pairs])
+        found: list[LaunchTable] = []
         cells = request.cells or [0] * len(pairs)
         for dtype, members in _by_dtype([grad for _, grad in pairs]).items():
             accs = [pairs[i][0] for i in members]
@@ -136,25 +136,26 @@ class Tables:
             columns = [grads, acc_addresses, numels, own_cells]
             own = (AccumulateRow.GRAD, AccumulateRow.ACC)
             if launch is not None:
-                yield from self._first(launch, dtype, columns, numels, own, grads.tolist())
-                return
+                return self._first(launch, dtype, columns, numels, own, grads.tolist())
             # The accumulators are part of the key, so that two buckets of equal shapes, such as two
             # layers of a model, keep a table each and neither is uploaded again.
             key = ("accumulate", dtype, acc_addresses.tobytes(), tuple(numels), tuple(own_cells))
-            yield from self._get(key, dtype, columns, numels, own)
+            found += self._get(key, dtype, columns, numels, own)
+        return found
 
-    def of_sums(self, request: SumOfSquares) -> Iterator[LaunchTable]:
+    def of_sums(self, request: SumOfSquares) -> Sequence[LaunchTable]:
         """A table for each dtype of the tensors."""
+        found: list[LaunchTable] = []
         for dtype, members in _by_dtype(request.tensors).items():
             tensors = [request.tensors[i] for i in members]
             numels = [tensor.numel() for tensor in tensors]
             cells = [request.cells[i] for i in members]
             key = ("sum_of_squares", dtype, tuple(numels), tuple(cells))
-            yield from self._get(
-                key, dtype, [addresses(tensors), numels, cells], numels, (SquaresRow.DATA,)
-            )
+            columns = [addresses(tensors), numels, cells]
+            found += self._get(key, dtype, columns, numels, (SquaresRow.DATA,))
+        return found
 
-    def of_step(self, request: Step) -> Iterator[LaunchTable]:
+    def of_step(self, request: Step) -> Sequence[LaunchTable]:
         """The one table."""
         tensors, launch = request.tensors, request.launch
         n_states, n = len(tensors[0].states), len(tensors)
@@ -162,8 +163,7 @@ class Tables:
         own += () if tensors[0].master is None else (StepRow.MASTER,)
         own += tuple(range(StepRow.STATES, StepRow.STATES + n_states))
         if launch.table is not None:
-            yield from self._again(launch, own, list(map(Tensor.data_ptr, launch.tensors)))
-            return
+            return self._again(launch, own, list(map(Tensor.data_ptr, launch.tensors)))
         lists: list[list[Any]] = [[t.param for t in tensors], [t.acc for t in tensors]]
         lists += [] if tensors[0].master is None else [[t.master for t in tensors]]
         lists += map(list, zip(*(t.states for t in tensors), strict=True))
@@ -177,7 +177,7 @@ class Tables:
         for i, column in enumerate(own):
             columns[column] = found[i * n : (i + 1) * n]
         dtype = tensors[0].param.dtype
-        yield from self._first(launch, dtype, columns, numels, own, found)
+        return self._first(launch, dtype, columns, numels, own, found)
 
     def _first(
         self,
@@ -187,16 +187,16 @@ class Tables:
         numels: Sequence[int],
         address_columns: Sequence[int],
         found: list[int],
-    ) -> Iterator[LaunchTable]:
+    ) -> Sequence[LaunchTable]:
         """Make the table of a launch; `found` are the addresses that `_again` compares."""
         rows = np.stack([np.asarray(column, np.int64) for column in columns], axis=1)
         launch.table = LaunchTable(dtype, rows, numels, address_columns, self._device)
         launch.found = found
-        yield from self._usable(launch.table)
+        return self._usable(launch.table)
 
     def _again(
         self, launch: Launch, columns: Sequence[int], found: list[int]
-    ) -> Iterator[LaunchTable]:
+    ) -> Sequence[LaunchTable]:
         """The table of a launch, with the addresses in these columns as they are now."""
         table: LaunchTable = launch.table
         if found != launch.found or table.must_upload:
@@ -204,11 +204,10 @@ class Tables:
             launch.found = found
         return self._usable(table)
 
-    def _usable(self, table: LaunchTable) -> Iterator[LaunchTable]:
+    def _usable(self, table: LaunchTable) -> Sequence[LaunchTable]:
         if is_capturing(self._device):
             self._of_graphs.add(table)
-        if table.n_chunks:
-            yield table
+        return (table,) if table.n_chunks else ()
 
     def _get(
         self,
@@ -217,7 +216,7 @@ class Tables:
         columns: list[Any],
         numels: Sequence[int],
         address_columns: Sequence[int],
-    ) -> Iterator[LaunchTable]:
+    ) -> Sequence[LaunchTable]:
         """The table under `key` with these columns; `dtype` and `numels` belong to the key."""
         rows = np.stack(columns, axis=1)
         table = self._tables.get(key)
@@ -229,7 +228,7 @@ class Tables:
         else:
             self._tables.move_to_end(key)
             table.update(rows)
-        yield from self._usable(table)
+        return self._usable(table)
 
 
 def addresses(tensors: Sequence[Tensor]) -> Rows:

@@ -28,6 +28,7 @@ NUM_WARPS = 4
 # One program of float64 arithmetic: with fewer warps a thread holds more than its registers.
 FINALIZE_WARPS = 16
 
+_HERE: AbstractContextManager[Any] = nullcontext()
 _TRITON_DTYPES = {
     torch.float32: tl.float32,
     torch.bfloat16: tl.bfloat16,
@@ -54,7 +55,7 @@ class TritonBackend:
         """Triton launches on the current device, which need not be the tensors'."""
         if self.device.type == "cuda" and self.device.index != torch.cuda.current_device():
             return torch.cuda.device(self.device)
-        return nullcontext()
+        return _HERE
 
     def accumulate(self, request: Add) -> None:
         """See `Backend.accumulate`."""
