@@ -37,6 +37,7 @@ Row = dict[str, Any]
 CYCLE, LORA = "2026-11-22-cycle-eager-3", "2026-11-22-cycle-eager-2"
 MICRO, COMPILED = "2026-11-22-micro-eager", "2026-11-22-all-compiled"
 TRAINING, LONG = "2026-11-22-end-to-end", "2026-11-22-end-to-end-2"
+HOST, HOST_BEFORE = "2026-11-29-host", "2026-11-29-host-before"
 DEMO = "intel-r-xeon-r-processor/2026-11-29-demo.json"
 
 
@@ -214,6 +215,28 @@ def training() -> str:
     return table(["a micro-batch of", *TRAINED.values(), "the floor again (noise)"], lines)
 
 
+def host_time() -> str:
+    """Milliseconds of Python for a micro-batch, above autograd's own, and for an update."""
+    lines = []
+    for shape in dict.fromkeys(row["shape"] for row in rows(HOST)):
+        cells = [shape.replace("_", " ")]
+        for kind, names in (("micro_batch", ("fused_hooks", "autograd")), ("update", NO_FLOOR)):
+            for file in (HOST_BEFORE, HOST):
+                found = [
+                    pick(rows(file), operation=f"host_{kind}", shape=shape, variant=name)
+                    for name in names
+                ]
+                ms = [row["p50_ms"] for row in found]
+                cells.append(f"{ms[0] - sum(ms[1:]):.1f}")
+        own = pick(rows(HOST), operation="host_micro_batch", shape=shape, variant="fused_hooks")
+        lines.append([*cells[:1], f"{own['n_tensors']:,}", str(own["launches"]), *cells[1:]])
+    header = ["", "tensors", "launches", "micro-batch: before", "now", "update: before", "now"]
+    return table(header, lines)
+
+
+NO_FLOOR = ("fused_hooks",)
+
+
 def demo() -> str:
     row = json.loads((RESULTS / DEMO).read_text("utf-8"))
     lines = []
@@ -265,6 +288,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "operations in short": operations_in_short,
     "training": training,
     "demo": demo,
+    "host": host_time,
     "memory": memory,
     "operations": operations,
     "errors": errors,
