@@ -26,6 +26,7 @@ _at: dict[int, weakref.ref[nn.Module]] = {}  # one of them, by its weight's addr
 
 def remember(module: nn.Module) -> None:
     """A module is swapped."""
+    register()
     _modules.add(module)
 
 
@@ -110,7 +111,16 @@ def _register() -> tuple[Any, str | None]:
     return op, None
 
 
-OP, WHY_NOT = _register()
+OP: Any = None
+WHY_NOT: str | None = "no layer is fused"
+
+
+def register() -> None:
+    """Make the operator, once, as a layer is fused: torch takes two seconds to import for it."""
+    global OP, WHY_NOT
+    if OP is None:
+        OP, WHY_NOT = _register()
+        torch.compiler.assume_constant_result(_is_transformed)  # guards look at it
 
 
 class TracedLinear(torch.autograd.Function):
@@ -139,7 +149,6 @@ class TracedLinear(torch.autograd.Function):
         return dx, None, bias, None
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # guards look at it
 def _is_transformed() -> bool:
     """Whether a transform of functorch is around, or compiled autograd, which the first gradient
     that arrives refuses."""

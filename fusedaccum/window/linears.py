@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from ..backends import product
 from ..backends.tensors import is_dtensor
+from . import linear_traced
 from .collector import Collector
 from .linear import is_linear, is_swapped_for, refusal, swap, swap_back
-from .linear_traced import WHY_NOT
 from .products import HOOK, LINKED, Products
 
 Refs = list["weakref.ref[nn.Module]"]
@@ -103,8 +103,8 @@ class Linears:
             if reasons:
                 listing = ", ".join(f"{n} {reason}" for reason, n in reasons.items())
                 line += f"; {what}: {listing}"
-        if WHY_NOT is not None:
-            line += f"; not under torch.compile: {WHY_NOT}"
+        if linear_traced.WHY_NOT is not None:
+            line += f"; not under torch.compile: {linear_traced.WHY_NOT}"
         return [line]
 
     def _alive(self) -> list[nn.Module]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import ast
 import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -277,3 +278,13 @@ def test_files_fit_a_reader() -> None:
         for file in files
     }
     assert {file: n for file, n in lengths.items() if n > MAX_LINES} == {}
+
+
+def test_importing_it_imports_little_beside_torch() -> None:
+    """torch's compiler takes two seconds, Triton one: who needs them imports them."""
+    code = "import sys, torch, fusedaccum; print(*(m for m in sys.argv[1:] if m in sys.modules))"
+    late = ["torch._dynamo", "torch.distributed.fsdp", "triton", "transformers", "matplotlib"]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *late], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == []
