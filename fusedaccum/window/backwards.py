@@ -11,6 +11,8 @@ import threading
 
 import torch
 
+from . import compiling
+
 # Reentrant backwards that run inside each other on one thread; torch takes a new thread beyond.
 MAX_NESTED = 50
 
@@ -45,6 +47,7 @@ class Backwards:
             RuntimeError: where another thread's has not ended, saying how several threads can
                 share an optimizer.
         """
+        compiling.ready()
         thread = self.threads[task] = threading.get_ident()
         others = list(self.threads.values())
         if len(others) <= MAX_NESTED and any(other != thread for other in others):

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from . import compiling
 from .backwards import Backwards
 from .slots import Fill, Slot, Slots
 from .weights import Window
@@ -41,6 +42,7 @@ class ByHand:
 
     def look(self) -> Seen:
         """Look at every parameter's `grad`; what was taken away is not part of the window now."""
+        compiling.show()
         seen = Seen(is_emptied=self.is_emptied())
         loop_owned, float32 = self._window.steps is None, torch.float32
         earlier, current = Fill.EARLIER, Fill.CURRENT

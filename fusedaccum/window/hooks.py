@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from . import compiling
 from .buffers import Block
 from .deal import Deal
 from .engines import refuse_exchange
@@ -111,6 +112,7 @@ class Attached:
         self.taken_over = False
         self.when_taken_over: Callable[[], Callable[[], None] | None] = lambda: None
         self._check, self._deal = check, deal
+        compiling.watch(self)
 
     @property
     def updates_all(self) -> bool:
@@ -162,6 +164,7 @@ class Attached:
     def attach_groups(self, groups: Sequence[dict[str, Any]]) -> None:
         """Attach parameters of param groups that need a gradient and have no slot yet."""
         self.groups = groups
+        compiling.show()
         if self._known is not None and self._known.holds(groups):
             return
         refuse_exchange(self.slots, groups)

@@ -76,6 +76,74 @@ def test_a_compiled_model_makes_the_same_updates(
     assert counter.frame_count == 1
 
 
+def lengths(compile_with: Any, dtype: torch.dtype = torch.bfloat16) -> list[Tensor]:
+    """The parameters after windows whose micro-batches differ in length, each new in mid-window."""
+    model: Any = small_model(dtype)
+    opt = FusedAccumOptimizer(torch.optim.AdamW(model.parameters(), lr=1e-2), 4, max_grad_norm=1.0)
+    call = model
+    if compile_with is not None:
+        call = torch.compile(model, backend=compile_with, dynamic=False, fullgraph=True)
+    for i, length in enumerate((1, 2, 3, 2, 4, 1, 3, 2)):
+        before = [p.grad for p in model.parameters()]
+        loss = call(data(i, dtype)[:length].repeat(2, 1)).float().square().mean()
+        assert all(p.grad is g for p, g in zip(model.parameters(), before, strict=True))
+        loss.backward()
+        opt.step()
+        opt.zero_grad()
+    return [p.detach() for p in model.parameters()]
+
+
+def test_a_model_that_is_compiled_anew_in_mid_window() -> None:
+    """One graph for each length: Dynamo refuses to trace a parameter beside its fp32 gradient."""
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = lengths(counter)
+    assert counter.frame_count == 4
+    assert all(equal_bits(a, b) for a, b in zip(compiled, lengths(None), strict=True))
+    torch._dynamo.reset()  # which forgets whom it tells of compilations
+    assert all(equal_bits(a, b) for a, b in zip(lengths("eager"), compiled, strict=True))
+
+
+@pytest.mark.parametrize("then", ["backward", "step", "zero_grad", "state_dict", "fails"])
+def test_a_window_that_goes_on_while_another_thread_compiles(then: str) -> None:
+    """Nothing of it is lost, whatever comes before the compiler is done."""
+    model = small_model(torch.bfloat16)
+    opt = FusedAccumOptimizer(torch.optim.SGD(model.parameters(), lr=0.5), 3)
+
+    def micro_batch(i: int) -> None:
+        model(data(i, torch.bfloat16)).float().square().mean().backward()
+        opt.step()
+        opt.zero_grad()
+
+    micro_batch(0)
+    micro_batch(1)
+    own = [p.grad for p in model.parameters()]
+    saved = [g.clone() for g in own if g is not None]
+    context = torch._dynamo.callback_handler.install_callbacks
+    trigger = torch._dynamo.callback.CallbackTrigger.DYNAMO
+    try:
+        with context(trigger, "0/0"):
+            assert all(p.grad is None for p in model.parameters())
+            if then == "backward":
+                model(data(2, torch.bfloat16)).float().square().mean().backward()
+            elif then == "step":
+                opt.step()
+            elif then == "zero_grad":
+                opt.zero_grad()
+            elif then == "state_dict":
+                opt.state_dict()
+            else:
+                raise KeyError(then)
+    except KeyError:
+        pass
+    if then == "step":  # an empty micro-batch: the update is two thirds of the mean of two
+        assert opt.window_closed
+        return
+    assert all(p.grad is g for p, g in zip(model.parameters(), own, strict=True))
+    if then != "backward":
+        assert all(torch.equal(a, b) for a, b in zip(saved, own, strict=True))  # type: ignore[arg-type]
+        assert opt.micro_batches == 2
+
+
 def test_the_comparison_sees_another_window() -> None:
     """The negative control."""
     four, one = run(torch.bfloat16, 4, "aot_eager"), run(torch.bfloat16, 1)
