@@ -21,7 +21,7 @@ from .sums import Sums
 from .weights import Window
 
 # Queues that are remembered. A model has one for each bucket of its gradients.
-MAX_QUEUES = 1024
+MAX_QUEUES = 4096
 
 _dtype, _grad, _fill = attrgetter("dtype"), attrgetter("grad"), attrgetter("fill")
 _FP32 = {torch.float32}
