@@ -22,6 +22,7 @@ from .update.masters import Masters
 from .update.record import Record
 from .update.summary import Summary
 from .update.updater import Updater
+from .window import blocks
 from .window.advice import Advice
 from .window.collector import Collector
 from .window.engines import exchanged, refuse_exchange
@@ -157,6 +158,15 @@ class Core:
                 "load_state_dict() was interrupted, and the states are in part the old ones; "
                 "nothing was done. Call load_state_dict() again, or zero_grad(), which ends it"
             )
+
+    def micro_batch(self, weigh: Callable[[], float]) -> AbstractContextManager[None]:
+        """See `FusedAccumOptimizer.micro_batch`; `weigh` gives the weight, or raises."""
+
+        def ready() -> Collector:
+            self.check_params()  # one that was unfrozen since gets its hook before the forward
+            return self.collector
+
+        return blocks.block(ready, weigh)
 
     def check_params(self, reattach: bool = False) -> None:
         """Notice parameters that were added, unfrozen, or moved by `model.to()` and the like.

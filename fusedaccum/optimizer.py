@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -179,8 +179,7 @@ class FusedAccumOptimizer(SharingOptimizer):
         """Updates skipped because of NaN or Inf, 0-d int64 on the device."""
         return self._core.updater.states.scalars.skipped
 
-    @contextmanager
-    def micro_batch(self, weight: float = 1.0) -> Iterator[None]:
+    def micro_batch(self, weight: float = 1.0) -> AbstractContextManager[None]:
         """Run forward and backward of one micro-batch with a weight: its token count, say.
 
         The update is the exact weighted mean over the window; sum w_i need not be known before.
@@ -203,27 +202,7 @@ class FusedAccumOptimizer(SharingOptimizer):
             ...         model(torch.randn(n_tokens, 4)).mean().backward()
             ...     opt.step()
         """
-        value, core, window = check_weight(weight), self._core, self._core.window
-        core.check_params()  # one that was unfrozen since gets its hook before the forward
-        core.collector.look()
-        if window.weight is not None or core.collector.slots.has_arrivals:
-            raise RuntimeError(
-                "micro_batch() was entered while another micro-batch is open: call step() after "
-                "each micro_batch() block (or, with gradient_accumulation_steps=None, run every "
-                "backward() of the window inside such a block). After an exception call zero_grad()"
-            )
-        try:
-            window.weight, window.is_inside = value, True
-            yield
-            if self.gradient_accumulation_steps is None:
-                window.check_arrival()
-                core.collector.close_micro_batch()
-        except BaseException:
-            core.collector.fail_block()
-            window.weight = None
-            raise
-        finally:
-            window.is_inside = False
+        return self._core.micro_batch(lambda: check_weight(weight))
 
     def step(self, closure: Closure | None = None) -> Any:
         """Close the micro-batch; update if that ends the window.

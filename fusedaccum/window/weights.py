@@ -11,7 +11,9 @@ Processes that average their sums need the same W_ref: that of weights of 1.
 
 from __future__ import annotations
 
+import inspect
 import warnings
+import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -30,10 +32,19 @@ class Window:
     total: float = 0.0  # sum of the closed micro-batches' weights
     reference: float | None = None  # W_ref, fixed by the first micro-batch
     weight: float | None = None  # of the open micro-batch, where micro_batch() gave one
-    is_inside: bool = False  # whether a micro_batch() block is being run
+    block: weakref.ref[Any] | None = None  # the generator of the last micro_batch() block
     max_norm: float | None = None  # what clip_grad_norm_() asked for, instead of the setting
     is_explicit: bool | None = None  # whether this window's micro-batches come with weights
     is_shared: bool = False  # whether the sums are averaged over processes
+
+    @property
+    def is_inside(self) -> bool:
+        """Whether a micro_batch() block is being run."""
+        generator = None if self.block is None else self.block()
+        if generator is None:
+            return False
+        state = inspect.getgeneratorstate(generator)
+        return state in (inspect.GEN_RUNNING, inspect.GEN_SUSPENDED)
 
     @property
     def is_weighted(self) -> bool:

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 import fusedaccum
+from fusedaccum.window import blocks, weights
 from tests import custom_rules, interrupted
 from tests.interrupted import ADAFACTOR, COUNTED, LINKED, LOOP, MUON_LOOP, SCENARIOS, SPLIT
 from tests.interruptions import KEPT, Scenario, examine, survey
@@ -54,6 +55,15 @@ def test_some_lines(scenario: Scenario) -> None:
 
     counts = ends(survey(scenario, at_line, stride, first))
     assert sum(counts.values()) > 0
+
+
+@pytest.mark.parametrize("kind", ["adamw-bf16-weighted", "adamw-fp32-loop-weighted"])
+def test_every_line_of_a_micro_batch_block(kind: str) -> None:
+    """Also its last one: what tells zero_grad() that the block is being run must not stay behind."""
+    (scenario,) = (s for s in SCENARIOS if s.name == f"{kind} backward after 2")
+    files = (blocks.__file__, weights.__file__)
+    counts = ends(survey(scenario, lambda k: AtLine(k, KeyboardInterrupt, files)))
+    assert sum(counts.values()) > 15
 
 
 def _allocations(_: Run) -> list[tuple[Any, str]]:
