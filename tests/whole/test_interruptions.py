@@ -59,7 +59,7 @@ def test_some_lines(scenario: Scenario) -> None:
 
 @pytest.mark.parametrize("kind", ["adamw-bf16-weighted", "adamw-fp32-loop-weighted"])
 def test_every_line_of_a_micro_batch_block(kind: str) -> None:
-    """Also its last one: what tells zero_grad() that the block is being run must not stay behind."""
+    """Also its last: what tells zero_grad() that the block is being run must not stay behind."""
     (scenario,) = (s for s in SCENARIOS if s.name == f"{kind} backward after 2")
     files = (blocks.__file__, weights.__file__)
     counts = ends(survey(scenario, lambda k: AtLine(k, KeyboardInterrupt, files)))
