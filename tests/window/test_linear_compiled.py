@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -12,7 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._functorch.aot_autograd import aot_module_simplified
+from torch.profiler import ProfilerActivity, profile
 
+from fusedaccum import FusedAccumOptimizer
 from fusedaccum.window import linear, linear_traced
 from tests.linear_nets import added as added
 from tests.linear_nets import autocast, net, tokens, wrap
@@ -258,3 +261,37 @@ def test_a_torch_without_such_operators(
     assert "not under torch.compile: this torch is old" in repr(opt)
     opt.step()
     assert linear.KEY == linear_traced.KEY
+
+
+def _peak(is_fused: bool, width: int, layers: int) -> int:
+    """Bytes of what one micro-batch of a compiled bf16 model allocates, at the most at once."""
+    stack = [nn.Linear(width, width, bias=False) for _ in range(layers)]
+    model = nn.Sequential(*stack).bfloat16()
+    opt = FusedAccumOptimizer(torch.optim.SGD(model.parameters(), lr=1e-3), 4)
+    if is_fused:
+        assert len(opt.fuse_linear_wgrad(model, 0).fused) == layers
+    call = torch.compile(model, backend="aot_eager", fullgraph=True)
+    x = torch.randn(4, width).bfloat16()
+
+    def micro_batch() -> None:
+        call(x).float().square().mean().backward()
+        opt.step()
+        opt.zero_grad()
+
+    for _ in range(5):
+        micro_batch()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        micro_batch()
+    results = seen.profiler.kineto_results  # type: ignore[union-attr]
+    changes = [event.nbytes() for event in results.events() if event.name() == "[memory]"]
+    return max(itertools.accumulate(changes))
+
+
+def test_a_compiled_backward_takes_two_bytes_less_for_each_fused_parameter() -> None:
+    """Its graph gives all weight gradients at once; with fused layers there are none."""
+    width, layers = 128, 12
+    n_params = layers * width * width
+    hooks, fused = _peak(False, width, layers), _peak(True, width, layers)
+    assert hooks >= 2 * n_params
+    # On a CPU the product of bf16 factors is made in fp32, of one layer at a time.
+    assert fused <= hooks - 2 * n_params + 4 * width * width
