@@ -27,7 +27,6 @@ from .states import RuleState, States
 # What is still to do of an update, given what makes the accumulated sum the mean.
 Apply = Callable[[Correction], None]
 
-
 _keep, _tensor = attrgetter("keep"), attrgetter("tensor")
 _loaded, _step = attrgetter("loaded"), attrgetter("step")
 
@@ -64,11 +63,10 @@ class _Prepared:
         self._counts = list(map(_step, self._own))
         self._entries = [states[param] for param in self.params]
         names = [tuple(own.shown) for own in self._own]
-        self._names: Any = itemgetter(*names[0]) if names and len(names[0]) > 1 else None
-        self._shown = [tensor for own in self._own for tensor in own.shown.values()]
+        # By name: all of that name.
+        self._shown = {name: [own.shown.get(name) for own in self._own] for name in names[0]}
         return (
-            self._names is not None
-            and all(name == names[0] for name in names)
+            all(name == names[0] for name in names)
             and not any(rule.has_starts for rule in rules)
             and all(slot.shard is None for slot in self.updated)
         )
@@ -97,8 +95,10 @@ class _Prepared:
         ):
             return False
         try:
-            shown = chain.from_iterable(map(self._names, self._entries))
-            return all(map(is_, shown, self._shown))
+            return all(
+                all(map(is_, map(itemgetter(name), self._entries), shown))
+                for name, shown in self._shown.items()
+            )
         except KeyError:  # somebody took a state away
             return False
 

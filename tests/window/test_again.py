@@ -176,6 +176,7 @@ def differences(
 
 ADAMW: tuple[type, dict[str, Any]] = (torch.optim.AdamW, {"weight_decay": 0.1})
 SGD: tuple[type, dict[str, Any]] = (torch.optim.SGD, {"momentum": 0.9})
+PLAIN: tuple[type, dict[str, Any]] = (torch.optim.SGD, {})
 RPROP: tuple[type, dict[str, Any]] = (torch.optim.Rprop, {})
 
 
@@ -186,6 +187,7 @@ RPROP: tuple[type, dict[str, Any]] = (torch.optim.Rprop, {})
     [
         pytest.param("torch", torch.bfloat16, ADAMW, id="torch-adamw-bf16"),
         pytest.param("torch", torch.float32, SGD, id="torch-sgd-fp32"),
+        pytest.param("torch", torch.float32, PLAIN, id="torch-plain-sgd-fp32"),
         pytest.param("torch", torch.float16, RPROP, id="torch-rprop-fp16"),
         pytest.param("triton", torch.bfloat16, ADAMW, id="triton-adamw-bf16"),
     ],
