@@ -38,9 +38,8 @@ $(INSTALLED): pyproject.toml constraints.txt
 demo: $(or $(wildcard $(INSTALLED)),.venv/.demo)  ## fine-tune a small model with and without fusedaccum
 	$(PY) examples/finetune.py
 
-# Tests start a hundred processes: modules are compiled once, whatever the environment says.
 test: $(INSTALLED)  ## all tests; those that need a GPU skip themselves where there is none
-	env -u PYTHONDONTWRITEBYTECODE $(PY) -m pytest -q $(PYTEST_ARGS)
+	$(PY) -m pytest -q $(PYTEST_ARGS)
 
 # Each kind of failure is printed once, as a script that does the same again.
 fuzz: $(INSTALLED)  ## random walks over the public API for SECONDS=600, beginning at SEED=0
