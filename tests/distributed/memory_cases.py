@@ -87,8 +87,8 @@ def kept(case: str) -> Report:
         use(built)
         mine = held(built[0], built[2])
     else:
-        # What ZeRO-1 broadcasts may live on in gloo's thread for a moment after it has arrived: that
-        # is seen at some counts, and not kept.
+        # What ZeRO-1 broadcasts may live on in gloo's thread for a moment after it has arrived:
+        # that is seen at some counts, and not kept.
         times = 3 if engine == "zero1" else 1
         mine = min(footprint(torch.device("cpu"), build, use)[1] for _ in range(times))
     counted: list[int] = [0] * processes
