@@ -108,14 +108,14 @@ class Step:
         keep: how the parameters keep their precise values.
         tensors: at least one.
         scalars: the numbers that the `Finalize` of the update has written.
-        launch: of this request, which may be given again while its tensors are the same.
+        launch: one for all requests of the same tensors; None for one that need not come again.
     """
 
     rule: Rule
     keep: Keep
     tensors: list[StepTensor]
     scalars: UpdateScalars
-    launch: Launch = field(default_factory=Launch)
+    launch: Launch | None = None
 
 
 @dataclass(frozen=True, slots=True)

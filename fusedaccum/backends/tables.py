@@ -96,6 +96,10 @@ class LaunchTable:
         return self._rows.must_upload
 
 
+def _rows(columns: Sequence[Any]) -> Rows:
+    return np.stack([np.asarray(column, np.int64) for column in columns], axis=1)
+
+
 def _bits(rows: Rows, columns: list[int]) -> int:
     """Those that are set in any address of these columns."""
     return int(np.bitwise_or.reduce(rows[:, columns], axis=None))
@@ -162,13 +166,13 @@ class Tables:
         own: tuple[int, ...] = (StepRow.PARAM, StepRow.ACC)
         own += () if tensors[0].master is None else (StepRow.MASTER,)
         own += tuple(range(StepRow.STATES, StepRow.STATES + n_states))
-        if launch.table is not None:
+        if launch is not None and launch.table is not None:
             return self._again(launch, own, list(map(Tensor.data_ptr, launch.tensors)))
         lists: list[list[Any]] = [[t.param for t in tensors], [t.acc for t in tensors]]
         lists += [] if tensors[0].master is None else [[t.master for t in tensors]]
         lists += map(list, zip(*(t.states for t in tensors), strict=True))
-        launch.tensors = list(chain.from_iterable(lists))
-        found = list(map(Tensor.data_ptr, launch.tensors))
+        addressed = list(chain.from_iterable(lists))
+        found = list(map(Tensor.data_ptr, addressed))
         numels = [t.acc.numel() for t in tensors]
         columns: list[Any] = [[0] * n] * (StepRow.STATES + n_states)
         columns[StepRow.NUMEL] = numels
@@ -177,7 +181,12 @@ class Tables:
         for i, column in enumerate(own):
             columns[column] = found[i * n : (i + 1) * n]
         dtype = tensors[0].param.dtype
-        return self._first(launch, dtype, columns, numels, own, found)
+        if launch is not None:
+            launch.tensors = addressed
+            return self._first(launch, dtype, columns, numels, own, found)
+        accs = tuple(columns[StepRow.ACC])
+        key = ("step", request.rule.name, dtype, request.keep, accs, tuple(numels))
+        return self._get(key, dtype, columns, numels, own)
 
     def _first(
         self,
@@ -189,7 +198,7 @@ class Tables:
         found: list[int],
     ) -> Sequence[LaunchTable]:
         """Make the table of a launch; `found` are the addresses that `_again` compares."""
-        rows = np.stack([np.asarray(column, np.int64) for column in columns], axis=1)
+        rows = _rows(columns)
         launch.table = LaunchTable(dtype, rows, numels, address_columns, self._device)
         launch.found = found
         return self._usable(launch.table)
@@ -218,7 +227,7 @@ class Tables:
         address_columns: Sequence[int],
     ) -> Sequence[LaunchTable]:
         """The table under `key` with these columns; `dtype` and `numels` belong to the key."""
-        rows = np.stack(columns, axis=1)
+        rows = _rows(columns)
         table = self._tables.get(key)
         if table is None:
             table = LaunchTable(dtype, rows, numels, address_columns, self._device)

@@ -163,7 +163,7 @@ class Reduction(Alone):
         return correction_of(self._sums, self.world, window)
 
     def total(self, window: Window) -> float | Tensor:
-        return self._sums[0] if self.is_average and self._sums is not None else window.total
+        return total_of(self._sums if self.is_average else None, window)
 
     @torch.no_grad()
     def share(self, slots: Sequence[Slot]) -> None:
@@ -304,6 +304,11 @@ def numbers_of(window: Window, total: float, is_filled: bool) -> tuple[float, ..
     """What of a window is summed over processes: the total weight, whether it is a weighted window,
     whether it is one without, and the micro-batches per window."""
     return total, window.is_weighted, not window.is_weighted and is_filled, window.steps or 0
+
+
+def total_of(sums: Tensor | None, window: Window) -> float | Tensor:
+    """The sum of the weights: of all processes, whose `sums` these are, or of this one alone."""
+    return window.total if sums is None else sums[0]
 
 
 def correction_of(sums: Tensor, world: int, window: Window) -> Tensor:

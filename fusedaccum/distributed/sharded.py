@@ -29,7 +29,7 @@ from ..window.slots import Slot
 from ..window.weights import Window
 from .agreement import disagreement
 from .fsdp2 import Listener, Reductions
-from .reduction import correction_of, numbers_of
+from .reduction import correction_of, numbers_of, total_of
 
 _KEPT_WHOLE = (
     "FSDP2 keeps the gradient of a micro-batch with a weight back, to add it up unweighted "
@@ -195,7 +195,7 @@ class Sharded(Alone):
         return correction_of(self._sums, self.world, window)
 
     def total(self, window: Window) -> float | Tensor:
-        return self._sums[0] if self.is_average and self._sums is not None else window.total
+        return total_of(self._sums if self.is_average else None, window)
 
     def whole(self, sums: Tensor) -> Tensor:
         return self._norm.whole(sums)

@@ -7,7 +7,6 @@ kept and compared with what is there now, without Python code for each parameter
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import chain
 from operator import attrgetter, is_, itemgetter
 from typing import Any
 
@@ -20,6 +19,7 @@ from ..backends.rounding import tensor_key
 from ..rules import registry
 from ..rules.rule import Rule, sign
 from ..window.collector import Collector
+from ..window.hooks import have_params, params_of
 from ..window.slots import Slot
 from .masters import Master, Masters
 from .states import RuleState, States
@@ -36,15 +36,12 @@ class _Prepared:
 
     Attributes:
         steps: one for all tensors that share rule, dtype and `Keep`.
-        updated: the parameters, by their slots.
-        params: the same as tensors.
+        params: those that are updated.
         launch: of the update's `Finalize`.
     """
 
-    def __init__(self, steps: list[Step], launch: Launch) -> None:
-        self.steps, self.launch = steps, launch
-        self.updated: list[Slot] = []
-        self.params: list[Tensor] = []
+    def __init__(self, steps: list[Step], params: list[Tensor]) -> None:
+        self.steps, self.params, self.launch = steps, params, Launch()
 
     def remember(
         self,
@@ -53,23 +50,22 @@ class _Prepared:
         rules: list[Rule],
         bound: list[tuple[Master, RuleState]],
         states: Any,
-    ) -> bool:
-        """Keep what `holds` compares; whether the next update may be asked at all."""
+    ) -> None:
+        """Keep what `holds` compares."""
         self._filled, self._rules = filled, rules
-        self._params = [list(group["params"]) for group in groups]
+        self._params = params_of(groups)
         self._masters, self._own = [m for m, _ in bound], [own for _, own in bound]
         self._keeps = list(map(_keep, self._masters))
         self._kept = list(map(_tensor, self._masters))
         self._counts = list(map(_step, self._own))
         self._entries = [states[param] for param in self.params]
-        names = [tuple(own.shown) for own in self._own]
-        # By name: all of that name.
-        self._shown = {name: [own.shown.get(name) for own in self._own] for name in names[0]}
-        return (
-            all(name == names[0] for name in names)
-            and not any(rule.has_starts for rule in rules)
-            and all(slot.shard is None for slot in self.updated)
-        )
+        # By name: all of that name, each with where it is shown.
+        self._shown: dict[str, tuple[list[Any], list[Tensor]]] = {}
+        for entry, own in zip(self._entries, self._own, strict=True):
+            for name, tensor in own.shown.items():
+                entries, tensors = self._shown.setdefault(name, ([], []))
+                entries.append(entry)
+                tensors.append(tensor)
 
     def holds(
         self,
@@ -80,13 +76,11 @@ class _Prepared:
         states: Any,
     ) -> bool:
         """Whether nothing but numbers of the param groups differs."""
-        lists = [group["params"] for group in groups]
         if not (
             self.steps[0].scalars is scalars
             and filled == self._filled
             and rules == self._rules
-            and list(map(len, lists)) == list(map(len, self._params))
-            and all(map(is_, chain.from_iterable(lists), chain.from_iterable(self._params)))
+            and have_params(groups, self._params)
             and set(map(_loaded, self._masters)) == {None}
             and list(map(_keep, self._masters)) == self._keeps
             and all(map(is_, map(_tensor, self._masters), self._kept))
@@ -96,8 +90,8 @@ class _Prepared:
             return False
         try:
             return all(
-                all(map(is_, map(itemgetter(name), self._entries), shown))
-                for name, shown in self._shown.items()
+                all(map(is_, map(itemgetter(name), entries), tensors))
+                for name, (entries, tensors) in self._shown.items()
             )
         except KeyError:  # somebody took a state away
             return False
@@ -176,8 +170,11 @@ class FusedStep:
         scalars: UpdateScalars,
     ) -> tuple[_Prepared, bool]:
         """Bind what the window filled, and sort it into steps; whether they may be used again."""
+        # What starts as a hyper-parameter is looked at each time, and a shard is another tensor.
+        comes_again = not any(rule.has_starts for rule in rules)
+        comes_again &= all(slot.shard is None for slot in filled)
         steps: dict[tuple[str, torch.dtype, Keep], Step] = {}
-        updated: list[Slot] = []
+        params: list[Tensor] = []
         bound: list[tuple[Master, RuleState]] = []
         position = -1  # among all parameters, frozen ones too: a resumed run draws the same bits
         for group_index, (group, rule) in enumerate(zip(groups, rules, strict=True)):
@@ -189,7 +186,9 @@ class FusedStep:
                 keep = self._masters[slot].keep
                 step = steps.get((rule.name, slot.dtype, keep))
                 if step is None:
-                    step = steps[rule.name, slot.dtype, keep] = Step(rule, keep, [], scalars)
+                    launch = Launch() if comes_again else None
+                    step = Step(rule, keep, [], scalars, launch)
+                    steps[rule.name, slot.dtype, keep] = step
                 if not slot.is_own:
                     continue
                 master, own = self.bind(slot, rule, group)
@@ -198,12 +197,13 @@ class FusedStep:
                 step.tensors.append(
                     StepTensor(slot.local, slot.acc, own.tensors, slot.row, group_index, kept, key)
                 )
-                updated.append(slot)
+                params.append(param)
                 bound.append((master, own))
-        prepared = _Prepared(list(steps.values()), Launch())
-        prepared.updated, prepared.params = updated, [slot.param for slot in updated]
-        state = self._optimizer.state
-        return prepared, bool(updated) and prepared.remember(filled, groups, rules, bound, state)
+        prepared = _Prepared(list(steps.values()), params)
+        comes_again &= bool(params)
+        if comes_again:
+            prepared.remember(filled, groups, rules, bound, self._optimizer.state)
+        return prepared, comes_again
 
     def _key(self, slot: Slot, position: int) -> int:
         """Of a parameter's random bits; each shard draws others, and copies draw the same."""

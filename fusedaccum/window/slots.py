@@ -181,11 +181,6 @@ class Slot:
         """This parameter's part of the flat buffer `name`, which starts as zeros."""
         return self.block.view(name, self.position, dtype, zeroed=True)
 
-    @property
-    def sums_are_current(self) -> bool:
-        """Whether the partial sums are those of what `param.grad` shows now."""
-        return self.grad is not None and self.sums_version == self.grad._version
-
     def difference(self) -> str | None:
         """What became of the parameter since it was wrapped, if anything did."""
         param = self.local

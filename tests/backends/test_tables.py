@@ -14,12 +14,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from fusedaccum.backends import Add, Launch, tables
+from fusedaccum.backends import Add, Keep, Launch, Step, StepTensor, UpdateScalars, tables
 from fusedaccum.backends import mirror as mirrors
 from fusedaccum.backends.mirror import Mirror
 from fusedaccum.backends.tables import LaunchTable, Tables
 from fusedaccum.kernels import layout
 from fusedaccum.kernels.layout import CHUNK
+from fusedaccum.rules.builtin import RULES
 
 CPU = torch.device("cpu")
 HOST = np.array([[1, 2], [3, 4]])
@@ -120,6 +121,17 @@ def test_a_table_that_a_graph_reads_is_never_dropped(monkeypatch: pytest.MonkeyP
         rows_of(owner, add(acc, grad, None))
     gc.collect()
     assert captured() is not None and eager() is None
+
+
+def test_a_step_that_keeps_no_table_finds_that_of_before() -> None:
+    """The functions, shards, and rules that start as a hyper-parameter does."""
+    owner, (param, acc) = Tables(CPU), torch.zeros(2, 5).unbind()
+    rule, scalars = RULES["sgd"], UpdateScalars(1, 0, CPU)
+    (first,), (second,) = (
+        owner.of_step(Step(rule, Keep.PARAM, [StepTensor(param, acc, (), 0, 0)], scalars))
+        for _ in range(2)
+    )
+    assert first is second
 
 
 def test_a_launch_that_comes_again_is_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
