@@ -55,12 +55,13 @@ def parser() -> argparse.ArgumentParser:
         "machine, and what a model takes to train.",
     )
     top.add_argument("--version", action="version", version=f"fusedaccum {__version__}")
-    common = argparse.ArgumentParser(add_help=False)
+    output = argparse.ArgumentParser(add_help=False)
+    output.add_argument("--json", action="store_true", help="one JSON object on stdout")
+    common = argparse.ArgumentParser(add_help=False, parents=[output])
     common.add_argument("--device", help="cpu, cuda or cuda:1, say")
     common.add_argument(
         "--backend", choices=("triton", "torch"), help="default: the one that each device takes"
     )
-    common.add_argument("--json", action="store_true", help="one JSON object on stdout")
     commands = top.add_subparsers(dest="command", metavar="COMMAND")
 
     def command(
@@ -108,8 +109,7 @@ def parser() -> argparse.ArgumentParser:
     bench.add_argument(
         "--seconds", type=float, default=20.0, help="about how long to measure (default: 20)"
     )
-    plain = argparse.ArgumentParser(add_help=False)
-    _memory_options(command("memory", "what a model takes to train, by arithmetic", MEMORY, plain))
+    _memory_options(command("memory", "what a model takes to train, by arithmetic", MEMORY, output))
     return top
 
 
@@ -149,7 +149,6 @@ def _memory_options(parser: argparse.ArgumentParser) -> None:
         default="ddp",
         help="by which they do; zero1 is DDP with shard_states=True (default: ddp)",
     )
-    parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
 
 
 def _positive_int(text: str) -> int:

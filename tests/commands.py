@@ -6,6 +6,17 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
+
+from fusedaccum import __main__ as cli
+
+
+def exit_status(*arguments: str) -> Any:
+    """Of the command, run here: what it returns, or argparse exits with."""
+    try:
+        return cli.main(arguments)
+    except SystemExit as exit_:
+        return exit_.code
 
 
 def run_command(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -8,12 +8,14 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 import fusedaccum
 from tests.runs import Run
@@ -143,3 +145,18 @@ class AtCall(Trap):
             return function(*args, **kwargs)
 
         return call
+
+
+@contextmanager
+def no_host_reads() -> Iterator[None]:
+    """Whatever reads a tensor's value on the host raises AssertionError("a host read")."""
+
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise AssertionError("a host read")
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("item", "tolist", "cpu", "numpy", "__bool__", "__float__", "__int__"):
+            patch.setattr(Tensor, name, refuse)
+        if find_spec("triton"):  # whose interpreter copies its arguments to and from numpy
+            patch.setattr("triton.runtime.interpreter.GridExecutor.__call__", lambda *_, **__: None)
+        yield

@@ -18,6 +18,7 @@ from fusedaccum.integrations import callbacks
 from fusedaccum.integrations.ours import find, metrics_of
 from tests import frameworks as fw
 from tests.frameworks import own_state as own_state
+from tests.traps import no_host_reads
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("lightning")
@@ -190,7 +191,7 @@ def test_it_is_found_inside_accelerates_optimizer() -> None:
         find([], "the loop", "Wrap")
 
 
-def test_nothing_waits_until_lightning_writes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_waits_until_lightning_writes() -> None:
     """What the callback hands over is made without a host read."""
     param = torch.nn.Parameter(torch.ones(2))
     opt = FusedAccumOptimizer(torch.optim.SGD([param], lr=0.1), 1, max_grad_norm=1.0)
@@ -208,12 +209,7 @@ def test_nothing_waits_until_lightning_writes(monkeypatch: pytest.MonkeyPatch) -
     callback = LightningMetrics()
     callback.on_train_start(Trainer(), Module())
 
-    def refuse(*_: Any, **__: Any) -> Any:
-        raise AssertionError("a host read")
-
-    with monkeypatch.context() as patch:
-        for name in ("item", "tolist", "cpu", "numpy", "__bool__", "__float__", "__int__"):
-            patch.setattr(torch.Tensor, name, refuse)
+    with no_host_reads():
         callback.on_train_batch_end(Trainer(), Module(), None, None, 0)
     assert float(handed["fusedaccum/updates"]) == 1.0
     assert all(value.is_floating_point() and value.dim() == 0 for value in handed.values())

@@ -23,7 +23,7 @@ from fusedaccum.doctor import machine
 from fusedaccum.doctor.checks import Wrong
 from fusedaccum.doctor.forms import Form, Wrapper
 from fusedaccum.doctor.plan import OPTIMIZERS, Plan
-from tests.commands import run_command
+from tests.commands import exit_status, run_command
 
 CPU = torch.device("cpu")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -319,11 +319,8 @@ def test_without_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 def test_wrong_usage(
     arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    try:
-        status: Any = cli.main(["bench", *arguments])
-    except SystemExit as exit_:
-        status = exit_.code
-    assert status == 2 and message in capsys.readouterr().err
+    assert exit_status("bench", *arguments) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_what_does_not_fit_is_refused_before_it_is_tried(

@@ -23,7 +23,7 @@ from fusedaccum.doctor.plan import OPTIMIZERS
 from fusedaccum.rules.builtin import RULES
 from fusedaccum.window.weights import Window
 from tests.cases import WithoutCompiler, forget_compiled
-from tests.commands import run_command
+from tests.commands import exit_status, run_command
 
 CPU = torch.device("cpu")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -309,11 +309,8 @@ def test_a_lost_device_is_not_asked_again(
 def test_wrong_usage(
     arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    try:
-        status: Any = cli.main(arguments)
-    except SystemExit as exit_:
-        status = exit_.code
-    assert status == 2 and message in capsys.readouterr().err
+    assert exit_status(*arguments) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_no_command_prints_help(capsys: pytest.CaptureFixture[str]) -> None:

@@ -23,7 +23,7 @@ from fusedaccum.bench import forms, memory, shapes
 from fusedaccum.bench.memory import Request, rows, waiting
 from fusedaccum.doctor.forms import Form, Wrapper
 from fusedaccum.doctor.plan import OPTIMIZERS, Plan
-from tests.commands import run_command
+from tests.commands import exit_status, run_command
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
@@ -268,11 +268,8 @@ def test_counts_are_parsed(text: str, expected: int) -> None:
     ],
 )  # fmt: skip
 def test_wrong_usage(options: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    try:
-        status: Any = cli.main(["memory", *options])
-    except SystemExit as exit_:
-        status = exit_.code
-    assert status == 2 and message in capsys.readouterr().err
+    assert exit_status("memory", *options) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_a_config_without_transformers(

@@ -14,6 +14,7 @@ from torch import Tensor
 from fusedaccum import FusedAccumOptimizer
 from fusedaccum.integrations import measured
 from tests.cases import small_model
+from tests.traps import no_host_reads
 
 U = 2.0**-24
 ALWAYS = {"updates", "skipped_steps"}
@@ -249,7 +250,7 @@ def test_a_model_that_moved_keeps_its_metrics() -> None:
 
 
 @pytest.mark.parametrize("scaler", ["no-scaler", "linked-scaler"])
-def test_metrics_do_not_wait_for_the_device(monkeypatch: pytest.MonkeyPatch, scaler: str) -> None:
+def test_metrics_do_not_wait_for_the_device(scaler: str) -> None:
     """On the kernels' path nothing reads a device value on the host, metrics() included."""
     model = small_model(torch.bfloat16)
     linked = torch.amp.GradScaler("cpu") if scaler == "linked-scaler" else None
@@ -278,14 +279,7 @@ def test_metrics_do_not_wait_for_the_device(monkeypatch: pytest.MonkeyPatch, sca
 
     window()
 
-    def refuse(*_: Any, **__: Any) -> Any:
-        raise AssertionError("a host read")
-
-    with monkeypatch.context() as patch:
-        for name in ("item", "tolist", "cpu", "numpy", "__bool__", "__float__", "__int__"):
-            patch.setattr(Tensor, name, refuse)
-        # The interpreter itself copies its arguments to and from numpy.
-        patch.setattr("triton.runtime.interpreter.GridExecutor.__call__", lambda *_, **__: None)
+    with no_host_reads():
         window()
         with pytest.raises(AssertionError, match="a host read"):
             float(opt.metrics()["grad_norm"])  # the negative control
