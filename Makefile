@@ -8,6 +8,7 @@ PIP_ARGS ?=
 # Work is stolen, not dealt: what the tests of a file share is then made by one worker, mostly.
 PYTEST_ARGS ?= -n 2 --dist worksteal
 BENCH_ARGS ?=
+ADDRESS ?=
 SECONDS ?= 600
 SEED ?= 0
 
@@ -89,10 +90,12 @@ wheel-test: $(INSTALLED)  ## build the wheel, install it elsewhere, use it there
 	$(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > "$$site/torch.pth"; \
 	cd "$$tmp"; venv/bin/python "$(CURDIR)/tests/wheel_check.py" "$$site"
 
-# Both are built from a copy of what git has, so that nothing else lying here can help them.
+# Both are built from a copy of what git has, so that nothing else lying here can help them. PyPI needs
+# the repository's address: make release-check ADDRESS=https://github.com/OWNER/NAME
 release-check: .venv/.release  ## sdist and wheel in dist/, as a release uploads them, and checked
 	@set -e; tmp=$$(mktemp -d); trap 'rm -rf "$$tmp"' EXIT; set -x; \
 	git archive HEAD | tar -x -C "$$tmp"; rm -rf dist; \
+	test -z '$(ADDRESS)' || $(PY) .github/address.py '$(ADDRESS)' "$$tmp"; \
 	$(PY) -m build --no-isolation --outdir dist "$$tmp"
 	$(PY) -m twine check --strict dist/*
 
