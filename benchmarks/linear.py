@@ -28,14 +28,23 @@ from .forms import Missing
 from .suites import Suite
 
 BF16 = torch.bfloat16
-# in × out features: a square projection and a feed-forward of TinyLlama and of an 8 B Llama.
+# in × out features: of GPT-2's feed-forward, of TinyLlama's square projection and feed-forward, and
+# of the feed-forward of an 8 B Llama.
 LAYERS: dict[str, tuple[int, int]] = {
+    "linear_768x3072": (768, 3072),
     "linear_2048x2048": (2048, 2048),
     "linear_2048x5632": (2048, 5632),
     "linear_4096x14336": (4096, 14336),
     "linear_tiny": (48, 80),
 }
-TOKENS = [512, 2048, 8192]
+# What `--device` measures: layers, and tokens in a micro-batch.
+GRID: dict[str, tuple[list[str], list[int]]] = {
+    "cpu": (["linear_768x3072", "linear_2048x2048", "linear_2048x5632"], [64, 512, 2048]),
+    "cuda": (
+        ["linear_2048x2048", "linear_2048x5632", "linear_4096x14336"],
+        [512, 2048, 8192],
+    ),
+}
 # A gradient rounded to bf16's 8 bits is off by 1.7e-3 in L2. The fp32 epilogue does not round it,
 # but tensor cores truncate their partial sums, up to 2^-23 for each of 512 steps of 16 tokens.
 ROUNDED = 4e-3

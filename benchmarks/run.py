@@ -61,8 +61,8 @@ def work(args: argparse.Namespace) -> Iterator[tuple[str, int, partial[None]]]:
         return args.shapes or (["tiny"] if args.quick else SHAPES[device][kind])
 
     if wants("linear", by_default and device == "cuda"):
-        layers = ["linear_tiny"] if args.quick else [n for n in linear.LAYERS if n != "linear_tiny"]
-        for layer, tokens in itertools.product(layers, [64] if args.quick else linear.TOKENS):
+        grid = (["linear_tiny"], [64]) if args.quick else linear.GRID[device]
+        for layer, tokens in itertools.product(*grid):
             yield "linear", max(args.n), partial(linear.linear, layer=layer, tokens=tokens)
     if wants("reduction", by_default):
         for shape in shapes("reduction"):
