@@ -10,11 +10,11 @@ A request that comes again (`Launch`) keeps its own table. Others find theirs by
 
 from __future__ import annotations
 
-from collections import OrderedDict, defaultdict
-from collections.abc import Hashable, Sequence
+from collections import OrderedDict
+from collections.abc import Hashable, Iterator, Sequence
 from functools import reduce
 from itertools import chain
-from operator import or_
+from operator import attrgetter, or_
 from typing import Any
 
 import numpy as np
@@ -131,16 +131,14 @@ class Tables:
             return self._again(launch, _GRAD, [grad.data_ptr() for _, grad in pairs])
         found: list[LaunchTable] = []
         cells = request.cells or [0] * len(pairs)
-        for dtype, members in _by_dtype([grad for _, grad in pairs]).items():
-            accs = [pairs[i][0] for i in members]
-            numels = [acc.numel() for acc in accs]
-            own_cells = [cells[i] for i in members]
-            acc_addresses = addresses(accs)
-            grads = addresses([pairs[i][1] for i in members])
-            columns = [grads, acc_addresses, numels, own_cells]
+        all_accs, all_grads = [acc for acc, _ in pairs], [grad for _, grad in pairs]
+        for dtype, (accs, grads, own_cells) in _by_dtype(all_grads, all_accs, all_grads, cells):
+            numels = list(map(Tensor.numel, accs))
+            acc_addresses, grad_addresses = addresses(accs), addresses(grads)
+            columns = [grad_addresses, acc_addresses, numels, own_cells]
             own = (AccumulateRow.GRAD, AccumulateRow.ACC)
             if launch is not None:
-                return self._first(launch, dtype, columns, numels, own, grads.tolist())
+                return self._first(launch, dtype, columns, numels, own, grad_addresses.tolist())
             # The accumulators are part of the key, so that two buckets of equal shapes, such as two
             # layers of a model, keep a table each and neither is uploaded again.
             key = ("accumulate", dtype, acc_addresses.tobytes(), tuple(numels), tuple(own_cells))
@@ -150,10 +148,9 @@ class Tables:
     def of_sums(self, request: SumOfSquares) -> Sequence[LaunchTable]:
         """A table for each dtype of the tensors."""
         found: list[LaunchTable] = []
-        for dtype, members in _by_dtype(request.tensors).items():
-            tensors = [request.tensors[i] for i in members]
-            numels = [tensor.numel() for tensor in tensors]
-            cells = [request.cells[i] for i in members]
+        everything = request.tensors, request.cells
+        for dtype, (tensors, cells) in _by_dtype(request.tensors, *everything):
+            numels = list(map(Tensor.numel, tensors))
             key = ("sum_of_squares", dtype, tuple(numels), tuple(cells))
             columns = [addresses(tensors), numels, cells]
             found += self._get(key, dtype, columns, numels, (SquaresRow.DATA,))
@@ -242,12 +239,18 @@ class Tables:
 
 def addresses(tensors: Sequence[Tensor]) -> Rows:
     """The address of each tensor's first element."""
-    return np.fromiter((t.data_ptr() for t in tensors), np.int64, len(tensors))
+    return np.fromiter(map(Tensor.data_ptr, tensors), np.int64, len(tensors))
 
 
-def _by_dtype(tensors: Sequence[Tensor]) -> dict[torch.dtype, list[int]]:
-    """Indices of `tensors` by dtype; nearly always one dtype."""
-    members: dict[torch.dtype, list[int]] = defaultdict(list)
-    for index, tensor in enumerate(tensors):
-        members[tensor.dtype].append(index)
-    return members
+def _by_dtype(
+    tensors: Sequence[Tensor], *lists: Sequence[Any]
+) -> Iterator[tuple[torch.dtype, Sequence[Sequence[Any]]]]:
+    """Each dtype of `tensors`, with the items of the other lists that belong to its tensors."""
+    dtypes = list(map(attrgetter("dtype"), tensors))
+    kinds = dict.fromkeys(dtypes)
+    for dtype in kinds:
+        if len(kinds) == 1:  # nearly always
+            yield dtype, lists
+        else:
+            own = [i for i, other in enumerate(dtypes) if other is dtype]
+            yield dtype, [[items[i] for i in own] for items in lists]

@@ -160,14 +160,15 @@ class Adder:
         cells = self._sums.cells() if with_sums else None
         # One for each Fill: what starts the window, what starts the micro-batch, what goes on.
         parts: tuple[list[tuple[Slot, Tensor]], ...] = ([], [], [])
-        for slot, grad in fresh:
+        for pair in fresh:
+            slot, grad = pair
             if slot.grad is None or slot.grad.dtype is not torch.float32:
                 slot.allocate()
             if not (slot.is_contiguous and grad.is_contiguous()):
-                grad = laid_out_like(grad, slot.acc)
+                pair = slot, grad = slot, laid_out_like(grad, slot.acc)
             if grad.dtype is not slot.dtype and grad.dtype is not torch.float32:
-                grad = grad.float()
-            parts[slot.fill].append((slot, grad))
+                pair = slot, grad.float()
+            parts[slot.fill].append(pair)
         if not scaling.is_linked:  # the last two differ in what a GradScaler has to say
             parts = (parts[0], parts[1] + parts[2], [])
         for i, members in enumerate(parts):

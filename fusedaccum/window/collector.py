@@ -23,7 +23,7 @@ from .backwards import Backwards, refuse_kind
 from .by_hand import ByHand
 from .deal import Deal
 from .grad_scaler import Scaling
-from .hooks import Attached
+from .hooks import Attached, Waiting
 from .reducing import Parts, Reducing
 from .slots import Fill, Slot, Slots
 from .sums import Sums
@@ -73,7 +73,9 @@ class Collector:
         serve: Serve,
         deal: Deal,
     ) -> None:
-        self.attached = Attached(self, device, check, deal)
+        self.backwards = Backwards()
+        self._waiting = Waiting(self.backwards.threads)
+        self.attached = Attached(self, self._waiting, device, check, deal)
         self.slots: Slots = self.attached.slots
         self.backend = backend
         self.window = window
@@ -81,16 +83,13 @@ class Collector:
         self.sums = Sums(backend, self.attached)
         self.adder = Adder(backend, window, scaling, self.sums, wants_norm, self.attached.queues)
         self.trouble = Trouble()
-        self.backwards = Backwards()
         self.by_hand = ByHand(self.slots, window, self.backwards)
         arrive = WeakMethod(self.arrive_together)
         parts = Parts(self.slots, window, scaling, self.trouble, device, arrive)
         self.engines = Watch(self.attached, parts, serve)
         self._bucket_bytes = bucket_bytes
         self._queue_bytes = bucket_bytes
-        self._limit: float = bucket_bytes  # of the backward that is running
-        self._queue: list[Slot] = []
-        self._queued_bytes = self._n_fitted = 0
+        self._n_fitted = 0
 
     @property
     def reduction(self) -> Reducing:
@@ -119,16 +118,16 @@ class Collector:
     # --- the backward ---
 
     def arrive(self, slot: Slot, is_due: bool) -> None:  # see `hooks.Owner`
-        grad = slot.param.grad
-        is_usual = grad is slot.grad and grad is not None and not slot.pending
+        waiting, shown = self._waiting, slot.param.grad
+        is_usual = shown is slot.grad and shown is not None and not slot.pending
         if not is_usual or _task() not in self.backwards.threads:
             self.make_ready(slot)
         slot.param.grad = None
-        if self._queued_bytes + slot.nbytes > self._limit and self._queue:
+        if waiting.nbytes + slot.nbytes > waiting.limit and waiting.slots:
             self.flush()
         slot.pending, slot.is_due = True, is_due
-        self._queue.append(slot)
-        self._queued_bytes += slot.nbytes
+        waiting.slots.append(slot)
+        waiting.nbytes += slot.nbytes
 
     def make_ready(self, slot: Slot) -> None:
         """A gradient comes in this backward: have the accumulator hold what counts of before."""
@@ -146,15 +145,16 @@ class Collector:
         """An engine is about to assign `param.grad` of all or some of these, at once."""
         if (task := _task()) not in self.backwards.threads:
             self._begin(task)
-        n_bytes = self._queued_bytes + sum(s.nbytes for s in slots)
-        if n_bytes > self._limit or any(s.pending for s in slots):
+        waiting = self._waiting
+        n_bytes = waiting.nbytes + sum(s.nbytes for s in slots)
+        if n_bytes > waiting.limit or any(s.pending for s in slots):
             self.flush()
-        limit, self._limit = self._limit, math.inf  # nothing is there yet that could be added
+        limit, waiting.limit = waiting.limit, math.inf  # nothing is there yet that could be added
         try:
             for slot in slots:
                 self.arrive(slot, False)
         finally:
-            self._limit = limit
+            waiting.limit = limit
 
     # Not traced: compiled autograd would stop at the code below the error, and not say why.
     @torch._disable_dynamo  # type: ignore[attr-defined]
@@ -177,7 +177,7 @@ class Collector:
             self.scaling.begin(self.attached.device)
             if len(self.backwards.threads) == 1:
                 self.reduction.begin()
-                self._limit = min(self._queue_bytes, self.reduction.queue_bytes)
+                self._waiting.limit = min(self._queue_bytes, self.reduction.queue_bytes)
         except BaseException:
             self.backwards.end(task)
             raise
@@ -212,7 +212,7 @@ class Collector:
 
     def flush(self) -> None:
         """Add what is queued, free it, and let `param.grad` show the accumulators."""
-        queue, self._queue, self._queued_bytes = self._queue, [], 0
+        queue = self._waiting.take()
         if not queue:
             return
         reduction, scale, again = self.reduction, self.window.scale(), self.adder.add_again
@@ -255,9 +255,11 @@ class Collector:
         gradient and is added.
         """
         loop_owned = self.window.steps is None
-        assigned = [(slot, slot.part(grad)) for slot, grad in assigned]
-        replacing = [(s, g) for s, g in assigned if loop_owned or s.fill is Fill.CURRENT]
-        adding = [(s, g) for s, g in assigned if not (loop_owned or s.fill is Fill.CURRENT)]
+        # The pairs stay: thousands of new ones have Python's garbage collector run.
+        if any(slot.shard is not None for slot, _ in assigned):
+            assigned = [(slot, slot.part(grad)) for slot, grad in assigned]
+        replacing = [pair for pair in assigned if loop_owned or pair[0].fill is Fill.CURRENT]
+        adding = [] if loop_owned else [p for p in assigned if p[0].fill is not Fill.CURRENT]
         if adding:
             # Of a parameter that was unfrozen since, autograd kept it, and no hook saw a backward.
             self.window.check_arrival()
@@ -380,8 +382,7 @@ class Collector:
                 `zero_grad(set_to_none=False)` has it.
         """
         self.trouble.note("zero_grad() was interrupted")
-        self._queue.clear()
-        self._queued_bytes = 0
+        self._waiting.take()
         self.engines.forget()
         self.slots.empty()
         for slot in self.slots.values():

@@ -37,6 +37,33 @@ def is_owned(param: Tensor) -> bool:
     return _owners.get(param, lambda: None)() is not None
 
 
+_task = torch._C._current_graph_task_id
+
+
+class Waiting:
+    """Parameters whose gradients autograd has brought, or is about to, and nobody has added yet.
+
+    Attributes:
+        slots: in the order of their arrival.
+        nbytes: of their gradients.
+        limit: the bytes that may wait, in the backward that is running.
+        tasks: the graph tasks of backwards whose beginning was seen.
+    """
+
+    __slots__ = ("limit", "nbytes", "slots", "tasks")
+
+    def __init__(self, tasks: Mapping[int, object]) -> None:
+        self.slots: list[Slot] = []
+        self.nbytes = 0
+        self.limit = 0.0
+        self.tasks = tasks
+
+    def take(self) -> list[Slot]:
+        """All of them; none is waiting then."""
+        taken, self.slots, self.nbytes = self.slots, [], 0
+        return taken
+
+
 class Owner(Protocol):
     """Who takes what arrives; held weakly."""
 
@@ -89,13 +116,14 @@ class Attached:
     """Parameters with slots and hooks.
 
     Args:
-        owner: takes what arrives.
+        owner: takes what arrives, but for what is as usual.
+        waiting: where the hooks put what is as usual.
         device: where all of them are.
         check: raises for a parameter of a dtype that cannot be served.
         deal: says which process updates a parameter.
 
     Attributes:
-        device: as given.
+        waiting, device: as given.
         slots: by parameter.
         groups: the optimizer's param groups, as they were last seen.
         queues: what `Adder` remembers of parameters that arrive together.
@@ -107,13 +135,14 @@ class Attached:
     def __init__(
         self,
         owner: Owner,
+        waiting: Waiting,
         device: torch.device,
         check: Callable[[torch.dtype], None],
         deal: Deal,
     ) -> None:
         self._owner_ref = weakref.ref(owner)
         self._stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
-        self.device = device
+        self.waiting, self.device = waiting, device
         self.slots = Slots()
         self.queues: dict[tuple[Slot, ...], Any] = {}
         self._known: _Known | None = None
@@ -255,20 +284,36 @@ class Attached:
         finally:
             param.requires_grad_(is_trained)
         # The node holds the hook and the slot the node: a strong reference back would be a
-        # cycle that Python's collector cannot see.
+        # cycle that Python's collector cannot see. The node itself holds the parameter.
         slot_ref, owner_ref = weakref.ref(slot), self._owner_ref
+        waiting, nbytes, is_shard = self.waiting, slot.nbytes, slot.shard is not None
 
+        # It runs for each parameter at every micro-batch, so what is usual is done here.
         def prehook(grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...] | None:
-            arriving, owner = slot_ref(), owner_ref()
-            if arriving is None or owner is None or arriving.node is None:
+            slot = slot_ref()
+            if slot is None or slot.node is None:
                 return None
-            grad = grads[0]
-            if grad is None and arriving.takes_products:
+            grad, shown = grads[0], slot.grad
+            if grad is None and slot.takes_products:
                 return None  # on a GPU this may be another thread than the backward's
-            owner.arrive(arriving, grad is not None)
+            if (
+                param.grad is shown is not None
+                and _task() in waiting.tasks
+                and not slot.pending
+                and waiting.nbytes + nbytes <= waiting.limit
+            ):
+                param.grad = None
+                slot.pending, slot.is_due = True, grad is not None
+                waiting.slots.append(slot)
+                waiting.nbytes += nbytes
+            else:
+                owner = owner_ref()
+                if owner is None:
+                    return None
+                owner.arrive(slot, grad is not None)
             # Here, where every process is at the same place of the same graph.
-            if arriving.shard is not None and grad is not None:
-                return (arriving.shard.placed(grad),)
+            if is_shard and slot.shard is not None and grad is not None:
+                return (slot.shard.placed(grad),)
             return None
 
         slot.hook = slot.node.register_prehook(prehook)
