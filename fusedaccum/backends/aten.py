@@ -49,7 +49,7 @@ class TorchBackend:
         if request.control is not None:
             factor, keeps = request.control.tolist()
             scale, stores = float(_fp32(scale) * factor), stores or not keeps
-        if self._loops and self._loops.serve([grad for _, grad in request.pairs]):
+        if self._loops and self._loops.serve_add(request):
             self._loops.accumulate(request, scale, stores)
             return
         for acc, grad in request.pairs:

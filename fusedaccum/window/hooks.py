@@ -293,11 +293,11 @@ class Attached:
             slot = slot_ref()
             if slot is None or slot.node is None:
                 return None
-            grad, shown = grads[0], slot.grad
+            grad, before = grads[0], param.grad
             if grad is None and slot.takes_products:
                 return None  # on a GPU this may be another thread than the backward's
             if (
-                param.grad is shown is not None
+                (before is slot.grad if before is not None else not slot.fill)
                 and _task() in waiting.tasks
                 and not slot.pending
                 and waiting.nbytes + nbytes <= waiting.limit

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from functools import cache
+from operator import attrgetter
 
 import torch
 from torch import Tensor
@@ -15,6 +16,8 @@ from ..operations import Add, Step, SumOfSquares
 from ..tables import LaunchTable, Tables
 from . import libraries, openmp, source
 from .compiler import CompilerMissing
+
+_dtype = attrgetter("dtype")
 
 
 @cache
@@ -54,7 +57,13 @@ class Loops:
 
     def serve(self, tensors: Sequence[Tensor]) -> bool:
         """Whether there are loops for the dtypes of all `tensors`: all of a request or nothing."""
-        return all(reduce_library(dtype) for dtype in {t.dtype for t in tensors})
+        return all(map(reduce_library, set(map(_dtype, tensors))))
+
+    def serve_add(self, request: Add) -> bool:
+        """Whether there are loops for an accumulation."""
+        if request.launch is not None and request.launch.table is not None:
+            return reduce_library(request.launch.table.dtype) is not None
+        return self.serve([grad for _, grad in request.pairs])
 
     def serve_step(self, request: Step) -> bool:
         """Whether there is a loop for a step."""
