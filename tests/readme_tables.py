@@ -26,7 +26,7 @@ PAGES = tuple(
     ROOT / name
     for name in (
         "README.md", "docs/numbers.md", "docs/optimizers.md", "docs/memory.md",
-        "benchmarks/README.md",
+        "docs/linear.md", "benchmarks/README.md",
     )
 )  # fmt: skip
 BEGIN = "<!-- {}: python -m tests.readme_tables --write -->\n"
@@ -37,6 +37,7 @@ Row = dict[str, Any]
 CYCLE, LORA = "2026-11-22-cycle-eager-3", "2026-11-22-cycle-eager-2"
 MICRO, COMPILED = "2026-11-22-micro-eager", "2026-11-22-all-compiled"
 TRAINING, LONG = "2026-11-22-end-to-end", "2026-11-22-end-to-end-2"
+LINEAR = "2026-11-29-linear"
 HOST, HOST_BEFORE = "2026-11-29-host", "2026-11-29-host-before"
 DEMO = "intel-r-xeon-r-processor/2026-11-29-demo.json"
 
@@ -237,6 +238,20 @@ def host_time() -> str:
 NO_FLOOR = ("fused_hooks",)
 
 
+def linear() -> str:
+    """Milliseconds of a layer's forward and backward, on a CPU."""
+    lines = []
+    layers = [row for row in rows(LINEAR) if row["operation"] == "linear_layer"]
+    for shape, tokens in dict.fromkeys((row["shape"], row["tokens"]) for row in layers):
+        of = functools.partial(pick, layers, shape=shape, tokens=tokens)
+        ms = [of(variant=f"layer_{name}")["p50_ms"] for name in ("plain", "hook", "fused")]
+        shown = least_is_bold(ms, range(3), 1)
+        label = shape.removeprefix("linear_").replace("x", " x ")
+        lines.append([label, f"{tokens:,}", *shown, f"{ms[1] / ms[2]:.2f}"])
+    columns = ["stock torch", "through hooks", "fused", "hooks / fused"]
+    return table(["layer", "tokens", *columns], lines)
+
+
 def demo() -> str:
     row = json.loads((RESULTS / DEMO).read_text("utf-8"))
     lines = []
@@ -289,6 +304,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "training": training,
     "demo": demo,
     "host": host_time,
+    "linear": linear,
     "memory": memory,
     "operations": operations,
     "errors": errors,
