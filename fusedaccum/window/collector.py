@@ -74,7 +74,7 @@ class Collector:
         deal: Deal,
     ) -> None:
         self.backwards = Backwards()
-        self._waiting = Waiting(self.backwards.threads)
+        self._waiting = Waiting(self.backwards.threads, bucket_bytes)
         self.attached = Attached(self, self._waiting, device, check, deal)
         self.slots: Slots = self.attached.slots
         self.backend = backend

@@ -52,11 +52,10 @@ class Waiting:
 
     __slots__ = ("limit", "nbytes", "slots", "tasks")
 
-    def __init__(self, tasks: Mapping[int, object]) -> None:
+    def __init__(self, tasks: Mapping[int, object], limit: float) -> None:
         self.slots: list[Slot] = []
         self.nbytes = 0
-        self.limit = 0.0
-        self.tasks = tasks
+        self.limit, self.tasks = limit, tasks
 
     def take(self) -> list[Slot]:
         """All of them; none is waiting then."""
