@@ -67,9 +67,14 @@ def round_stochastic(value, key, offsets):
 
 
 @triton.jit
-def typed_pointer(address, DTYPE: tl.constexpr, IS_ALIGNED: tl.constexpr):
-    """Pointer to DTYPE from an int64 address, with the hint that 128-bit accesses need."""
+def typed_pointer(address, DTYPE: tl.constexpr, VECTOR: tl.constexpr):
+    """Pointer to DTYPE from an int64 address.
+
+    A hint says that a thread may access VECTOR elements at once, or 128 bits where these are more;
+    with 0 there is none. The address must be a multiple of 128 bits for it.
+    """
     ptr = address.to(tl.pointer_type(DTYPE))
-    if IS_ALIGNED:
-        ptr = tl.multiple_of(ptr, VECTOR_BYTES)
+    if VECTOR > 0:
+        width: tl.constexpr = VECTOR * DTYPE.primitive_bitwidth // 8
+        ptr = tl.multiple_of(ptr, VECTOR_BYTES if width > VECTOR_BYTES else width)
     return ptr

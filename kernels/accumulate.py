@@ -68,7 +68,7 @@ def accumulate_kernel(
     IS_FIRST: tl.constexpr,
     HAS_NORM: tl.constexpr,
     HAS_CONTROL: tl.constexpr,
-    IS_ALIGNED: tl.constexpr,
+    VECTOR: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -78,8 +78,8 @@ def accumulate_kernel(
     chunk = tl.load(chunks_ptr + 2 * pid + 1).to(tl.int64)
     table_ptr += row * COLUMNS
     n_elements = tl.load(table_ptr + NUMEL)
-    grad_ptr = typed_pointer(tl.load(table_ptr + GRAD), GRAD_DTYPE, IS_ALIGNED)
-    acc_ptr = typed_pointer(tl.load(table_ptr + ACC), tl.float32, IS_ALIGNED)
+    grad_ptr = typed_pointer(tl.load(table_ptr + GRAD), GRAD_DTYPE, VECTOR)
+    acc_ptr = typed_pointer(tl.load(table_ptr + ACC), tl.float32, VECTOR)
     start = tl.multiple_of(chunk * CHUNK, CHUNK)
     # From here on int32: offsets within a chunk, which in int64 cost twice the registers.
     grad_ptr += start

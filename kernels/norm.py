@@ -39,7 +39,7 @@ def sum_of_squares_kernel(
     chunks_ptr,  # int32 [n_chunks, 2]
     partials_ptr,  # fp32
     DTYPE: tl.constexpr,
-    IS_ALIGNED: tl.constexpr,
+    VECTOR: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -49,7 +49,7 @@ def sum_of_squares_kernel(
     chunk = tl.load(chunks_ptr + 2 * pid + 1).to(tl.int64)
     table_ptr += row * COLUMNS
     n_elements = tl.load(table_ptr + NUMEL)
-    data_ptr = typed_pointer(tl.load(table_ptr + DATA), DTYPE, IS_ALIGNED)
+    data_ptr = typed_pointer(tl.load(table_ptr + DATA), DTYPE, VECTOR)
     start = tl.multiple_of(chunk * CHUNK, CHUNK)
     data_ptr += start  # from here on int32: offsets within a chunk
 

@@ -101,7 +101,7 @@ def step_kernel(
     N_SCALARS: tl.constexpr,
     PARAM_DTYPE: tl.constexpr,
     MASTER: tl.constexpr,
-    IS_ALIGNED: tl.constexpr,
+    VECTOR: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -116,13 +116,13 @@ def step_kernel(
     MASTER_DTYPE: tl.constexpr = tl.int16 if MASTER == "split" else tl.float32
     start = tl.multiple_of(chunk * CHUNK, CHUNK)
     # Pointers to the chunk, so that offsets in it are int32, which cost half the registers.
-    param_ptr = typed_pointer(tl.load(table_ptr + PARAM), PARAM_DTYPE, IS_ALIGNED) + start
-    master_ptr = typed_pointer(tl.load(table_ptr + MASTER_COLUMN), MASTER_DTYPE, IS_ALIGNED) + start
-    acc_ptr = typed_pointer(tl.load(table_ptr + ACC), tl.float32, IS_ALIGNED) + start
+    param_ptr = typed_pointer(tl.load(table_ptr + PARAM), PARAM_DTYPE, VECTOR) + start
+    master_ptr = typed_pointer(tl.load(table_ptr + MASTER_COLUMN), MASTER_DTYPE, VECTOR) + start
+    acc_ptr = typed_pointer(tl.load(table_ptr + ACC), tl.float32, VECTOR) + start
     state_ptrs = ()
     for i in tl.static_range(N_STATES):
         address = tl.load(table_ptr + STATES + i)
-        state_ptrs = state_ptrs + (typed_pointer(address, tl.float32, IS_ALIGNED) + start,)
+        state_ptrs = state_ptrs + (typed_pointer(address, tl.float32, VECTOR) + start,)
 
     scalars_ptr += tl.load(table_ptr + TENSOR) * (OWN + N_SCALARS)
     coef = tl.load(scalars_ptr + COEF)

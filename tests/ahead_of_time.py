@@ -130,7 +130,7 @@ def variants(target_name: str) -> list[Variant]:
             for name, is_aligned, loads, stores in operation(backend):
                 ((kernel, args, kwargs),) = launches
                 launches.clear()
-                assert kwargs.get("IS_ALIGNED", True) == is_aligned, name
+                assert bool(kwargs.get("VECTOR", 1)) == is_aligned, name
                 name += "" if is_aligned else "-unaligned"
                 # What unaligned tensors take differs by nothing between NVIDIA's generations.
                 if is_aligned or target_name in UNALIGNED_TARGETS:
@@ -234,7 +234,7 @@ class _Driver:
 
 
 @triton.jit
-def _pointer_without_hint(address, DTYPE: tl.constexpr, IS_ALIGNED: tl.constexpr):
+def _pointer_without_hint(address, DTYPE: tl.constexpr, VECTOR: tl.constexpr):
     return address.to(tl.pointer_type(DTYPE))
 
 

@@ -5,7 +5,7 @@ That path has no mask, so in PTX those are the accesses without a predicate; and
 scalars are kernel arguments and tensors are addresses that were loaded from a table, they are those
 whose address does not come from an argument. AMD assembly has no predicates: there only 128-bit
 accesses are counted (the tail has none), for tensors wide enough to give each of a wavefront's 64
-threads 128 bits.
+threads 128 bits: fp32.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 
 from triton.backends.compiler import GPUTarget
 
+from fusedaccum.backends.triton import LONE_VECTOR
 from fusedaccum.kernels.layout import VECTOR_BYTES
 
 _PREDICATE = r"(@!?%p\d+\s+)?"
@@ -77,26 +78,34 @@ def faults(
 ) -> list[str]:
     """What is wrong with the widths (bytes) of the full-chunk path's accesses.
 
-    Every access has to be 128 bits or more, and together they have to be the bytes that a thread
-    moves in one block, or in several where the compiler has unrolled the loop: an access that went
-    elsewhere (behind a predicate, say) is missing.
+    Every access to a tensor has to be as wide as its hint allows, 128 bits of fp32, or wider; and
+    together they have to be the bytes that a thread moves in one block, or in several where the
+    compiler has unrolled the loop: an access that went elsewhere (behind a predicate, say) is
+    missing.
 
     Args:
-        kwargs: of the launch: BLOCK, CHUNK, num_warps.
+        kwargs: of the launch: BLOCK, CHUNK, VECTOR, num_warps.
         loads, stores: bytes per element of each tensor that it reads and writes.
         target: what it was compiled for.
         widths: from `ptx_widths`.
     """
     found, unrolled = [], set()
+    vector = kwargs.get("VECTOR") or LONE_VECTOR
     threads = kwargs["num_warps"] * target.warp_size
     for kind, itemsizes in (("loads", loads), ("stores", stores)):
-        shares = [kwargs["BLOCK"] * itemsize // threads for itemsize in itemsizes]
-        if target.backend == "hip":
-            shares = [share for share in shares if share >= VECTOR_BYTES]
-        narrow = sorted({8 * width for width in widths[kind] if width < VECTOR_BYTES})
-        if narrow:
-            found.append(f"{kind} of {narrow} bits")
-        expected, moved = sum(shares), sum(widths[kind])
+        # Of each tensor: the bytes of one access, and those of a thread in a block.
+        tensors = [
+            (min(VECTOR_BYTES, vector * itemsize), kwargs["BLOCK"] * itemsize // threads)
+            for itemsize in itemsizes
+        ]
+        if target.backend == "hip":  # where only the widest are counted
+            tensors = [pair for pair in tensors if min(pair) >= VECTOR_BYTES]
+        expected, moved = sum(share for _, share in tensors), sum(widths[kind])
+        for least in sorted({width for width, _ in tensors}):
+            narrow = [width for width in widths[kind] if width < least]
+            allowed = sum(share for width, share in tensors if width < least)
+            if sum(narrow) * expected > allowed * moved:
+                found.append(f"{kind} of {sorted({8 * width for width in narrow})} bits")
         if expected:
             unrolled.add(moved / expected)
         elif moved:

@@ -19,12 +19,18 @@ from ..rules.rule import Family
 from .operations import Add, Finalize, Step, SumOfSquares
 from .tables import Tables
 
-# Elements a program has in flight. 2048 over 4 warps is two 128-bit loads of bf16 and four of fp32
-# per thread; the step keeps more values alive, so half of that keeps it without spills.
+# Elements a program has in flight. 2048 over 4 warps is four 64-bit loads of bf16 and four 128-bit
+# ones of fp32 per thread; the step keeps more values alive, so half of that has it without spills.
 ACCUMULATE_BLOCK = 2048
 STEP_BLOCK = 1024
 FINALIZE_BLOCK = 1024
 NUM_WARPS = 4
+# Elements that a thread accesses at once: 128 bits of fp32, 64 of bf16. With 8, which is 128 bits
+# of bf16 too, a bf16 tensor lies over the threads in another way than an fp32 one, and every block
+# goes through shared memory to meet it: 8 barriers, and 10 to 30 registers more.
+VECTOR = 4
+# Where a tensor meets no other one: 128 bits of each dtype.
+LONE_VECTOR = 8
 # One program of float64 arithmetic: with fewer warps a thread holds more than its registers.
 FINALIZE_WARPS = 16
 
@@ -72,7 +78,7 @@ class TritonBackend:
                     IS_FIRST=request.stores,
                     HAS_NORM=sums is not None,
                     HAS_CONTROL=control is not None,
-                    IS_ALIGNED=table.is_aligned,
+                    VECTOR=VECTOR if table.is_aligned else 0,
                     CHUNK=CHUNK,
                     BLOCK=ACCUMULATE_BLOCK,
                     num_warps=NUM_WARPS,
@@ -87,7 +93,7 @@ class TritonBackend:
                     table.chunks,
                     request.sums,
                     DTYPE=_TRITON_DTYPES[table.dtype],
-                    IS_ALIGNED=table.is_aligned,
+                    VECTOR=LONE_VECTOR if table.is_aligned else 0,
                     CHUNK=CHUNK,
                     BLOCK=ACCUMULATE_BLOCK,
                     num_warps=NUM_WARPS,
@@ -159,7 +165,7 @@ class TritonBackend:
                     N_SCALARS=rule.family.n_scalars,
                     PARAM_DTYPE=_TRITON_DTYPES[table.dtype],
                     MASTER=request.keep.value,
-                    IS_ALIGNED=table.is_aligned,
+                    VECTOR=VECTOR if table.is_aligned else 0,
                     CHUNK=CHUNK,
                     BLOCK=STEP_BLOCK,
                     num_warps=NUM_WARPS,
