@@ -77,7 +77,7 @@ bench: $(INSTALLED)  ## the benchmark rows that this machine's CPU can measure
 	$(PY) -m benchmarks.run $(BENCH_ARGS)
 
 # Takes the machine as it is (its own torch, Triton and pytest): no network, nothing installed.
-gpu:  ## on a GPU machine: GPU tests, demo and benchmarks (PART=check, rows or train: a third of it)
+gpu:  ## on a GPU machine: GPU tests, demo and benchmarks (PART=check, rows, train or choices: a part of it)
 	PYTHONPATH=. $(PYTHON) -m benchmarks.gpu
 
 # torch comes from .venv, by a path that a .pth file adds: the editable install stays unseen.

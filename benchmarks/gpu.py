@@ -1,14 +1,14 @@
-"""`python -m benchmarks.gpu`: everything that needs a GPU, in one command or in three.
+"""`python -m benchmarks.gpu`: everything that needs a GPU, in one command or in four.
 
 Takes the machine as it is: its own torch, Triton and pytest; nothing of ours installed, no network.
 Each part is a process of its own with a time limit, so that a failure costs one part: the tests
 marked `gpu`, compute-sanitizer, the doctor, single operations, whole windows, training end to end,
-GEMMs that accumulate (and windows of two processes, on two GPUs), torch.compile, the demo, and
-figures. PART=tests,micro runs some of them, and PART=check, rows or train a group, whose limits
-add up to less than 9 minutes; what the machine lacks is skipped and said. Tables are printed and
-rows saved as they come. Writes at most 9 files to $OUT, the figures in one archive; without it
-results go to benchmarks/results/<device>/ and the log to out/. Exits 1 if a part failed and 2
-without a GPU.
+GEMMs that accumulate (and windows of two processes, on two GPUs), other choices for the kernels,
+torch.compile, the demo, and figures. PART=tests,micro runs some of them, and PART=check, rows,
+train or choices a group, whose limits add up to less than 9 minutes; what the machine lacks is
+skipped and said. Tables are printed and rows saved as they come. Writes at most 10 files to $OUT,
+the figures in one archive; without it results go to benchmarks/results/<device>/ and the log to
+out/. Exits 1 if a part failed and 2 without a GPU.
 """
 
 from __future__ import annotations
@@ -85,6 +85,8 @@ def parts(dry_run: bool, results: Path) -> dict[str, Part]:
         "cycle": Part(cycle, 180),
         "linear": Part([*run, "--only", "linear", "reduction", "--budget", "0.5"], 60),
         "host": Part([*run, "--only", "host"], 60),
+        # Of each choice some ten kernels have to be compiled.
+        "variants": Part([*run, "--only", "variants", "--budget", "1"], 300),
         "end_to_end": Part(["-m", "benchmarks.end_to_end", *quick, *train], 200),
         # Late: what it costs is unknown before Inductor has seen hundreds of tensors in one call.
         "compiled": Part([*run, "--forms", "compiled", "--budget", "2"], 200),
@@ -98,6 +100,7 @@ GROUPS = {
     "check": ("tests", "sanitize", "doctor"),
     "rows": ("micro", "cycle", "linear", "host", "plots"),
     "train": ("end_to_end", "compiled", "demo", "plots"),
+    "choices": ("variants",),
 }
 
 

@@ -19,23 +19,29 @@ import torch
 from fusedaccum.doctor import machine
 from fusedaccum.doctor.plan import Plan
 
-from . import cases, host, linear, reduction, suites
+from . import cases, host, linear, reduction, suites, variants
 from .measure import arguments
 from .suites import Suite
 from .tables import report
 
 # What `--device` measures by default.
 SHAPES = {
-    "cpu": {"micro": ["flat_64mi"], "cycle": ["gpt2_small"], "reduction": ["lora_500"]},
+    "cpu": {
+        "micro": ["flat_64mi"],
+        "cycle": ["gpt2_small"],
+        "reduction": ["lora_500"],
+        "variants": ["tiny"],  # interpreted
+    },
     "cuda": {
         "micro": ["flat_64mi", "lora_500", "llama_1b"],
         "cycle": ["lora_500", "llama_1b"],
         "reduction": ["gpt2_small"],
+        "variants": ["lora_500", "llama_1b"],
     },
 }
-KINDS = ("micro", "cycle", "linear", "reduction", "host")
+KINDS = ("micro", "cycle", "linear", "reduction", "host", "variants")
 # Seconds for each group of variants.
-BUDGETS = {"micro": 8.0, "cycle": 60.0, "linear": 2.0, "reduction": 2.0, "host": 4.0}
+BUDGETS = dict(micro=8.0, cycle=60.0, linear=2.0, reduction=2.0, host=4.0, variants=2.0)
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -71,6 +77,10 @@ def work(args: argparse.Namespace) -> Iterator[tuple[str, int, partial[None]]]:
         names = args.shapes or (["tiny"] if args.quick else [n for n in host.HOST if n != "tiny"])
         for shape in names:
             yield "host", max(args.n), partial(host.host, shape=shape)
+    if wants("variants", False):
+        names = list(variants.CHOICES)[: 3 if args.quick else None]
+        for shape in shapes("variants"):
+            yield "variants", max(args.n), partial(variants.variants, shape=shape, names=names)
     for forms_of in passes:
         for shape in shapes("micro") if wants("micro", True) else ():
             # A single operation is the same for any N.

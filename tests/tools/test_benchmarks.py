@@ -67,13 +67,14 @@ def test_gpu_dry_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
 def check_dry_run(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Every part left its files, and no row is missing."""
     names = {path.name for path in folder.iterdir()}
-    assert len(names) <= 9 and "gpu.log" in names
+    assert len(names) <= 10 and "gpu.log" in names
     files = {path: check_rows(path) for path in folder.glob("*-quick.json")}
-    assert len(files) == 6 and any(name.endswith("finetune.json") for name in names)
+    assert len(files) == 7 and any(name.endswith("finetune.json") for name in names)
     assert {row["operation"] for rows in files.values() for row in rows} == {
         *("accumulate_first", "accumulate", "accumulate_last_norm", "norm", "step", "window"),
         *("linear_wgrad", "linear_layer", "train_window", "reduced_window"),
         *("host_micro_batch", "host_update"),
+        *("variant_accumulate", "variant_accumulate_last_norm", "variant_step"),
     }
     (cycle,) = (path for path in files if "cycle" in path.name)
     assert {(row["group"], row["n"]) for row in files[cycle]} == {(1, 1), (2, 2)}
@@ -95,6 +96,10 @@ def check_dry_run(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (rows,) = (files[p] for p in files if "host" in p.name)
     assert {row["variant"] for row in rows} == {"autograd", "fused_hooks"}
     assert [row["launches"] for row in rows] == [1, 1, None]
+    (rows,) = (files[p] for p in files if "variants" in p.name)
+    choices = [row for row in rows if row["precision"]]
+    assert {row["variant"] for row in choices} == {"as_it_is", "as_it_is_again", "vector_8"}
+    assert all(row["grad_error"] < 1e-6 and row["update_error"] < 1e-6 for row in choices)
     text = (folder / "gpu.log").read_text("utf-8")
     assert "accumulate, norm, finalize, step: each ran, and is right" in text
     assert "REFUSED" not in text and "SKIPPED flashoptim_24: " in text
