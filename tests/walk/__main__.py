@@ -11,6 +11,7 @@ import re
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 PATHS = ("compiled", "aten", "triton")
 
@@ -32,30 +33,23 @@ def main(argv: list[str] | None = None) -> int:
 
 def spread(args: argparse.Namespace) -> int:
     """All paths, over all cores: half of them the compiled loops, the others ATen, then Triton."""
-    plans = []
-    for core in range(max(2, os.cpu_count() or 1)):
+
+    def use(core: int) -> int:
         shares = {"compiled": 1.0} if core % 2 == 0 else {"aten": 0.6, "triton": 0.4}
-        plans.append(
-            [(path, share * args.seconds, f"{args.seed}.{core}") for path, share in shares.items()]
+        return max(
+            _run(args, path, share * args.seconds, f"{args.seed}.{core}")
+            for path, share in shares.items()
         )
-    running: list[tuple[subprocess.Popen[bytes], list[tuple[str, float, str]]]] = []
-    failed = False
-    for plan in plans:
-        running.append((_start(args, *plan[0]), plan[1:]))
-    while running:
-        process, rest = running.pop(0)
-        failed |= bool(process.wait())
-        if rest:
-            running.append((_start(args, *rest[0]), rest[1:]))
-    return int(failed)
+
+    n_cores = max(2, os.cpu_count() or 1)
+    with ThreadPoolExecutor(n_cores) as pool:
+        return max(pool.map(use, range(n_cores)))
 
 
-def _start(
-    args: argparse.Namespace, path: str, seconds: float, seed: str
-) -> subprocess.Popen[bytes]:
+def _run(args: argparse.Namespace, path: str, seconds: float, seed: str) -> int:
     command = [sys.executable, "-m", "tests.walk", "--path", path, "--seconds", str(seconds)]
     command += ["--seed", seed, "--without", args.without, "--ignore", args.ignore]
-    return subprocess.Popen(command)
+    return int(subprocess.run(command, check=False).returncode != 0)
 
 
 def walk(args: argparse.Namespace) -> int:
