@@ -150,10 +150,14 @@ class TracedLinear(torch.autograd.Function):
 
 
 def _is_transformed() -> bool:
-    """Whether a transform of functorch is around, or compiled autograd, which the first gradient
-    that arrives refuses."""
+    """Whether a transform of functorch is around, an export, or compiled autograd, which the first
+    gradient that arrives refuses.
+
+    It is asked as Python and not traced: torch 2.11's Dynamo takes `is_exporting()` for true.
+    """
     has_transform = torch._C._functorch.peek_interpreter_stack() is not None
-    return has_transform or bool(torch._dynamo.config.compiled_autograd)
+    is_exporting = torch.compiler.is_exporting()
+    return has_transform or is_exporting or bool(torch._dynamo.config.compiled_autograd)
 
 
 def traced_forward(module: Any, x: Tensor, is_transposed: bool) -> Tensor | None:
@@ -163,7 +167,6 @@ def traced_forward(module: Any, x: Tensor, is_transposed: bool) -> Tensor | None
         WHY_NOT is not None
         or not hasattr(module, KEY)
         or _is_transformed()
-        or torch.compiler.is_exporting()
         or not torch.is_grad_enabled()
         or not weight.requires_grad
         or type(weight) is not nn.Parameter
