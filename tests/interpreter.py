@@ -4,11 +4,11 @@ The interpreter (3.6 and 3.7) truncates an fp32 to bf16 conversion, where every 
 nearest even, and mistreats subnormals on the way. A test that compares bits needs the hardware's
 rounding.
 
-A launch replaces the functions of `triton.language`, and so does every call of a function inside
-it, which finds nothing left to replace and takes a millisecond for that. Every operation makes a
-few types anew, which are those of the operation before; compares those of its operands, which are
-mostly the same; and goes through two functions that look for one argument. That is half of all the
-interpreter's time.
+A launch replaces the functions of `triton.language` and puts them back, and every call of a
+function inside it tries to replace them too; each takes a millisecond for that. Every operation
+makes a few types anew, which are those of the operation before; compares those of its operands,
+which are mostly the same; and goes through two functions that look for one argument. That is half
+of all the interpreter's time.
 """
 
 from __future__ import annotations
@@ -52,12 +52,10 @@ def _round_to_nearest() -> None:
 
 
 def _replace_once() -> None:
-    """Let a call inside a launch replace only what no call from the same modules has replaced."""
+    """Let the first launch, or call inside it, from the same modules replace the functions, for
+    good: every kernel of this process is interpreted."""
     original = interpreter._patch_lang
-    launch: list[Any] = [interpreter._LangPatchScope()]
-    # The interpreter puts back what a launch has replaced, and never what a call inside it has.
-    inside: set[tuple[bool, bool]] = set()
-
+    replaced: set[tuple[bool, bool]] = set()
     # By the module's globals, which are kept: a number is not given twice.
     known: dict[int, tuple[dict[str, Any], tuple[bool, bool]]] = {}
 
@@ -66,13 +64,10 @@ def _replace_once() -> None:
             values = [value for value in fn.__globals__.values() if inspect.ismodule(value)]
             known[id(fn.__globals__)] = fn.__globals__, (tl in values, tl.core in values)
         languages = known[id(fn.__globals__)][1]
-        if not launch[0]._changes:
-            launch[:] = [original(fn), languages]
-            return launch[0]
-        if languages == launch[1] or languages in inside:
-            return interpreter._LangPatchScope()
-        inside.add(languages)
-        return original(fn)
+        if languages not in replaced:
+            replaced.add(languages)
+            original(fn)
+        return interpreter._LangPatchScope()  # nothing to put back
 
     interpreter._patch_lang = replace
 
