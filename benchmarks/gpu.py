@@ -27,6 +27,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from typing import IO
 
 import torch
 
@@ -111,6 +112,21 @@ def choose(text: str, allowed: Iterable[str]) -> tuple[list[str], list[str]]:
     return wanted, [part for part in wanted if part not in allowed]
 
 
+def start(
+    arguments: Sequence[str], folder: Path, environment: dict[str, str], output: IO[bytes]
+) -> subprocess.Popen[bytes]:
+    """Start `python ARGUMENTS` in a session of its own."""
+    return subprocess.Popen(
+        [sys.executable, *arguments],
+        cwd=folder,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=output,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+
+
 def run_part(part: Part, folder: Path, log: Path, dry_run: bool) -> tuple[str, str]:
     """Run a part. Returns what became of it, and what it printed."""
     environment = os.environ | {
@@ -126,16 +142,8 @@ def run_part(part: Part, folder: Path, log: Path, dry_run: bool) -> tuple[str, s
     with log.open("ab") as stream:
         stream.write(f"\n$ python {' '.join(part.arguments[:4])} ...\n".encode())
         stream.flush()
-        start = stream.tell()
-        process = subprocess.Popen(
-            [sys.executable, *part.arguments],
-            cwd=folder if part.in_folder else ROOT,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=stream,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
+        begins = stream.tell()
+        process = start(part.arguments, folder if part.in_folder else ROOT, environment, stream)
         try:
             code = process.wait(timeout=None if dry_run else part.limit_s)
             outcome = "passed" if code in part.passes else f"FAILED with exit status {code}"
@@ -146,7 +154,7 @@ def run_part(part: Part, folder: Path, log: Path, dry_run: bool) -> tuple[str, s
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-    text = log.read_bytes()[start:].decode(errors="replace")
+    text = log.read_bytes()[begins:].decode(errors="replace")
     return outcome, text
 
 

@@ -8,6 +8,8 @@ from there with an environment of its own.
 
 from __future__ import annotations
 
+import atexit
+import functools
 import json
 import os
 import signal
@@ -53,6 +55,14 @@ class Forked:
 
     def close(self) -> None:
         self._process.communicate()
+
+
+@functools.cache
+def shared() -> Forked:
+    """The one of this process, started when it is first asked for."""
+    made = Forked()
+    atexit.register(made.close)
+    return made
 
 
 def _child(program: str, environment: dict[str, str], output: IO[Any]) -> None:

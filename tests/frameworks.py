@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,10 @@ from tests.threads import one_thread as one_thread
 os.environ["HF_HUB_OFFLINE"] = "1"  # models are made from a config; nothing is downloaded
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
+# Else their first use would import them, thousands of modules, and tests.frozen would miss them.
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    assert transformers.Trainer and transformers.LlamaForCausalLM
 
 from accelerate.state import AcceleratorState, GradientState  # noqa: E402
 

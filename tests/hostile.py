@@ -4,7 +4,6 @@ makes: shell scripts as compilers, folders that cannot be used.
 
 from __future__ import annotations
 
-import atexit
 import functools
 import json
 import os
@@ -13,7 +12,7 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
-from tests.forked import Forked
+from tests import forked
 
 CC = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
 
@@ -50,18 +49,11 @@ print(json.dumps({{"digest": digest, "path": path, "warnings": said}}))
 """
 
 
-@functools.cache
-def _forked() -> Forked:
-    made = Forked()
-    atexit.register(made.close)
-    return made
-
-
 def run_all(copies: int, before: str, after: str, **environment: str | None) -> list[Any]:
     """What each copy of the program printed; None takes a variable out of its environment."""
     program = PROGRAM.format(before=textwrap.dedent(before), after=textwrap.dedent(after))
     variables = {name: value for name, value in {**os.environ, **environment}.items() if value}
-    results = _forked().run(program, variables, copies)
+    results = forked.shared().run(program, variables, copies)
     for result in results:
         assert result.status == 0, result.output[-3000:]
     return [json.loads(result.output.splitlines()[-1]) for result in results]

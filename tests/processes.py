@@ -5,8 +5,6 @@ from __future__ import annotations
 import datetime
 import importlib
 import os
-import subprocess
-import sys
 import traceback
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -16,6 +14,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+
+from tests import forked
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -80,21 +80,24 @@ def message(call: Callable[[], Any]) -> str | None:
     return None
 
 
+TORCHRUN = """
+import os
+from torch.distributed.run import main
+os.chdir({cwd!r})
+main({options!r})
+"""
+
+
 def torchrun(n: int, *program: str, cwd: Path = ROOT) -> str:
     """What `n` processes print, which torchrun starts; an AssertionError if one fails."""
-    meet = ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(n), *meet]
+    options = ["--nproc-per-node", str(n), "--rdzv-backend", "c10d"]
+    options += ["--rdzv-endpoint", "localhost:0", *program]
     inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [*launch, *program],
-        cwd=cwd,
-        env={**inherited, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-5000:]
-    return done.stdout
+    environment = {**inherited, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    # torchrun itself needs no process that imports torch anew; those that it starts are.
+    (done,) = forked.shared().run(TORCHRUN.format(cwd=str(cwd), options=options), environment)
+    assert done.status == 0, done.output[-5000:]
+    return done.output
 
 
 def agreeing(results: list[dict[str, Any]]) -> Callable[[str], Any]:

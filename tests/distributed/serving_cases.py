@@ -145,7 +145,7 @@ def heap_frozen() -> Report:
     model = Net()
     net = DistributedDataParallel(model)
     gc.freeze()
-    with mock.patch.object(gc, "unfreeze", frozen.unfreeze):
+    with mock.patch.multiple(gc, **frozen.REAL):
         opt = FusedAccumOptimizer(torch.optim.AdamW(model.parameters(), lr=1e-2), 2)
         trained = message(lambda: run(net, opt, 0, 4))
     gc.freeze()  # what all tests share

@@ -6,45 +6,35 @@ import ast
 import importlib.util
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+from tests import forked
 
-
+ROOT = Path(__file__).resolve().parents[2]
+EXAMPLES = ROOT / "examples"
 SEVERAL = """
-import runpy, sys
-name, *runs = sys.argv[1:]
-for options in runs:
-    sys.argv = [name, *options.split()]
+import os, runpy, sys
+os.chdir({cwd!r})
+for arguments in {runs!r}:
+    sys.argv = [{path!r}, *arguments]
     print(end="\\f", flush=True)
-    runpy.run_path(name, run_name="__main__")
+    runpy.run_path({path!r}, run_name="__main__")
 """
 
 
-def run(name: str, directory: Path, *runs: str) -> list[str]:
-    """The output of runs with these options, one after the other in one process; `fusedaccum` is
-    found as it is here, installed or not."""
-    paths = [str(EXAMPLES.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
-    environment.pop("OUT", None)
+def run(name: str, directory: Path, *runs: str, **more: str) -> list[str]:
+    """The output of runs with these options, one after the other in one process, which begins with
+    torch and `fusedaccum` imported."""
     # Kernels in the interpreter are for the tests of kernels: an example takes the machine's own.
-    environment.pop("TRITON_INTERPRET", None)
-    done = subprocess.run(
-        [sys.executable, "-c", SEVERAL, str(EXAMPLES / f"{name}.py")]
-        + [f"--quick {options}" for options in runs],
-        cwd=directory,
-        env=environment,
-        check=False,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout
-    return done.stdout.split("\f")[1:]
+    environment = {k: v for k, v in os.environ.items() if k not in ("OUT", "TRITON_INTERPRET")}
+    environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **more}
+    arguments = [["--quick", *options.split()] for options in runs]
+    program = SEVERAL.format(cwd=str(directory), path=str(EXAMPLES / f"{name}.py"), runs=arguments)
+    (done,) = forked.shared().run(program, environment)
+    assert done.status == 0, done.output
+    return done.output.split("\f")[1:]
 
 
 def needs(*modules: str) -> None:
@@ -96,6 +86,30 @@ def test_resume(tmp_path: Path) -> None:
     assert out.endswith("the same to the bit: bf16 weights, and the fp32 masters behind them\n"), (
         out
     )
+
+
+def five_updates(name: str, directory: Path) -> str:
+    """What an example on a framework of Hugging Face prints."""
+    needs("transformers", "accelerate")
+    (out,) = run(name, directory, "", CUDA_VISIBLE_DEVICES="")
+    assert "FusedAccumOptimizer(AdamW)" in out
+    assert "owned by the loop" in out and "bfloat16 with split master" in out
+    assert "5 updates of 4 micro-batches, 0 skipped" in out
+    return out
+
+
+def test_trainer(tmp_path: Path) -> None:
+    out = five_updates("trainer", tmp_path)
+    before, after = re.findall(r"loss ([\d.]+) -> ([\d.]+) nats per byte", out)[0]
+    # An untrained model of 256 bytes has a loss of log(256) = 5.5; five updates lower it a little.
+    assert 5.4 < float(before) < 5.8 and float(after) < float(before) - 0.1
+
+
+def test_accelerate_loop(tmp_path: Path) -> None:
+    out = five_updates("accelerate_loop", tmp_path)
+    losses = [float(x) for x in re.findall(r"loss ([\d.]+) nats per byte", out)]
+    assert len(losses) == 5
+    assert 5.4 < losses[0] < 5.8 and losses[-1] < losses[0] - 0.1
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in EXAMPLES.glob("*.py")))
