@@ -41,7 +41,7 @@ Rows = dict[str, dict[str, Any]]
 
 
 def broken_laws(target: str, rows: Rows) -> list[str]:
-    """Sentences about the variants that do not compile, spill, or move less at once than they could."""
+    """Sentences about variants that do not compile, spill, or move less at once than they could."""
     found = []
     for name, row in rows.items():
         if row["error"]:
