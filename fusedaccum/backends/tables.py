@@ -97,7 +97,7 @@ class LaunchTable:
 
 
 def _rows(columns: Sequence[Any]) -> Rows:
-    return np.stack([np.asarray(column, np.int64) for column in columns], axis=1)
+    return np.array(columns, np.int64).T.copy()
 
 
 def _bits(rows: Rows, columns: list[int]) -> int:

@@ -87,8 +87,7 @@ class Collector:
         arrive = WeakMethod(self.arrive_together)
         parts = Parts(self.slots, window, scaling, self.trouble, device, arrive)
         self.engines = Watch(self.attached, parts, serve)
-        self._bucket_bytes = bucket_bytes
-        self._queue_bytes = bucket_bytes
+        self._bucket_bytes = self._queue_bytes = bucket_bytes
         self._n_fitted = 0
 
     @property
@@ -268,7 +267,8 @@ class Collector:
         with self.trouble.unless_done("taking over gradients that were assigned to p.grad"):
             for slot, _ in replacing:
                 slot.fill = Fill.EMPTY
-            self.adder.add(replacing, 1.0, is_scaled=False)
+            if replacing:
+                self.adder.add(replacing, 1.0, is_scaled=False)
             if adding:
                 self.adder.add(adding, self.window.scale())
                 self.reduction.changed()
