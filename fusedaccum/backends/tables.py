@@ -97,7 +97,8 @@ class LaunchTable:
 
 
 def _rows(columns: Sequence[Any]) -> Rows:
-    return np.array(columns, np.int64).T.copy()
+    rows: Rows = np.array(columns, np.int64).T.copy()
+    return rows
 
 
 def _bits(rows: Rows, columns: list[int]) -> int:
