@@ -38,7 +38,8 @@ CYCLE, LORA = "2026-11-22-cycle-eager-3", "2026-11-22-cycle-eager-2"
 MICRO, COMPILED = "2026-11-22-micro-eager", "2026-11-22-all-compiled"
 TRAINING, LONG = "2026-11-22-end-to-end", "2026-11-22-end-to-end-2"
 LINEAR = "2026-11-29-linear"
-HOST, HOST_BEFORE = "2026-11-29-host", "2026-11-29-host-before"
+HOST, HOST_BEFORE = "2026-11-29-host-2", "2026-11-29-host-before-2"
+BESIDE = "2026-11-29-beside-1894093"
 DEMO = "intel-r-xeon-r-processor/2026-11-29-demo.json"
 
 
@@ -238,6 +239,22 @@ def host_time() -> str:
 NO_FLOOR = ("fused_hooks",)
 
 
+def beside() -> str:
+    """Milliseconds of an earlier version and of this one, and their ratio, pair by pair."""
+    lines = []
+    for now in (row for row in rows(BESIDE) if row["ratio_p20"]):
+        of = functools.partial(pick, rows(BESIDE), group=now["group"])
+        before = of(
+            variant="copy_again" if now["variant"] == "copy" else f"{now['variant']}_before"
+        )
+        what = f"{now['operation'].removeprefix('beside_')}, {now['shape']}, {now['dtype']}"
+        times = [f"{row['p50_ms']:.2f}" for row in (before, now)]
+        spread = f"{now['ratio_p20']:.2f} to {now['ratio_p80']:.2f}"
+        lines.append([what, f"`{now['variant']}`", *times, f"{now['ratio']:.2f}", spread])
+    columns = ["before: ms", "now: ms", "now / before", "p20 to p80"]
+    return table(["operation", "form", *columns], lines, named=2)
+
+
 def linear() -> str:
     """Milliseconds of a layer's forward and backward, on a CPU."""
     lines = []
@@ -305,6 +322,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "demo": demo,
     "host": host_time,
     "linear": linear,
+    "beside": beside,
     "memory": memory,
     "operations": operations,
     "errors": errors,
