@@ -249,7 +249,7 @@ def test_forked_processes(tmp_path: Path) -> None:
     fusedaccum.functional.accumulate_([big], [ones])
     assert openmp.runtime() is not None
     """
-    compiler = script(tmp_path / "cc", COUNT.replace("exec", "sleep 2; exec"))
+    compiler = script(tmp_path / "cc", COUNT.replace("exec", "sleep 1; exec"))
     before = textwrap.dedent(forks) + torch_alone
     before += textwrap.dedent(
         """

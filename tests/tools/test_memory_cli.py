@@ -23,7 +23,7 @@ from fusedaccum.bench import forms, memory, shapes
 from fusedaccum.bench.memory import Request, rows, waiting
 from fusedaccum.doctor.forms import Form, Wrapper
 from fusedaccum.doctor.plan import OPTIMIZERS, Plan
-from tests.commands import exit_status, run_command
+from tests.commands import exit_status
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
@@ -220,14 +220,13 @@ def test_what_the_page_shows(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out.startswith(shown)
 
 
-def test_json_in_a_process_of_its_own(tmp_path: Path) -> None:
+def test_json_of_a_config(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     transformers = pytest.importorskip("transformers")
     config = transformers.GPT2Config(n_layer=2, n_embd=16, n_head=2, vocab_size=33, n_positions=8)
     config.save_pretrained(tmp_path)
     options = ["--model", str(tmp_path), "--dtype", "fp32", "--optimizer", "lion", "--json"]
-    done = run_command("memory", *options, "--processes", "2")
-    assert done.returncode == 0, done.stdout + done.stderr
-    report = json.loads(done.stdout)
+    assert exit_status("memory", *options, "--processes", "2") == 0
+    report = json.loads(capsys.readouterr().out)
     n = shapes.count(shapes.gpt(16, 33, 8, 2))
     assert (report["n_params"], report["processes"], report["engine"]) == (n, 2, "ddp")
     ours, amp, plain = report["rows"]
