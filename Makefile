@@ -95,7 +95,7 @@ wheel-test: $(INSTALLED)  ## build the wheel, install it elsewhere, use it there
 release-check: .venv/.release  ## sdist and wheel in dist/, as a release uploads them, and checked
 	@set -e; tmp=$$(mktemp -d); trap 'rm -rf "$$tmp"' EXIT; set -x; \
 	git archive HEAD | tar -x -C "$$tmp"; rm -rf dist; \
-	test -z '$(ADDRESS)' || $(PY) .github/address.py '$(ADDRESS)' "$$tmp"; \
+	test -z '$(ADDRESS)' || $(PY) docs/address.py '$(ADDRESS)' "$$tmp"; \
 	$(PY) -m build --no-isolation --outdir dist "$$tmp"
 	$(PY) -m twine check --strict dist/*
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import posixpath
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -60,23 +61,31 @@ def as_page(path: str) -> str:
     return f"# {path}\n\n````python\n{text}````\n"
 
 
+def turned(text: str, turn: Callable[[str], str]) -> str:
+    """A page's text with `turn` of each link and picture, those inside code left as they are."""
+
+    def turn_all(piece: str) -> str:
+        return LINK.sub(lambda match: f"{match[1]}{turn(match[2])}{match[3]}", piece)
+
+    parts, end = [], 0
+    for code in CODE.finditer(text):
+        parts += [turn_all(text[end : code.start()]), code[0]]
+        end = code.end()
+    return "".join([*parts, turn_all(text[end:])])
+
+
 def moved(text: str, source: str) -> str:
     """A page's text with its links turned to where their targets lie on the site."""
     here = posixpath.dirname(place(source))
 
-    def turn(match: re.Match[str]) -> str:
-        path = target(source, match[2])
+    def turn(link: str) -> str:
+        path = target(source, link)
         if path is None or not (ROOT / path).is_file():
-            return match[0]
-        fragment = urlsplit(match[2]).fragment
-        new = posixpath.relpath(place(path), here or ".")
-        return f"{match[1]}{new}{'#' * bool(fragment)}{fragment}{match[3]}"
+            return link
+        fragment = urlsplit(link).fragment
+        return f"{posixpath.relpath(place(path), here or '.')}{'#' * bool(fragment)}{fragment}"
 
-    parts, end = [], 0
-    for code in CODE.finditer(text):
-        parts += [LINK.sub(turn, text[end : code.start()]), code[0]]
-        end = code.end()
-    return "".join([*parts, LINK.sub(turn, text[end:])])
+    return turned(text, turn)
 
 
 # --- what mkdocs calls ---

@@ -61,7 +61,17 @@ def copy(tmp_path: Path) -> Path:
 
 
 def write_address(address: str, folder: Path) -> None:
-    runpy.run_path(str(ROOT / ".github" / "address.py"))["main"](address, str(folder))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ROOT / "docs"))
+        runpy.run_path(str(ROOT / "docs" / "address.py"))["main"](address, str(folder))
+
+
+def test_code_of_a_page_keeps_what_looks_like_a_link(copy: Path) -> None:
+    code = "`rows[0](index)`\n\n```python\ncalls[name](row)\n```\n"
+    with (copy / "README.md").open("a") as page:
+        page.write(code)
+    write_address(ADDRESS, copy)
+    assert (copy / "README.md").read_text().endswith(code)
 
 
 @pytest.mark.parametrize("ending", ["", "/", ".git"])
@@ -107,4 +117,4 @@ def test_the_workflow_gives_the_address() -> None:
     assert 'ADDRESS="$GITHUB_SERVER_URL/$GITHUB_REPOSITORY"' in read(
         ".github/workflows/release.yml"
     )
-    assert ".github/address.py '$(ADDRESS)'" in read("Makefile")
+    assert "docs/address.py '$(ADDRESS)'" in read("Makefile")

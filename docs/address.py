@@ -1,4 +1,4 @@
-"""`python .github/address.py ADDRESS FOLDER`: write a repository's address into what is released.
+"""`python docs/address.py ADDRESS FOLDER`: write a repository's address into what is released.
 
 The project's files name no address, so that any copy of the repository is whole. PyPI needs it: it
 shows README.md, where a relative picture or link leads nowhere, and the links of `[project.urls]`.
@@ -14,7 +14,9 @@ import re
 import sys
 from pathlib import Path
 
-LINK = re.compile(r"(?P<picture>!?)(?P<text>\[[^\]]*\])\((?P<target>[^)#]*)(?P<anchor>#[^)]*)?\)")
+from site_hooks import target, turned
+
+PICTURES = (".png", ".svg")
 
 
 def urls(address: str, tag: str) -> dict[str, str]:
@@ -31,16 +33,15 @@ def urls(address: str, tag: str) -> dict[str, str]:
 def absolute(text: str, address: str, tag: str, folder: Path) -> str:
     """Markdown of FOLDER's top level with absolute links, and pictures as files."""
 
-    def turned(link: re.Match[str]) -> str:
-        target, anchor = link["target"], link["anchor"] or ""
-        if "://" in target or not target:
-            return link[0]
-        if not (folder / target).exists():
-            raise SystemExit(f"README.md links to {target}, and there is no such file")
-        kind = "raw" if link["picture"] else "blob"
-        return f"{link['picture']}{link['text']}({address}/{kind}/{tag}/{target}{anchor})"
+    def turn(link: str) -> str:
+        path = target("README.md", link)
+        if path is None:
+            return link
+        if not (folder / path).exists():
+            raise SystemExit(f"README.md links to {path}, and there is no such file")
+        return f"{address}/{'raw' if path.endswith(PICTURES) else 'blob'}/{tag}/{link}"
 
-    return LINK.sub(turned, text)
+    return turned(text, turn)
 
 
 def main(address: str, where: str) -> None:
