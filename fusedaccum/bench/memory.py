@@ -139,7 +139,7 @@ def _row(
 def waiting(request: Request) -> int:
     """The most bytes of fresh gradients at a time, where they arrive from the last to the first.
 
-    They wait to be added together, as in `Collector.arrive`; one more is being made.
+    They wait to be added together, as in `Collector.make_room`; one more is being made.
     """
     size = request.dtype.itemsize
     bucket = request.bucket or BUCKET_MIB[request.device_type] << 20

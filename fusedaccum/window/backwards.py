@@ -15,6 +15,8 @@ from . import compiling
 
 # Reentrant backwards that run inside each other on one thread; torch takes a new thread beyond.
 MAX_NESTED = 50
+# The number of the backward that is running in this thread: its graph task.
+current_task = torch._C._current_graph_task_id
 
 
 class Backwards:

@@ -19,7 +19,7 @@ from torch.autograd import Variable
 
 from ..backends import Backend
 from .adding import Adder
-from .backwards import Backwards, refuse_kind
+from .backwards import Backwards, current_task, refuse_kind
 from .by_hand import ByHand
 from .deal import Deal
 from .grad_scaler import Scaling
@@ -30,8 +30,6 @@ from .sums import Sums
 from .trouble import BACKWARD_RAISED, PART, Trouble
 from .watch import Serve, Watch, may_reduce
 from .weights import Window
-
-_task = torch._C._current_graph_task_id
 
 
 class Collector:
@@ -116,21 +114,14 @@ class Collector:
 
     # --- the backward ---
 
-    def arrive(self, slot: Slot, is_due: bool) -> None:  # see `hooks.Owner`
-        waiting, shown = self._waiting, slot.param.grad
-        is_usual = shown is slot.grad and shown is not None and not slot.pending
-        if not is_usual or _task() not in self.backwards.threads:
-            self.make_ready(slot)
-        slot.param.grad = None
-        if waiting.nbytes + slot.nbytes > waiting.limit and waiting.slots:
+    def make_room(self, slot: Slot) -> None:  # see `hooks.Owner`
+        self.make_ready(slot)
+        if self._waiting.nbytes + slot.nbytes > self._waiting.limit:
             self.flush()
-        slot.pending, slot.is_due = True, is_due
-        waiting.slots.append(slot)
-        waiting.nbytes += slot.nbytes
 
     def make_ready(self, slot: Slot) -> None:
         """A gradient comes in this backward: have the accumulator hold what counts of before."""
-        if (task := _task()) not in self.backwards.threads:
+        if (task := current_task()) not in self.backwards.threads:
             self._begin(task)
         grad = slot.param.grad
         if slot.pending:
@@ -142,7 +133,7 @@ class Collector:
 
     def arrive_together(self, slots: Sequence[Slot]) -> None:
         """An engine is about to assign `param.grad` of all or some of these, at once."""
-        if (task := _task()) not in self.backwards.threads:
+        if (task := current_task()) not in self.backwards.threads:
             self._begin(task)
         waiting = self._waiting
         n_bytes = waiting.nbytes + sum(s.nbytes for s in slots)
@@ -151,7 +142,8 @@ class Collector:
         limit, waiting.limit = waiting.limit, math.inf  # nothing is there yet that could be added
         try:
             for slot in slots:
-                self.arrive(slot, False)
+                self.make_room(slot)
+                waiting.put(slot, False)
         finally:
             waiting.limit = limit
 

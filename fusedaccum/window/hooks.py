@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from . import compiling
+from .backwards import current_task
 from .buffers import Block
 from .deal import Deal
 from .engines import refuse_exchange
@@ -37,9 +38,6 @@ def is_owned(param: Tensor) -> bool:
     return _owners.get(param, lambda: None)() is not None
 
 
-_task = torch._C._current_graph_task_id
-
-
 class Waiting:
     """Parameters whose gradients autograd has brought, or is about to, and nobody has added yet.
 
@@ -57,6 +55,17 @@ class Waiting:
         self.nbytes = 0
         self.limit, self.tasks = limit, tasks
 
+    def put(self, slot: Slot, is_due: bool) -> None:
+        """A gradient of `slot` is about to be accumulated by autograd.
+
+        Args:
+            is_due: whether there is one, and not the None of a function that has none.
+        """
+        slot.param.grad = None
+        slot.pending, slot.is_due = True, is_due
+        self.slots.append(slot)
+        self.nbytes += slot.nbytes
+
     def take(self) -> list[Slot]:
         """All of them; none is waiting then."""
         taken, self.slots, self.nbytes = self.slots, [], 0
@@ -64,17 +73,15 @@ class Waiting:
 
 
 class Owner(Protocol):
-    """Who takes what arrives; held weakly."""
+    """Who adds what waits; held weakly."""
 
     @property
     def is_open(self) -> bool:
         """Whether something was accumulated that no update has used."""
 
-    def arrive(self, slot: Slot, is_due: bool) -> None:
-        """A gradient of `slot` is about to be accumulated by autograd.
-
-        `is_due`: whether there is one, and not the None of a function that has none.
-        """
+    def make_room(self, slot: Slot) -> None:
+        """A gradient of `slot` arrives, and something about that is not as usual: have the
+        accumulator hold what counts of before, and no more wait than may."""
 
 
 def params_of(groups: Sequence[dict[str, Any]]) -> list[list[Tensor]]:
@@ -115,14 +122,14 @@ class Attached:
     """Parameters with slots and hooks.
 
     Args:
-        owner: takes what arrives, but for what is as usual.
-        waiting: where the hooks put what is as usual.
+        owner: adds what waits.
+        waiting: where the hooks put what arrives.
         device: where all of them are.
         check: raises for a parameter of a dtype that cannot be served.
         deal: says which process updates a parameter.
 
     Attributes:
-        waiting, device: as given.
+        device: as given.
         slots: by parameter.
         groups: the optimizer's param groups, as they were last seen.
         queues: what `Adder` remembers of parameters that arrive together.
@@ -141,7 +148,7 @@ class Attached:
     ) -> None:
         self._owner_ref = weakref.ref(owner)
         self._stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
-        self.waiting, self.device = waiting, device
+        self._waiting, self.device = waiting, device
         self.slots = Slots()
         self.queues: dict[tuple[Slot, ...], Any] = {}
         self._known: _Known | None = None
@@ -285,9 +292,9 @@ class Attached:
         # The node holds the hook and the slot the node: a strong reference back would be a
         # cycle that Python's collector cannot see. The node itself holds the parameter.
         slot_ref, owner_ref = weakref.ref(slot), self._owner_ref
-        waiting, nbytes, is_shard = self.waiting, slot.nbytes, slot.shard is not None
+        waiting, shard = self._waiting, slot.shard
 
-        # It runs for each parameter at every micro-batch, so what is usual is done here.
+        # It runs for each parameter at every micro-batch, so what is usual is seen here.
         def prehook(grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...] | None:
             slot = slot_ref()
             if slot is None or slot.node is None:
@@ -295,24 +302,21 @@ class Attached:
             grad, before = grads[0], param.grad
             if grad is None and slot.takes_products:
                 return None  # on a GPU this may be another thread than the backward's
-            if (
+            is_usual = (
                 (before is slot.grad if before is not None else not slot.fill)
-                and _task() in waiting.tasks
+                and current_task() in waiting.tasks
                 and not slot.pending
-                and waiting.nbytes + nbytes <= waiting.limit
-            ):
-                param.grad = None
-                slot.pending, slot.is_due = True, grad is not None
-                waiting.slots.append(slot)
-                waiting.nbytes += nbytes
-            else:
+                and waiting.nbytes + slot.nbytes <= waiting.limit
+            )
+            if not is_usual:
                 owner = owner_ref()
                 if owner is None:
                     return None
-                owner.arrive(slot, grad is not None)
+                owner.make_room(slot)
+            waiting.put(slot, grad is not None)
             # Here, where every process is at the same place of the same graph.
-            if is_shard and slot.shard is not None and grad is not None:
-                return (slot.shard.placed(grad),)
+            if shard is not None and grad is not None:
+                return (shard.placed(grad),)
             return None
 
         slot.hook = slot.node.register_prehook(prehook)

@@ -1,7 +1,7 @@
 """Gradients of matrices that never exist: a product goes from the GEMM into the accumulator.
 
 The backward of a layer calls `take` where it would return a gradient. What is done for a gradient
-that arrives (`Collector.arrive`) is done there at once, and autograd gets a None.
+that arrives (`Collector.make_ready`) is done there at once, and autograd gets a None.
 """
 
 from __future__ import annotations

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from functools import cache
-from operator import attrgetter
 
 import torch
 from torch import Tensor
@@ -16,8 +15,6 @@ from ..operations import Add, Step, SumOfSquares
 from ..tables import LaunchTable, Tables
 from . import libraries, openmp, source
 from .compiler import CompilerMissing
-
-_dtype = attrgetter("dtype")
 
 
 @cache
@@ -57,7 +54,7 @@ class Loops:
 
     def serve(self, tensors: Sequence[Tensor]) -> bool:
         """Whether there are loops for the dtypes of all `tensors`: all of a request or nothing."""
-        return all(map(reduce_library, set(map(_dtype, tensors))))
+        return all(reduce_library(dtype) for dtype in {t.dtype for t in tensors})
 
     def serve_add(self, request: Add) -> bool:
         """Whether there are loops for an accumulation."""
