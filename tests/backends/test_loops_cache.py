@@ -198,7 +198,9 @@ def test_an_entry_that_is_cut_while_it_is_in_use(tmp_path: Path) -> None:
 
 
 def test_processes_that_build_at_the_same_time(tmp_path: Path) -> None:
-    compiler = script(tmp_path / "cc", COUNT.replace("exec", "sleep 1; exec"))
+    """A compiler that was called once waits until another process has called it too."""
+    wait = 'while [ "$(wc -l < "$0.count")" -lt 2 ]; do sleep 0.1; done; exec'
+    compiler = script(tmp_path / "cc", VERSION + COUNT.replace("exec", wait))
     environment = {"FUSEDACCUM_CC": compiler, "XDG_CACHE_HOME": str(tmp_path / "cache")}
     for printed in run_all(3, "", "", **environment):
         assert good(printed)
