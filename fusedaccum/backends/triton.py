@@ -16,6 +16,7 @@ from ..kernels.layout import CHUNK
 from ..kernels.norm import finalize_kernel, sum_of_squares_kernel
 from ..kernels.step import step_kernel
 from ..rules.rule import Family
+from .launcher import Launcher
 from .operations import Add, Finalize, Step, SumOfSquares
 from .tables import Tables
 
@@ -54,7 +55,7 @@ class TritonBackend:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._tables = Tables(device)
+        self._tables, self._launcher = Tables(device), Launcher()
         self._nothing = torch.zeros(1, dtype=torch.float32, device=device)
 
     def _on_device(self) -> AbstractContextManager[Any]:
@@ -68,11 +69,16 @@ class TritonBackend:
         sums, control = request.sums, request.control
         with self._on_device():
             for table in self._tables.of_add(request):
-                accumulate_kernel[(table.n_chunks,)](
+                tensors = (
                     table.rows,
                     table.chunks,
                     self._nothing if sums is None else sums,
                     self._nothing if control is None else control,
+                )
+                self._launcher.launch(
+                    accumulate_kernel,
+                    table.n_chunks,
+                    tensors,
                     float(request.scale),
                     GRAD_DTYPE=_TRITON_DTYPES[table.dtype],
                     IS_FIRST=request.stores,
@@ -88,10 +94,10 @@ class TritonBackend:
         """See `Backend.sum_of_squares`."""
         with self._on_device():
             for table in self._tables.of_sums(request):
-                sum_of_squares_kernel[(table.n_chunks,)](
-                    table.rows,
-                    table.chunks,
-                    request.sums,
+                self._launcher.launch(
+                    sum_of_squares_kernel,
+                    table.n_chunks,
+                    (table.rows, table.chunks, request.sums),
                     DTYPE=_TRITON_DTYPES[table.dtype],
                     VECTOR=LONE_VECTOR if table.is_aligned else 0,
                     CHUNK=CHUNK,
@@ -155,11 +161,10 @@ class TritonBackend:
         rule, scalars = request.rule, request.scalars
         with self._on_device():
             for table in self._tables.of_step(request):
-                step_kernel[(table.n_chunks,)](
-                    table.rows,
-                    table.chunks,
-                    scalars.scalars,
-                    scalars.skip,
+                self._launcher.launch(
+                    step_kernel,
+                    table.n_chunks,
+                    (table.rows, table.chunks, scalars.scalars, scalars.skip),
                     RULE=_kernel_function(rule.family, rule.name),
                     N_STATES=len(rule.states),
                     N_SCALARS=rule.family.n_scalars,
