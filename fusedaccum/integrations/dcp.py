@@ -14,7 +14,6 @@ from .entries import OURS
 from .frameworks import is_asked_for_keys
 
 
-@torch.no_grad()
 def only_initialises(updater: Updater) -> bool:
     """Whether this step() is made for the sake of states alone; then they are there, and no more.
 
@@ -23,9 +22,17 @@ def only_initialises(updater: Updater) -> bool:
     must not count as one. It does so only where no parameter had a gradient: what had arrived in
     the open micro-batch was taken away before. Its zero_grad(), which follows, discards the window.
     """
+    optimizer = updater.optimizer
+    if optimizer.state or any(group.get("lr", 0.0) != 0.0 for group in optimizer.param_groups):
+        return False  # nearly always, and asked at every micro-batch
+    return _initialises(updater)
+
+
+@torch.no_grad()
+def _initialises(updater: Updater) -> bool:
     optimizer, collector = updater.optimizer, updater.collector
     slots, groups = collector.slots.values(), optimizer.param_groups
-    if optimizer.state or not slots or any(group.get("lr", 0.0) != 0.0 for group in groups):
+    if not slots:
         return False
     for slot in slots:
         grad = slot.param.grad
