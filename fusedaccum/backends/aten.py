@@ -8,9 +8,10 @@ free on a CPU, one wait per update on another device.
 from __future__ import annotations
 
 import math
-from functools import lru_cache
+from itertools import repeat
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -76,30 +77,34 @@ class TorchBackend:
         correction = coef = float(request.correction.product())
         skip = False
         if request.sums is not None:
-            total = float(request.sums.cpu().double().sum())
+            total = float(request.sums.sum(dtype=torch.float64))
             norm = correction * math.sqrt(total) if total == total else math.nan
             coef *= reference.clip_coefficient(norm, request.max_norm)
             skip = request.skip_nonfinite and not math.isfinite(norm)
             scalars.norm.fill_(norm)
         scalars.skip.fill_(skip)
-        scalars.skipped += skip
         if skip:
+            scalars.skipped += 1
             return
-        rule_scalars = lru_cache(_torch_function(family, f"{family.name}_scalars"))
-        hyper = [tuple(float(value) for value in row) for row in request.hyper]
-        steps = scalars.steps.tolist()
-        rows = scalars.scalars.tolist()
-        memory = scalars.memory.tolist()
-        for tensor in (tensor for step in request.steps for tensor in step.tensors):
-            row = tensor.row
-            steps[row] += 1.0
-            sign, *values = hyper[tensor.group]
-            own, memory[row] = rule_scalars(tuple(values), steps[row], tuple(memory[row]))
-            rows[row] = [coef * sign, steps[row], *own]
-        scalars.steps.copy_(_fp32(steps))
-        scalars.scalars.copy_(_fp32(rows))
-        if family.memory:
-            scalars.memory.copy_(_fp32(memory))
+        rows, groups = request.rows_and_groups().T
+        counts = (scalars.steps.cpu().numpy()[rows].astype(np.float64) + 1.0).tolist()
+        numbers = scalars.memory.cpu().numpy()[rows].tolist() if family.memory else repeat(())
+        # Once for all tensors of a group that have come as far: nearly always all of them.
+        kinds: dict[tuple[int, float, tuple[float, ...]], int] = {}
+        alike = zip(groups.tolist(), counts, map(tuple, numbers), strict=False)
+        of_each = [kinds.setdefault(kind, len(kinds)) for kind in alike]
+        rule_scalars = _torch_function(family, f"{family.name}_scalars")
+        found, kept = [], []
+        for group, count, before in kinds:
+            sign, *values = map(float, request.hyper[group])
+            own, after = rule_scalars(tuple(values), count, before)
+            found.append((coef * sign, count, *own))
+            kept.append(after)
+        with np.errstate(over="ignore"):  # what fp32 cannot hold is Inf
+            _write(scalars.steps, rows, counts)
+            _write(scalars.scalars, rows, np.array(found)[of_each])
+            if family.memory:
+                _write(scalars.memory, rows, np.array(kept)[of_each])
 
     def step(self, request: Step) -> None:
         """See `Backend.step`."""
@@ -138,6 +143,14 @@ class TorchBackend:
 def _fp32(numbers: Any) -> Tensor:
     """Numbers as a tensor of the host, whatever torch's default dtype and device are."""
     return torch.tensor(numbers, dtype=torch.float32, device="cpu")
+
+
+def _write(tensor: Tensor, rows: Any, numbers: Any) -> None:
+    """Numbers into some rows of a tensor on any device."""
+    host = tensor.cpu()  # the tensor itself on a CPU
+    host.numpy()[rows] = numbers
+    if host is not tensor:
+        tensor.copy_(host)
 
 
 def _flat(tensor: Tensor) -> Tensor:

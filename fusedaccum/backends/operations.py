@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -172,6 +174,14 @@ class Finalize:
     def scalars(self) -> UpdateScalars:
         """What is written."""
         return self.steps[0].scalars
+
+    def rows_and_groups(self) -> npt.NDArray[np.int32]:
+        """[n_tensors, 2], of every tensor of the steps; kept by the launch."""
+        if self.launch.table is None:
+            pairs = [(t.row, t.group) for step in self.steps for t in step.tensors]
+            self.launch.table = np.array(pairs, np.int32).reshape(-1, 2)
+        found: npt.NDArray[np.int32] = self.launch.table
+        return found
 
 
 class Backend(Protocol):

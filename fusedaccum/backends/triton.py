@@ -108,12 +108,8 @@ class TritonBackend:
     def finalize(self, request: Finalize) -> None:
         """See `Backend.finalize`."""
         family, scalars, sums = request.family, request.scalars, request.sums
-        launch = request.launch
-        if launch.table is None:
-            pairs = [(t.row, t.group) for step in request.steps for t in step.tensors]
-            launch.table = np.array(pairs, np.int32)
         with self._on_device():
-            tensors = scalars.tensors.set(launch.table)
+            tensors = scalars.tensors.set(request.rows_and_groups())
             finalize_kernel[(1,)](
                 self._nothing if sums is None else sums,
                 tensors,
