@@ -322,7 +322,7 @@ class Core:
             if has_run:
                 self.collector.adopt_assigned()
             self.collector.reduction.complete(closes)
-            has_gradient = bool(self.collector.slots.filled())
+            has_gradient = self.collector.slots.is_any_filled
             skip, is_scaled = self.options.skip_nonfinite, self.scaling.takes_part
             apply = self.updater.prepare(max_norm, skip, is_scaled)
             with self.collector.trouble.unless_done("an update", PARTLY_UPDATED):

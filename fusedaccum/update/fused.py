@@ -59,6 +59,7 @@ class _Prepared:
         self._kept = list(map(_tensor, self._masters))
         self._counts = list(map(_step, self._own))
         self._entries = [states[param] for param in self.params]
+        self._known = list(states), list(states.values())
         # By name: all of that name, each with where it is shown.
         self._shown: dict[str, tuple[list[Any], list[Tensor]]] = {}
         for entry, own in zip(self._entries, self._own, strict=True):
@@ -85,7 +86,10 @@ class _Prepared:
             and list(map(_keep, self._masters)) == self._keeps
             and all(map(is_, map(_tensor, self._masters), self._kept))
             and all(map(is_, map(_step, self._own), self._counts))
-            and all(map(is_, map(states.get, self.params), self._entries))
+            and len(states) == len(self._known[0])
+            # In their order, which needs no hash of a tensor: that is Python code.
+            and all(map(is_, states, self._known[0]))
+            and all(map(is_, states.values(), self._known[1]))
         ):
             return False
         try:

@@ -87,7 +87,7 @@ class Updater:
         Returns:
             What applies it. Until that is called, all of this may be given up and done again.
         """
-        if not self.collector.slots.filled():
+        if not self.collector.slots.is_any_filled:
             return lambda correction: None  # torch's step() without a gradient does nothing either
         self.states.forget_provisional()
         self.refuse_stochastic()

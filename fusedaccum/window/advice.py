@@ -60,7 +60,7 @@ class Advice:
 
     def _uses_old(self, collector: Collector) -> bool:
         """Whether a loop that owns its window updates once more with the gradients of before."""
-        return collector.window.steps is None and bool(collector.slots.filled())
+        return collector.window.steps is None and collector.slots.is_any_filled
 
     def _warn(self, key: str, text: str) -> None:
         if key not in self._given:

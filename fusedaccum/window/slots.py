@@ -203,6 +203,7 @@ class Slot:
 
 
 _fill, _grad, _dtype = attrgetter("fill"), attrgetter("grad"), attrgetter("dtype")
+_version, _sums_version = attrgetter("grad._version"), attrgetter("sums_version")
 
 
 class Slots(dict[Tensor, Slot]):
@@ -215,6 +216,11 @@ class Slots(dict[Tensor, Slot]):
     def filled(self) -> list[Slot]:
         """Those that the open window holds a gradient for."""
         return [slot for slot in self.values() if slot.fill]
+
+    @property
+    def is_any_filled(self) -> bool:
+        """Whether the open window holds a gradient for any parameter."""
+        return any(map(_fill, self.values()))
 
     @property
     def are_all_filled(self) -> bool:
@@ -236,6 +242,14 @@ class Slots(dict[Tensor, Slot]):
         try:
             return set(map(_dtype, map(_grad, self.values()))) == {torch.float32}
         except AttributeError:  # a None
+            return False
+
+    @property
+    def have_sums(self) -> bool:
+        """Whether the partial sums of every parameter are those of what it has accumulated now."""
+        try:
+            return list(map(_version, self.values())) == list(map(_sums_version, self.values()))
+        except AttributeError:  # no accumulator yet
             return False
 
     def memory(self) -> Any:

@@ -43,19 +43,21 @@ class Sums:
         Args:
             unsure: whether accumulators may have changed unseen.
         """
-        slots, cells = self._attached.slots.values(), self.cells()
-        stale = [
-            s
-            for s in slots
-            if s.fill and (unsure or s.grad is None or s.sums_version != s.grad._version)
-        ]
+        attached, cells = self._attached.slots, self.cells()
+        slots, stale = attached.values(), []
+        if unsure or not attached.have_sums:
+            stale = [
+                s
+                for s in slots
+                if s.fill and (unsure or s.grad is None or s.sums_version != s.grad._version)
+            ]
         if stale:
             accs, own_cells = [s.acc for s in stale], [s.cell for s in stale]
             self._backend.sum_of_squares(SumOfSquares(accs, cells, own_cells))
             for slot in stale:
                 assert slot.grad is not None
                 slot.sums_version, slot.has_sums = slot.grad._version, True
-        if self._attached.slots.are_all_filled:
+        if attached.are_all_filled:
             return cells
         for slot in slots:
             if slot.has_sums and not slot.fill:
