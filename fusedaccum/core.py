@@ -180,7 +180,7 @@ class Core:
             self._reattach()
         self._follow_exchange()
         self.collector.attach_groups(self.optimizer.param_groups)
-        if self.collector.attached.changed(is_thorough=False) is None:
+        if self.collector.attached.changed(layout=False) is None:
             return
         if reattach and not self.window.micro_batches:
             self._reattach()
@@ -315,7 +315,7 @@ class Core:
                 "nothing was updated. Call step() after the block; after an exception call "
                 "zero_grad()"
             )
-        self.collector.attached.refuse_changed()
+        self.collector.attached.refuse_changed(memory=False)  # `collect` has looked at that
         self.processes.refuse_alone(self.collector.reduction)
         max_norm = self.window.max_norm or self.options.max_grad_norm
         with hooks as has_run:

@@ -249,26 +249,31 @@ class Attached:
                 f"FusedAccumOptimizer, which {why}; call {first}its detach(), or delete it, first"
             )
 
-    def changed(self, is_thorough: bool = True) -> Slot | None:
+    def changed(self, *, memory: bool = True, layout: bool = True) -> Slot | None:
         """A parameter that is not what it was when it was attached, if there is one.
 
         Args:
-            is_thorough: whether to look at those too that have their memory and dtype of before.
+            memory: whether to look where they are, and at their dtypes.
+            layout: whether to look at the sizes and strides of those that are where they were.
         """
-        memory, known = self.slots.memory(), self._unchanged
-        if known and memory == known[0] and (not is_thorough or self.slots.layout() == known[1]):
+        slots, known = self.slots, self._unchanged
+        if (
+            known is not None
+            and (not memory or slots.memory() == known[0])
+            and (not layout or slots.layout() == known[1])
+        ):
             return None
-        found = next((s for s in self.slots.values() if s.difference()), None)
-        self._unchanged = (memory, self.slots.layout()) if found is None else None
+        found = next((s for s in slots.values() if s.difference()), None)
+        self._unchanged = (slots.memory(), slots.layout()) if found is None else None
         return found
 
-    def refuse_changed(self) -> None:
-        """Raise if a parameter changed.
+    def refuse_changed(self, *, memory: bool = True) -> None:
+        """Raise if a parameter changed; for `memory` see `changed`.
 
         Raises:
             RuntimeError: naming one, and the way out.
         """
-        first = self.changed()
+        first = self.changed(memory=memory)
         if first is not None:
             n = sum(1 for s in self.slots.values() if s.difference())
             raise RuntimeError(
