@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from types import MethodType
 from typing import Any
 
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.algorithms.join import JoinHook
 from torch.nn import Module
@@ -111,8 +112,22 @@ def serve(
             raise ValueError(
                 f"DistributedDataParallel (DDP) wraps parameters of this optimizer, {reason}"
             )
+    if len({_ranks(module) for module in modules}) > 1:
+        raise ValueError(
+            f"{len(modules)} DistributedDataParallel (DDP) modules have parameters of this "
+            "optimizer and average over different process groups: give the parameters of each "
+            "group an optimizer of their own, or delete a DDP module that is not used any more"
+        )
     shares = any(_others(module, parts.slots) for module in modules)
     return DdpReduction(parts, modules, settings, shares, membership)
+
+
+def _ranks(module: DistributedDataParallel) -> tuple[int, ...] | None:
+    """Of the processes over which this DDP averages; None where its group was destroyed."""
+    try:
+        return tuple(dist.get_process_group_ranks(module.process_group))
+    except KeyError:
+        return None
 
 
 def _named(module: DistributedDataParallel) -> dict[str, Tensor]:

@@ -373,9 +373,9 @@ class Collector:
             zeroes: gradients that are shown become zeros, which the next update uses, as torch's
                 `zero_grad(set_to_none=False)` has it.
         """
+        self.engines.forget(is_sure=not self.backwards.is_any_open)
         self.trouble.note("zero_grad() was interrupted")
         self._waiting.take()
-        self.engines.forget()
         self.slots.empty()
         for slot in self.slots.values():
             if zeroes and slot.param.grad is not None:

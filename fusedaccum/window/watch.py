@@ -91,9 +91,14 @@ class Watch:
         self._kept: list[tuple[Owned, int]] = []
         self._n_ending = 0  # backwards whose gradients are all here and that have not returned
 
-    def forget(self) -> None:
-        """The window is discarded."""
+    def forget(self, is_sure: bool) -> None:
+        """The window is discarded.
+
+        Args:
+            is_sure: whether no backward raised in it: an engine that nobody has seen may have.
+        """
         self._n_ending = 0
+        self._looked = self._looked and is_sure
 
     def meet(self) -> None:
         """Go with what is there as the optimizer is made, or a parameter joins.
