@@ -23,6 +23,10 @@ from ..window.reducing import Parts, Reducing
 from .joining import DdpHook, Membership
 from .reduction import Reduction
 
+_HOOK = (
+    "a communication hook, which does not run: gradients are averaged in float32 here. Make DDP "
+    "without one"
+)
 _ONE = (
     "Use one of each; or leave Join, and let that process call flush(), which may close a window "
     "early, also an empty one"
@@ -80,6 +84,7 @@ class DdpReduction(Reduction):
             is_joint=is_joint,
             settings=settings,
         )
+        self._alive = alive
         self._token = token = object()
         for module in modules:
             _rest(module)
@@ -90,6 +95,13 @@ class DdpReduction(Reduction):
 
     def is_instead_of(self, modules: Sequence[Module]) -> bool:
         return all(self._token in _served.get(module, ()) for module in modules)
+
+    def watch_hooks(self) -> None:
+        if any(module._comm_hooks for module in self._alive()):
+            self._trouble.note(
+                "DistributedDataParallel (DDP) of parameters of this optimizer was given "
+                f"{_HOOK}. Nothing was updated"
+            )
 
     def detach(self) -> None:
         super().detach()
@@ -165,10 +177,7 @@ def _refusal(module: DistributedDataParallel, parts: Parts) -> str | None:
             "torch.autocast, or a model in bfloat16, whose masters are kept here"
         )
     if module._comm_hooks:
-        return (
-            "with a communication hook, which would not run any more: gradients are averaged in "
-            "float32 here. Do not register one"
-        )
+        return f"with {_HOOK}"
     if module._join_config.enable and module not in _resting:
         return (
             "and met it inside Join (DDP knows no end of a Join block): make the "

@@ -32,7 +32,11 @@ class Listener(NamedTuple):
 
 
 class _Hooks:
-    """Of one group of parameters that FSDP2 reduces at once."""
+    """Of one group of parameters that FSDP2 reduces at once.
+
+    Attributes:
+        n_replaced: how often somebody has set others in their place.
+    """
 
     def __init__(self, group: Any) -> None:
         self._group = weakref.ref(group)
@@ -40,11 +44,25 @@ class _Hooks:
         self._is_scaled = False
         self._hook, self._scatter = group._all_reduce_hook, group._reduce_scatter_comm
         group._all_reduce_hook, group._reduce_scatter_comm = self._reduced, self
+        self.n_replaced = 0
+
+    def take_back(self) -> None:
+        """Where somebody has set others since, in the place of ours: have ours call those."""
+        group = self._group()
+        if group is None:
+            return
+        if group._all_reduce_hook != self._reduced:
+            self._hook, group._all_reduce_hook = group._all_reduce_hook, self._reduced
+            self.n_replaced += 1
+        if group._reduce_scatter_comm is not self:
+            self._scatter, group._reduce_scatter_comm = group._reduce_scatter_comm, self
+            self.n_replaced += 1
 
     def add(self, listener: Listener) -> None:
         self._listeners.append(listener)
 
     def remove(self, listener: Listener) -> None:
+        self.take_back()
         self._listeners.remove(listener)
         group = self._group()
         if not self._listeners and group is not None:
@@ -100,9 +118,23 @@ class Reductions:
                 _hooks[group] = _Hooks(group)
             _hooks[group].add(listener)
             self._groups.append(weakref.ref(group))
+        self._n_replaced = 0
+        self.take_back()
 
     def _alive(self) -> Iterator[Any]:
         return (group for ref in self._groups if (group := ref()) is not None)
+
+    def take_back(self) -> bool:
+        """Have the hooks of all in their place again.
+
+        Returns:
+            Whether somebody had set others since this was last asked.
+        """
+        before, self._n_replaced = self._n_replaced, 0
+        for group in self._alive():
+            _hooks[group].take_back()
+            self._n_replaced += _hooks[group].n_replaced
+        return self._n_replaced != before
 
     def stop(self) -> None:
         for group in self._alive():

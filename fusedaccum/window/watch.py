@@ -143,6 +143,15 @@ class Watch:
         if is_distributed() and (not self._looked or (self._is_empty() and not self._has_shards)):
             self._look()
 
+    @property
+    def is_ending(self) -> bool:
+        """Whether the callbacks at the end of a backward are running."""
+        return self._n_ending > 0
+
+    def let_come(self, slots: Sequence[Owned]) -> None:
+        """Gradients of these come that late, and not from somebody who writes over ours."""
+        self._kept = [(slot, version) for slot, version in self._kept if slot not in slots]
+
     def note_ending(self) -> None:
         """Mark the window after a backward that raised at its end."""
         if self._n_ending:

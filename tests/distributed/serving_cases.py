@@ -206,6 +206,15 @@ def refused(what: str) -> Report:
     return report
 
 
+def late_hook() -> Report:
+    """A communication hook after the optimizer was made, which DDP would not call."""
+    model, net, opt = made("ddp", steps=1)
+    start = flat(list(model.parameters()))
+    net.register_comm_hook(None, fp16_compress_hook)
+    step = message(lambda: run(net, opt, 0, 1))
+    return {"step": step, "unchanged": torch.equal(start, flat(list(model.parameters())))}
+
+
 def different(what: str) -> Report:
     """One process has other settings or parameters. Not DDP, which looks at the shapes too."""
     second = dist.get_rank() == 1

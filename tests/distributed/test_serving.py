@@ -31,7 +31,7 @@ DIFFERENT = {
 }
 OTHERS = [
     "detached", "taken_over", "broadcast", "gone", "unfrozen", "heap_frozen", "two_wrappers:n",
-    "two_wrappers:loop", "made_late:plain", "made_late:view",
+    "two_wrappers:loop", "made_late:plain", "made_late:view", "late_hook",
 ]  # fmt: skip
 
 Results = Callable[[str], dict[str, Any]]
@@ -93,6 +93,12 @@ def test_ddp_that_cannot_be_served(two: Results, case: str) -> None:
     assert result["unchanged"]
     if case == "refused:static":  # after zero_grad()
         assert result["same"] and result["changed"]
+
+
+def test_a_communication_hook_that_comes_late(two: Results) -> None:
+    result = two("late_hook")
+    assert "was given a communication hook, which does not run" in result["step"]
+    assert result["unchanged"]
 
 
 @pytest.mark.parametrize("case", DIFFERENT)
