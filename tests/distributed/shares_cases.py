@@ -13,6 +13,7 @@ from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_optimizer_state_dict,
 )
+from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 
 from fusedaccum import FusedAccumOptimizer
@@ -206,6 +207,8 @@ def refused() -> Report:
     report["lbfgs"] = message(
         lambda: FusedAccumOptimizer(torch.optim.LBFGS(Net().parameters()), shard_states=True)
     )
+    zero = ZeroRedundancyOptimizer(Net().parameters(), torch.optim.AdamW, lr=1e-2)
+    report["zero"] = message(lambda: FusedAccumOptimizer(zero))
     full = StateDictOptions(full_state_dict=True)
     report["full"] = message(lambda: get_optimizer_state_dict(run.model, run.opt, options=full))
     other = Run("bf16", shares=False)

@@ -90,6 +90,7 @@ def test_refused(results: Groups) -> None:
     assert "are in no DistributedDataParallel module" in result["part"]
     assert "detach() with shard_states=True" in result["detach"]
     assert "cannot serve LBFGS" in result["lbfgs"]
+    assert "with shard_states=True: FusedAccumOptimizer(AdamW(...)" in result["zero"]
     assert "with the same shard_states" in result["into all"]
     assert "full_state_dict=True) saves the state dict of one process" in result["full"]
 
