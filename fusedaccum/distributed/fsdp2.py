@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 from torch import Tensor
 from torch.nn import Module
 
-from ..window.watch import fsdp2_groups, fsdp2_params
+from ..window.backwards import current_task
+from ..window.watch import fsdp2_groups, fsdp2_params, fsdp2_state
 
 
 class Listener(NamedTuple):
@@ -112,6 +113,8 @@ class Reductions:
 
     def __init__(self, modules: Iterable[Module], listener: Listener) -> None:
         self._listener = listener
+        modules = list(modules)
+        self._modules: list[weakref.ref[Any]] = list(map(weakref.ref, modules))
         self._groups: list[weakref.ref[Any]] = []
         for group in itertools.chain.from_iterable(map(fsdp2_groups, modules)):
             if group not in _hooks:
@@ -136,6 +139,21 @@ class Reductions:
             self._n_replaced += _hooks[group].n_replaced
         return self._n_replaced != before
 
+    def _broken_roots(self) -> list[Any]:
+        """The states of root modules that wait for the end of a backward, where none is running.
+
+        torch < 2.13 cannot reset them.
+        """
+        states = [fsdp2_state(module) for ref in self._modules if (module := ref())]
+        contexts = {id(state._state_ctx): state._state_ctx for state in states}.values()
+        waiting = [c for c in contexts if getattr(c, "post_backward_final_callback_queued", False)]
+        return [
+            state
+            for context in waiting
+            for state in context.all_states
+            if state._is_root and hasattr(state, "_reset_iter_state")
+        ]
+
     def stop(self) -> None:
         for group in self._alive():
             _hooks[group].remove(self._listener)
@@ -156,7 +174,14 @@ class Reductions:
         return self.keeps_whole or any(g._partial_reduce_output is not None for g in self._alive())
 
     def drop(self) -> None:
-        """Forget the gradients that are kept back."""
+        """Forget the gradients that are kept back, and have FSDP2 forget a backward that raised.
+
+        It would reduce the first layer's gradients no more: their turn is in a callback, which it
+        believes to be queued.
+        """
+        if current_task() == -1:
+            for state in self._broken_roots():
+                state._reset_iter_state()
         for group in self._alive():
             group._partial_reduce_output = None
             for param in group.fsdp_params:

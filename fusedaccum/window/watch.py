@@ -259,9 +259,14 @@ def _served(engine: Module) -> Iterator[Tensor]:
     return chain.from_iterable(map(fsdp2_params, fsdp2_groups(engine)))
 
 
+def fsdp2_state(module: Module) -> Any:
+    """What FSDP2 knows of one of its modules."""
+    return module._get_fsdp_state()  # type: ignore[operator]
+
+
 def fsdp2_groups(module: Module) -> list[Any]:
     """What a module of FSDP2 reduces at once."""
-    state: Any = module._get_fsdp_state()  # type: ignore[operator]
+    state = fsdp2_state(module)
     groups = getattr(state, "_fsdp_param_groups", None)
     if groups is None:  # torch < 2.12
         groups = [group for group in [state._fsdp_param_group] if group is not None]

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
+from functools import partial
 from typing import Any
 
 import torch
@@ -126,6 +127,36 @@ def roots(how: str) -> Report:
                 opt.zero_grad()
         results.append(precise(opt))
     return {"off": off(*results)}
+
+
+def raises() -> Report:
+    """A backward raises half-way in every process, zero_grad() ends the window, and a run that had
+    no such backward comes to the same."""
+
+    def fail(_: Tensor) -> None:
+        raise ValueError("the test's")
+
+    def void(_: object) -> None:
+        pass
+
+    results = []
+    for has_failed in (True, False):
+        model = build()
+        opt = FusedAccumOptimizer(torch.optim.SGD(model.parameters(), lr=0.05), N)
+        train(model, opt, range(1))
+        if has_failed:
+            before = values(model)
+            layer = model.layers[1]
+            handle = layer.register_forward_hook(lambda a, x, y: void(y.register_hook(fail)))
+            failed = message(partial(train, model, opt, range(1, 2)))
+            handle.remove()
+            refused = message(opt.step)
+            opt.zero_grad()
+            unchanged = all(map(torch.equal, before, values(model)))
+        train(model, opt, range(1, 3))
+        results.append(values(model))
+    report: Report = {"backward": failed, "step": refused, "unchanged": unchanged}
+    return report | {"off": off(*results)}
 
 
 def loop_goes_on() -> Report:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from torch.distributed.fsdp import FSDPModule
 
 from tests.processes import Groups
 
@@ -34,6 +35,7 @@ CASES: dict[str, dict[int, list[str]]] = {
             "one_overflows:data", "one_overflows:shard", "hooks_of_users", "loop_goes_on",
             "by_hand", "synchronises:gradient", *(f"held_back:{how}" for how in HELD),
             "roots:plain", "roots:weighted", "late_hooks:hook", "late_hooks:scatter",
+            "raises",
         ],
         4: ["synchronises:reduce", "synchronises:reduce-weighted"],
     },
@@ -141,6 +143,16 @@ def test_a_hook_of_a_user_in_the_place_of_ours(results: Results, what: str) -> N
     assert "of FSDP2 was called after the FusedAccumOptimizer was made" in result["message"]
     assert result["unchanged"] and result["off"] == 0.0
     assert result["seen"] == (2 if what == "hook" else 0)
+
+
+@pytest.mark.skipif(
+    not hasattr(FSDPModule, "reset_iter_state"), reason="this torch cannot reset FSDP2"
+)
+def test_a_backward_that_raises_in_all_processes(results: Results) -> None:
+    """FSDP2 by itself would not reduce the first layer's gradients any more."""
+    result = results(GRADIENTS, 2, "raises")
+    assert result["backward"] == "ValueError: the test's" and "zero_grad()" in result["step"]
+    assert result["unchanged"] and result["off"] == 0.0
 
 
 @pytest.mark.parametrize("how", ["plain", "weighted"])
