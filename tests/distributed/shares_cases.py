@@ -284,6 +284,48 @@ def files(case: str) -> Report:
     return {"off": _apart(_go_on(again, is_open), _go_on(run, is_open))}
 
 
+def dealt(case: str) -> Report:
+    """A layer was "unfrozen" or "frozen" in mid-run. The file of each process is loaded by an
+    optimizer that was made after that ("late"), or in the order of the run ("again")."""
+    what, how = case.split("-")
+
+    def made() -> Run:
+        torch.manual_seed(0)
+        run = Run.__new__(Run)
+        run.model = Net()
+        run.model.b.requires_grad_(what == "frozen")
+        run.net = DistributedDataParallel(run.model)
+        inner = torch.optim.AdamW(run.model.parameters(), lr=0.01)
+        run.opt = FusedAccumOptimizer(inner, N, shard_states=True)
+        return run
+
+    def change(run: Run) -> None:
+        run.model.b.requires_grad_(what == "unfrozen")
+
+    run = made()
+    run.train(range(2))
+    change(run)
+    run.train(range(2, 4))
+    saved = run.opt.state_dict()
+    again = made()
+    again.model.load_state_dict(run.model.state_dict())
+    if how == "again":
+        if what == "unfrozen":
+            change(again)
+        again.opt.load_state_dict(saved)
+        change(again)
+    else:
+        change(again)
+        inner = torch.optim.AdamW(again.model.parameters(), lr=0.01)
+        again.opt.detach()
+        again.opt = FusedAccumOptimizer(inner, N, shard_states=True)
+        if error := message(lambda: again.opt.load_state_dict(saved)):
+            return {"is refused": "deals parameters out as they come" in error}
+    for each in (run, again):
+        each.train(range(4, 6))
+    return {"same": all(map(torch.equal, run.values(), again.values()))}
+
+
 def from_all(_: str) -> Report:
     """The state dict of a run in which every process keeps all, and of plain torch."""
     full = Run("bf16", shares=False)
