@@ -370,6 +370,8 @@ class Core:
     def load(self, state_dict: dict[str, Any]) -> None:
         """See `FusedAccumOptimizer.load_state_dict`."""
         self.updater.wrapped.swap.undo()
+        if self.collector.attached.changed() is None:
+            self.collector.attach_groups(self.optimizer.param_groups)  # what was unfrozen since
         checkpoint.check(state_dict, self.updater)
         self._loading = state_dict
         self.collector.discard()

@@ -240,7 +240,8 @@ class FusedAccumOptimizer(SharingOptimizer):
     def flush(self) -> None:
         """Update now with a partial window, divided by what really arrived. No window: no effect.
 
-        With more than one process all have to call it, also one without a micro-batch.
+        With more than one process all have to call it, also one without a micro-batch, and as often
+        as the others have windows left (docs/distributed.md).
 
         Raises:
             RuntimeError: as `step()` does, and where the loop owns the window: `step()` it is then.

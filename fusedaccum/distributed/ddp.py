@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from types import MethodType
 from typing import Any
 
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.algorithms.join import JoinHook
 from torch.nn import Module
@@ -22,6 +23,10 @@ from ..window.reducing import Parts, Reducing
 from .joining import DdpHook, Membership
 from .reduction import Reduction
 
+_HOOK = (
+    "a communication hook, which does not run: gradients are averaged in float32 here. Make DDP "
+    "without one"
+)
 _ONE = (
     "Use one of each; or leave Join, and let that process call flush(), which may close a window "
     "early, also an empty one"
@@ -79,6 +84,7 @@ class DdpReduction(Reduction):
             is_joint=is_joint,
             settings=settings,
         )
+        self._alive = alive
         self._token = token = object()
         for module in modules:
             _rest(module)
@@ -89,6 +95,13 @@ class DdpReduction(Reduction):
 
     def is_instead_of(self, modules: Sequence[Module]) -> bool:
         return all(self._token in _served.get(module, ()) for module in modules)
+
+    def watch_hooks(self) -> None:
+        if any(module._comm_hooks for module in self._alive()):
+            self._trouble.note(
+                "DistributedDataParallel (DDP) of parameters of this optimizer was given "
+                f"{_HOOK}. Nothing was updated"
+            )
 
     def detach(self) -> None:
         super().detach()
@@ -111,8 +124,22 @@ def serve(
             raise ValueError(
                 f"DistributedDataParallel (DDP) wraps parameters of this optimizer, {reason}"
             )
+    if len({_ranks(module) for module in modules}) > 1:
+        raise ValueError(
+            f"{len(modules)} DistributedDataParallel (DDP) modules have parameters of this "
+            "optimizer and average over different process groups: give the parameters of each "
+            "group an optimizer of their own, or delete a DDP module that is not used any more"
+        )
     shares = any(_others(module, parts.slots) for module in modules)
     return DdpReduction(parts, modules, settings, shares, membership)
+
+
+def _ranks(module: DistributedDataParallel) -> tuple[int, ...] | None:
+    """Of the processes over which this DDP averages; None where its group was destroyed."""
+    try:
+        return tuple(dist.get_process_group_ranks(module.process_group))
+    except KeyError:
+        return None
 
 
 def _named(module: DistributedDataParallel) -> dict[str, Tensor]:
@@ -150,10 +177,7 @@ def _refusal(module: DistributedDataParallel, parts: Parts) -> str | None:
             "torch.autocast, or a model in bfloat16, whose masters are kept here"
         )
     if module._comm_hooks:
-        return (
-            "with a communication hook, which would not run any more: gradients are averaged in "
-            "float32 here. Do not register one"
-        )
+        return f"with {_HOOK}"
     if module._join_config.enable and module not in _resting:
         return (
             "and met it inside Join (DDP knows no end of a Join block): make the "

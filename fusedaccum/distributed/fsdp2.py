@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 from torch import Tensor
 from torch.nn import Module
 
-from ..window.watch import fsdp2_groups, fsdp2_params
+from ..window.backwards import current_task
+from ..window.watch import fsdp2_groups, fsdp2_params, fsdp2_state
 
 
 class Listener(NamedTuple):
@@ -32,7 +33,11 @@ class Listener(NamedTuple):
 
 
 class _Hooks:
-    """Of one group of parameters that FSDP2 reduces at once."""
+    """Of one group of parameters that FSDP2 reduces at once.
+
+    Attributes:
+        n_replaced: how often somebody has set others in their place.
+    """
 
     def __init__(self, group: Any) -> None:
         self._group = weakref.ref(group)
@@ -40,11 +45,25 @@ class _Hooks:
         self._is_scaled = False
         self._hook, self._scatter = group._all_reduce_hook, group._reduce_scatter_comm
         group._all_reduce_hook, group._reduce_scatter_comm = self._reduced, self
+        self.n_replaced = 0
+
+    def take_back(self) -> None:
+        """Where somebody has set others since, in the place of ours: have ours call those."""
+        group = self._group()
+        if group is None:
+            return
+        if group._all_reduce_hook != self._reduced:
+            self._hook, group._all_reduce_hook = group._all_reduce_hook, self._reduced
+            self.n_replaced += 1
+        if group._reduce_scatter_comm is not self:
+            self._scatter, group._reduce_scatter_comm = group._reduce_scatter_comm, self
+            self.n_replaced += 1
 
     def add(self, listener: Listener) -> None:
         self._listeners.append(listener)
 
     def remove(self, listener: Listener) -> None:
+        self.take_back()
         self._listeners.remove(listener)
         group = self._group()
         if not self._listeners and group is not None:
@@ -94,15 +113,46 @@ class Reductions:
 
     def __init__(self, modules: Iterable[Module], listener: Listener) -> None:
         self._listener = listener
+        modules = list(modules)
+        self._modules: list[weakref.ref[Any]] = list(map(weakref.ref, modules))
         self._groups: list[weakref.ref[Any]] = []
         for group in itertools.chain.from_iterable(map(fsdp2_groups, modules)):
             if group not in _hooks:
                 _hooks[group] = _Hooks(group)
             _hooks[group].add(listener)
             self._groups.append(weakref.ref(group))
+        self._n_replaced = 0
+        self.take_back()
 
     def _alive(self) -> Iterator[Any]:
         return (group for ref in self._groups if (group := ref()) is not None)
+
+    def take_back(self) -> bool:
+        """Have the hooks of all in their place again.
+
+        Returns:
+            Whether somebody had set others since this was last asked.
+        """
+        before, self._n_replaced = self._n_replaced, 0
+        for group in self._alive():
+            _hooks[group].take_back()
+            self._n_replaced += _hooks[group].n_replaced
+        return self._n_replaced != before
+
+    def _broken_roots(self) -> list[Any]:
+        """The states of root modules that wait for the end of a backward, where none is running.
+
+        torch < 2.13 cannot reset them.
+        """
+        states = [fsdp2_state(module) for ref in self._modules if (module := ref())]
+        contexts = {id(state._state_ctx): state._state_ctx for state in states}.values()
+        waiting = [c for c in contexts if getattr(c, "post_backward_final_callback_queued", False)]
+        return [
+            state
+            for context in waiting
+            for state in context.all_states
+            if state._is_root and hasattr(state, "_reset_iter_state")
+        ]
 
     def stop(self) -> None:
         for group in self._alive():
@@ -124,7 +174,14 @@ class Reductions:
         return self.keeps_whole or any(g._partial_reduce_output is not None for g in self._alive())
 
     def drop(self) -> None:
-        """Forget the gradients that are kept back."""
+        """Forget the gradients that are kept back, and have FSDP2 forget a backward that raised.
+
+        It would reduce the first layer's gradients no more: their turn is in a callback, which it
+        believes to be queued.
+        """
+        if current_task() == -1:
+            for state in self._broken_roots():
+                state._reset_iter_state()
         for group in self._alive():
             group._partial_reduce_output = None
             for param in group.fsdp_params:

@@ -41,6 +41,12 @@ _KEPT = (
     " or a framework's no_sync()) at the end of the window. Nothing was updated. Let the last "
     "backward() of a window reduce them"
 )
+_REPLACED = (
+    "set_all_reduce_hook() or set_custom_reduce_scatter() of FSDP2 was called after the "
+    "FusedAccumOptimizer was made, which has such a hook itself and has missed gradients without "
+    "it. Nothing was updated. From now on it calls yours; in the next run call them before the "
+    "FusedAccumOptimizer is made"
+)
 _NO_SCATTER = (
     "micro_batch(weight=...) with FSDP2 on a mesh that has one process in the dimension of its "
     "shards: what copies average cannot be weighed before. Nothing was updated. Use a mesh of one "
@@ -111,7 +117,9 @@ class Sharded(Alone):
             self._stream = torch.cuda.current_stream(flat.device)
         is_weighed = self._window.weight is not None
         if is_weighed and not is_scaled and any(_world(slot) > 1 for slot in slots):
-            self._fail(_NO_SCATTER)
+            self.watch_hooks()
+            if self._trouble.reason is None:
+                self._fail(_NO_SCATTER)
         for slot in slots:
             if flat.dtype is torch.float32 and slot.dtype is not torch.float32:
                 self._flats[slot] = flat
@@ -154,6 +162,10 @@ class Sharded(Alone):
 
     def changed(self) -> None:
         self.is_average = False
+
+    def watch_hooks(self) -> None:
+        if self._reductions.take_back():
+            self._trouble.note(_REPLACED)
 
     def keeps_back(self) -> bool:
         return self._reductions.keeps
@@ -205,6 +217,7 @@ class Sharded(Alone):
         self._flats.clear()
         self._weighed.clear()
         self._reductions.drop()
+        self._reductions.take_back()
 
     def detach(self) -> None:
         self._window.is_shared = False

@@ -206,6 +206,8 @@ def check(state_dict: StateDict, updater: Updater) -> None:
             f"{place()[0]} of {place()[1]}. Load a file per rank in as many ranks, with the same "
             "shard_states, or use torch.distributed.checkpoint, which deals shards out anew"
         )
+    if KEY in state_dict and is_part:
+        _refuse_other_deal(state_dict, dict(zip(ids, params, strict=True)), updater.collector)
     has_weights = bool(extra["window"].get("is_explicit"))
     if is_open and (rank, world) not in places(updater.collector, has_weights):
         own, of_all = place()
@@ -247,6 +249,29 @@ def _fp32_stand_ins(updater: Updater) -> dict[Tensor, Tensor]:
         for s in updater.collector.slots.values()
         if s.dtype != torch.float32 and (is_fused or updater.masters[s].is_kept)
     }
+
+
+def _refuse_other_deal(
+    state_dict: StateDict, params: Mapping[Any, Tensor], collector: Collector
+) -> None:
+    """Raise where the file of this process has states that another one keeps here, or none.
+
+    Args:
+        state_dict: of shared-out states.
+        params: all parameters, by index.
+        collector: has the slots of those that are dealt out.
+    """
+    for index, entry in entries_of(state_dict):
+        slot = collector.slots.get(params[index])
+        if entry and (slot is None or not slot.is_own):
+            now = "is frozen here" if slot is None else "another process updates here"
+            raise ValueError(
+                f"the checkpoint has this process's states of parameter {index}, of shape "
+                f"{tuple(params[index].shape)}, which {now}: shard_states=True deals parameters "
+                "out as they come. Freeze, unfreeze and add them in the order of the "
+                "run that saved, and load then; or use torch.distributed.checkpoint, which deals "
+                "states out anew"
+            )
 
 
 def _attach_frozen(known: Set[Any], params: Mapping[Any, Tensor], collector: Collector) -> None:

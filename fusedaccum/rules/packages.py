@@ -70,6 +70,13 @@ def refusal(optimizer: Optimizer) -> str | None:
         return f"with gradient release it {_IN_BACKWARD}; construct it without, and keep step()"
     for inner in _values(optimizer):
         if isinstance(inner, Optimizer):
+            if ("torch", "ZeroRedundancyOptimizer") in _names(optimizer):
+                return (
+                    "it keeps the states of some parameters in each process, and no other "
+                    "optimizer can be inside it. Wrap the optimizer itself, over all parameters, "
+                    f"with shard_states=True: FusedAccumOptimizer({type(inner).__name__}(...), "
+                    "shard_states=True)"
+                )
             own = f"FusedAccumOptimizer({type(inner).__name__}(...))"
             return (
                 f"it is made around another optimizer, {type(inner).__name__}, whose states would "

@@ -146,6 +146,9 @@ class Collector:
                 waiting.put(slot, False)
         finally:
             waiting.limit = limit
+        if self.engines.is_ending:  # another root of FSDP2, whose callback runs after ours
+            self.engines.let_come(slots)
+            Variable._execution_engine.queue_callback(self.flush)
 
     # Not traced: compiled autograd would stop at the code below the error, and not say why.
     @torch._disable_dynamo  # type: ignore[attr-defined]
@@ -290,6 +293,7 @@ class Collector:
                 "taken them over; nothing was updated. Use that one, in the scheduler too"
             )
         self.engines.note_ending()
+        self.reduction.watch_hooks()
         if self.backwards.is_any_open:
             self.trouble.note(BACKWARD_RAISED)
         if self.trouble.reason is not None:
@@ -373,9 +377,9 @@ class Collector:
             zeroes: gradients that are shown become zeros, which the next update uses, as torch's
                 `zero_grad(set_to_none=False)` has it.
         """
+        self.engines.forget(is_sure=not self.backwards.is_any_open)
         self.trouble.note("zero_grad() was interrupted")
         self._waiting.take()
-        self.engines.forget()
         self.slots.empty()
         for slot in self.slots.values():
             if zeroes and slot.param.grad is not None:

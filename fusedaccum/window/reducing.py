@@ -83,6 +83,10 @@ class Reducing(Protocol):
     def expect_anew(self) -> None:
         """A parameter may get another number of gradients in each backward from now on."""
 
+    def watch_hooks(self) -> None:
+        """Mark the window if somebody has changed the hooks of an engine since gradients of it may
+        have arrived."""
+
     def keeps_back(self) -> bool:
         """Whether an engine keeps gradients back, to bring them with later ones."""
 
@@ -154,6 +158,9 @@ class Alone:
         pass
 
     def expect_anew(self) -> None:
+        pass
+
+    def watch_hooks(self) -> None:
         pass
 
     def keeps_back(self) -> bool:

@@ -91,9 +91,14 @@ class Watch:
         self._kept: list[tuple[Owned, int]] = []
         self._n_ending = 0  # backwards whose gradients are all here and that have not returned
 
-    def forget(self) -> None:
-        """The window is discarded."""
+    def forget(self, is_sure: bool) -> None:
+        """The window is discarded.
+
+        Args:
+            is_sure: whether no backward raised in it: an engine that nobody has seen may have.
+        """
         self._n_ending = 0
+        self._looked = self._looked and is_sure
 
     def meet(self) -> None:
         """Go with what is there as the optimizer is made, or a parameter joins.
@@ -137,6 +142,15 @@ class Watch:
         """
         if is_distributed() and (not self._looked or (self._is_empty() and not self._has_shards)):
             self._look()
+
+    @property
+    def is_ending(self) -> bool:
+        """Whether the callbacks at the end of a backward are running."""
+        return self._n_ending > 0
+
+    def let_come(self, slots: Sequence[Owned]) -> None:
+        """Gradients of these come that late, and not from somebody who writes over ours."""
+        self._kept = [(slot, version) for slot, version in self._kept if slot not in slots]
 
     def note_ending(self) -> None:
         """Mark the window after a backward that raised at its end."""
@@ -245,9 +259,14 @@ def _served(engine: Module) -> Iterator[Tensor]:
     return chain.from_iterable(map(fsdp2_params, fsdp2_groups(engine)))
 
 
+def fsdp2_state(module: Module) -> Any:
+    """What FSDP2 knows of one of its modules."""
+    return module._get_fsdp_state()  # type: ignore[operator]
+
+
 def fsdp2_groups(module: Module) -> list[Any]:
     """What a module of FSDP2 reduces at once."""
-    state: Any = module._get_fsdp_state()  # type: ignore[operator]
+    state = fsdp2_state(module)
     groups = getattr(state, "_fsdp_param_groups", None)
     if groups is None:  # torch < 2.12
         groups = [group for group in [state._fsdp_param_group] if group is not None]

@@ -20,6 +20,7 @@ from fusedaccum.distributed import reduction
 from fusedaccum.window.shards import local_of
 from tests import frozen
 from tests.distributed.ddp_cases import (
+    OPTIONS,
     Micro,
     Net,
     Report,
@@ -139,6 +140,17 @@ def unfrozen() -> Report:
     return {"same": is_same_everywhere(masters(opt)), "changed": changed}
 
 
+def made_late(option: str) -> Report:
+    """Another DDP module is made in mid-run: an error once, and then it is served."""
+    model, net, opt = made("ddp", steps=2)
+    run(net, opt, 0, 2)
+    later = DistributedDataParallel(model, **OPTIONS[option])
+    report: Report = {"first": message(lambda: run(later, opt, 2, 4))}
+    opt.zero_grad()
+    report["then"] = message(lambda: run(later, opt, 4, 8))
+    return report | {"same": is_same_everywhere(masters(opt))}
+
+
 def heap_frozen() -> Report:
     """gc.freeze() after DDP was made hides it from Python's collector."""
     torch.manual_seed(0)
@@ -163,6 +175,10 @@ def refused(what: str) -> Report:
     if what == "static":
         options["static_graph"] = True
     params = list(model.parameters())
+    if what == "groups":
+        own, *_ = [g for g in map(dist.new_group, [[0], [1]]) if dist.get_rank(g) == 0]
+        other = DistributedDataParallel(nn.Linear(4, 4), process_group=own)
+        params += other.parameters()
     inner = torch.optim.AdamW(params[:-1] if what == "part" else params, lr=1e-2)
     if what == "static":  # made after the optimizer
         opt = FusedAccumOptimizer(inner, 1)
@@ -188,6 +204,15 @@ def refused(what: str) -> Report:
         report["same"] = is_same_everywhere(masters(opt))
         report["changed"] = not torch.equal(start, flat(params))
     return report
+
+
+def late_hook() -> Report:
+    """A communication hook after the optimizer was made, which DDP would not call."""
+    model, net, opt = made("ddp", steps=1)
+    start = flat(list(model.parameters()))
+    net.register_comm_hook(None, fp16_compress_hook)
+    step = message(lambda: run(net, opt, 0, 1))
+    return {"step": step, "unchanged": torch.equal(start, flat(list(model.parameters())))}
 
 
 def different(what: str) -> Report:

@@ -3,17 +3,21 @@ FSDP2 itself keep back, write, and take away."""
 
 from __future__ import annotations
 
+import contextlib
 import warnings
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from fusedaccum import FusedAccumOptimizer
 from tests.distributed.ddp_cases import Report, flat, is_same_everywhere, loss_of, off, whole
 from tests.distributed.sharded_cases import Odd, sharded
-from tests.distributed.sharded_serving_cases import N, adamw, build, train, values, x_of
+from tests.distributed.sharded_serving_cases import N, adamw, build, precise, train, values, x_of
 from tests.processes import message
 
 
@@ -62,6 +66,97 @@ def hooks_of_users() -> Report:
         factor = 1.0 if has_hook else 0.5
         results.append([whole(p.grad).double() * factor for p in model.parameters()])
     return {"off": off(*results), "seen": len(seen), "dtypes": {str(d) for d in seen}}
+
+
+class Scatter:
+    """A reduce-scatter of a user."""
+
+    def allocate(self, size: Any, *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        return torch.empty(*size, dtype=dtype, device=device)
+
+    def __call__(self, output_tensor: Tensor, input_tensor: Tensor, *args: Any, **more: Any) -> Any:
+        return dist.reduce_scatter_tensor(output_tensor, input_tensor, *args, **more)
+
+
+def late_hooks(what: str) -> Report:
+    """ "hook", or "scatter": a user sets it after the optimizer was made, which has one there."""
+    results, seen, found = [], [], []
+    for is_late in (True, False):
+        model = build()
+        opt = FusedAccumOptimizer(torch.optim.SGD(model.parameters(), lr=0.05), N)
+        if is_late and what == "hook":
+            model.layers[1].set_all_reduce_hook(seen.append)
+        elif is_late:
+            model.layers[1].set_custom_reduce_scatter(Scatter())
+
+        def train_window(model: Any = model, opt: Any = opt) -> None:
+            for i in range(N):
+                with opt.micro_batch(weight=1.0 + i + dist.get_rank()):
+                    loss_of(model, x_of(dist.get_rank(), 0, i, model)).backward()
+                opt.step()
+
+        before = values(model)
+        if is_late:
+            found.append(message(train_window))
+            found.append(all(map(torch.equal, before, values(model))))
+            opt.zero_grad()
+            seen.clear()
+        train_window()
+        results.append(values(model))
+    return {"message": found[0], "unchanged": found[1], "off": off(*results), "seen": len(seen)}
+
+
+def roots(how: str) -> Report:
+    """ "plain", or "weighted": each layer is sharded for itself, beside one root for all."""
+    results = []
+    for is_each in (True, False):
+        torch.manual_seed(0)
+        model: Any = Odd().bfloat16()
+        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+        policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
+        for layer in model.layers if is_each else [model]:
+            fully_shard(layer, mesh=mesh, mp_policy=policy)
+        opt = FusedAccumOptimizer(torch.optim.SGD(model.parameters(), lr=0.05), N)
+        for window in range(2):
+            for i in range(N):
+                with contextlib.ExitStack() as stack:
+                    if how == "weighted":
+                        stack.enter_context(opt.micro_batch(weight=1.0 + i + 2 * dist.get_rank()))
+                    loss_of(model, x_of(dist.get_rank(), window, i, model)).backward()
+                opt.step()
+                opt.zero_grad()
+        results.append(precise(opt))
+    return {"off": off(*results)}
+
+
+def raises() -> Report:
+    """A backward raises half-way in every process, zero_grad() ends the window, and a run that had
+    no such backward comes to the same."""
+
+    def fail(_: Tensor) -> None:
+        raise ValueError("the test's")
+
+    def void(_: object) -> None:
+        pass
+
+    results = []
+    for has_failed in (True, False):
+        model = build()
+        opt = FusedAccumOptimizer(torch.optim.SGD(model.parameters(), lr=0.05), N)
+        train(model, opt, range(1))
+        if has_failed:
+            before = values(model)
+            layer = model.layers[1]
+            handle = layer.register_forward_hook(lambda a, x, y: void(y.register_hook(fail)))
+            failed = message(partial(train, model, opt, range(1, 2)))
+            handle.remove()
+            refused = message(opt.step)
+            opt.zero_grad()
+            unchanged = all(map(torch.equal, before, values(model)))
+        train(model, opt, range(1, 3))
+        results.append(values(model))
+    report: Report = {"backward": failed, "step": refused, "unchanged": unchanged}
+    return report | {"off": off(*results)}
 
 
 def loop_goes_on() -> Report:

@@ -13,6 +13,7 @@ from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_optimizer_state_dict,
 )
+from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 
 from fusedaccum import FusedAccumOptimizer
@@ -206,6 +207,8 @@ def refused() -> Report:
     report["lbfgs"] = message(
         lambda: FusedAccumOptimizer(torch.optim.LBFGS(Net().parameters()), shard_states=True)
     )
+    zero = ZeroRedundancyOptimizer(Net().parameters(), torch.optim.AdamW, lr=1e-2)
+    report["zero"] = message(lambda: FusedAccumOptimizer(zero))
     full = StateDictOptions(full_state_dict=True)
     report["full"] = message(lambda: get_optimizer_state_dict(run.model, run.opt, options=full))
     other = Run("bf16", shares=False)
@@ -279,6 +282,48 @@ def files(case: str) -> Report:
             "error": error.replace(f"rank {source} ", "rank S ").replace(f"rank {rank} ", "rank R ")
         }
     return {"off": _apart(_go_on(again, is_open), _go_on(run, is_open))}
+
+
+def dealt(case: str) -> Report:
+    """A layer was "unfrozen" or "frozen" in mid-run. The file of each process is loaded by an
+    optimizer that was made after that ("late"), or in the order of the run ("again")."""
+    what, how = case.split("-")
+
+    def made() -> Run:
+        torch.manual_seed(0)
+        run = Run.__new__(Run)
+        run.model = Net()
+        run.model.b.requires_grad_(what == "frozen")
+        run.net = DistributedDataParallel(run.model)
+        inner = torch.optim.AdamW(run.model.parameters(), lr=0.01)
+        run.opt = FusedAccumOptimizer(inner, N, shard_states=True)
+        return run
+
+    def change(run: Run) -> None:
+        run.model.b.requires_grad_(what == "unfrozen")
+
+    run = made()
+    run.train(range(2))
+    change(run)
+    run.train(range(2, 4))
+    saved = run.opt.state_dict()
+    again = made()
+    again.model.load_state_dict(run.model.state_dict())
+    if how == "again":
+        if what == "unfrozen":
+            change(again)
+        again.opt.load_state_dict(saved)
+        change(again)
+    else:
+        change(again)
+        inner = torch.optim.AdamW(again.model.parameters(), lr=0.01)
+        again.opt.detach()
+        again.opt = FusedAccumOptimizer(inner, N, shard_states=True)
+        if error := message(lambda: again.opt.load_state_dict(saved)):
+            return {"is refused": "deals parameters out as they come" in error}
+    for each in (run, again):
+        each.train(range(4, 6))
+    return {"same": all(map(torch.equal, run.values(), again.values()))}
 
 
 def from_all(_: str) -> Report:

@@ -20,6 +20,7 @@ REFUSED = {
     "refused:hook": "communication hook",
     "refused:group": "leave process_group out",
     "refused:static": "static_graph=True",
+    "refused:groups": "average over different process groups: give the parameters of each group",
 }
 DIFFERENT = {
     "different:steps": "gradient_accumulation_steps is 1 on rank 0, 2 on rank 1",
@@ -30,7 +31,7 @@ DIFFERENT = {
 }
 OTHERS = [
     "detached", "taken_over", "broadcast", "gone", "unfrozen", "heap_frozen", "two_wrappers:n",
-    "two_wrappers:loop",
+    "two_wrappers:loop", "made_late:plain", "made_late:view", "late_hook",
 ]  # fmt: skip
 
 Results = Callable[[str], dict[str, Any]]
@@ -45,6 +46,14 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Results:
 
 def test_parameters_that_are_unfrozen_later_are_averaged(two: Results) -> None:
     assert two("unfrozen") == {"same": True, "changed": True}
+
+
+@pytest.mark.parametrize("option", ["plain", "view"])
+def test_ddp_that_is_made_late_is_served_after_one_error(two: Results, option: str) -> None:
+    """With views of its buckets DDP itself raises in the middle of the backward."""
+    result = two(f"made_late:{option}")
+    assert result["first"].startswith("RuntimeError: ")
+    assert (result["then"], result["same"]) == (None, True)
 
 
 def test_ddp_is_found_in_a_frozen_heap(two: Results) -> None:
@@ -84,6 +93,12 @@ def test_ddp_that_cannot_be_served(two: Results, case: str) -> None:
     assert result["unchanged"]
     if case == "refused:static":  # after zero_grad()
         assert result["same"] and result["changed"]
+
+
+def test_a_communication_hook_that_comes_late(two: Results) -> None:
+    result = two("late_hook")
+    assert "was given a communication hook, which does not run" in result["step"]
+    assert result["unchanged"]
 
 
 @pytest.mark.parametrize("case", DIFFERENT)

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from torch.distributed.fsdp import FSDPModule
 
 from tests.processes import Groups
 
@@ -33,6 +34,8 @@ CASES: dict[str, dict[int, list[str]]] = {
         2: [
             "one_overflows:data", "one_overflows:shard", "hooks_of_users", "loop_goes_on",
             "by_hand", "synchronises:gradient", *(f"held_back:{how}" for how in HELD),
+            "roots:plain", "roots:weighted", "late_hooks:hook", "late_hooks:scatter",
+            "raises",
         ],
         4: ["synchronises:reduce", "synchronises:reduce-weighted"],
     },
@@ -131,6 +134,31 @@ def test_hooks_of_users_go_on(results: Results) -> None:
     result = results(GRADIENTS, 2, "hooks_of_users")
     assert result["seen"] == 8 and result["dtypes"] == {"torch.float32"}
     assert result["off"] < 2**-8  # what one writes is what FSDP2 has rounded to bf16
+
+
+@pytest.mark.parametrize("what", ["hook", "scatter"])
+def test_a_hook_of_a_user_in_the_place_of_ours(results: Results, what: str) -> None:
+    """Gradients are not added unweighted: it is refused once, and called from then on."""
+    result = results(GRADIENTS, 2, f"late_hooks:{what}")
+    assert "of FSDP2 was called after the FusedAccumOptimizer was made" in result["message"]
+    assert result["unchanged"] and result["off"] == 0.0
+    assert result["seen"] == (2 if what == "hook" else 0)
+
+
+@pytest.mark.skipif(
+    not hasattr(FSDPModule, "reset_iter_state"), reason="this torch cannot reset FSDP2"
+)
+def test_a_backward_that_raises_in_all_processes(results: Results) -> None:
+    """FSDP2 by itself would not reduce the first layer's gradients any more."""
+    result = results(GRADIENTS, 2, "raises")
+    assert result["backward"] == "ValueError: the test's" and "zero_grad()" in result["step"]
+    assert result["unchanged"] and result["off"] == 0.0
+
+
+@pytest.mark.parametrize("how", ["plain", "weighted"])
+def test_each_layer_is_a_root_of_fsdp2(results: Results, how: str) -> None:
+    """The first layer's gradients come when the backward's other callbacks are over."""
+    assert results(GRADIENTS, 2, f"roots:{how}")["off"] == 0.0
 
 
 def test_a_loop_that_does_not_zero_goes_on(results: Results) -> None:

@@ -19,12 +19,13 @@ FORMS = ["nested", "flat"]
 LOADED = [f"{form}-{whose}" for form in FORMS for whose in ("part", "all")]
 FILES = [f"{window}-{whose}" for window in ("closed", "open") for whose in ("own", "other")]
 BYTES = [f"bytes_per_parameter:{case}" for case in ("fp32-part", "bf16-part", "bf16-all")]
+DEALT = ["unfrozen-late", "unfrozen-again", "frozen-late", "frozen-again"]
 CASES = {
     2: [
         *(f"beside_all:{case}" for case in BESIDE), *(f"loops:{how}" for how in LOOPS), *BYTES,
         "overflows:data", "refused", *(f"saved:{form}" for form in FORMS),
         *(f"loaded:{case}" for case in LOADED), *(f"files:{case}" for case in FILES),
-        "from_all:state",
+        "from_all:state", *(f"dealt:{case}" for case in DEALT),
     ],
     4: [*BYTES, "beside_all:adamw-bf16-ddp", *(f"loaded:{case}" for case in LOADED)],
     1: [*BYTES, *(f"loaded:{case}" for case in LOADED)],
@@ -80,6 +81,13 @@ def test_a_file_of_each_process(results: Groups, case: str) -> None:
         assert "the shards of rank S of 2 processes, this is rank R of 2" in result["error"]
 
 
+@pytest.mark.parametrize("case", DEALT)
+def test_a_file_of_parameters_that_were_dealt_out_otherwise(results: Groups, case: str) -> None:
+    """States that this process does not keep now would be lost without a word."""
+    expected = {"same": True} if case.endswith("again") else {"is refused": True}
+    assert results(2, f"dealt:{case}") == expected
+
+
 def test_a_state_dict_of_all(results: Groups) -> None:
     assert results(2, "from_all:state") == {"weights": True, "states": True}
 
@@ -90,6 +98,7 @@ def test_refused(results: Groups) -> None:
     assert "are in no DistributedDataParallel module" in result["part"]
     assert "detach() with shard_states=True" in result["detach"]
     assert "cannot serve LBFGS" in result["lbfgs"]
+    assert "with shard_states=True: FusedAccumOptimizer(AdamW(...)" in result["zero"]
     assert "with the same shard_states" in result["into all"]
     assert "full_state_dict=True) saves the state dict of one process" in result["full"]
 
