@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from . import backends
 from .distributed.processes import Processes
 from .integrations import checkpoint, handover
-from .integrations.face import SharingOptimizer
+from .integrations.face import OwnStep, SharingOptimizer
 from .options import Options
 from .rules import packages, registry
 from .update.masters import Masters
@@ -64,6 +64,20 @@ class Core:
         self._build()
         self.linears = Linears(self.collector)
         self.processes.broadcast(self.collector.slots)
+        own_step = optimizer.register_step_pre_hook(OwnStep(self._step_allowed()))
+        weakref.finalize(self, own_step.remove).atexit = False
+
+    def _step_allowed(self) -> Callable[[], bool]:
+        """For `OwnStep`: whether the wrapped optimizer may step by itself now."""
+        core_ref = weakref.ref(self)
+
+        def is_allowed() -> bool:
+            core = core_ref()
+            if core is None or not core.collector.slots:  # detached, or another one took over
+                return True
+            return core.updater.wrapped.is_stepping
+
+        return is_allowed
 
     def _build(self) -> None:
         """Accumulators, hooks and tables for the parameters as they are now."""
@@ -289,7 +303,7 @@ class Core:
             self.collect()
             return loss
 
-        loss = self.optimizer.step(evaluate)
+        loss = self.updater.wrapped.step(evaluate)
         self.record.note(self.window, self.collector.reduction, None)
         self.window_closed = True
         self.collector.end_window()
