@@ -64,20 +64,16 @@ class Core:
         self._build()
         self.linears = Linears(self.collector)
         self.processes.broadcast(self.collector.slots)
-        own_step = optimizer.register_step_pre_hook(OwnStep(self._step_allowed()))
-        weakref.finalize(self, own_step.remove).atexit = False
-
-    def _step_allowed(self) -> Callable[[], bool]:
-        """For `OwnStep`: whether the wrapped optimizer may step by itself now."""
         core_ref = weakref.ref(self)
 
-        def is_allowed() -> bool:
+        def is_allowed() -> bool:  # for anybody's step() of the wrapped optimizer
             core = core_ref()
-            if core is None or not core.collector.slots:  # detached, or another one took over
+            if core is None or not core.collector.slots:  # detached, or taken over
                 return True
             return core.updater.wrapped.is_stepping
 
-        return is_allowed
+        own_step = optimizer.register_step_pre_hook(OwnStep(is_allowed))
+        weakref.finalize(self, own_step.remove).atexit = False
 
     def _build(self) -> None:
         """Accumulators, hooks and tables for the parameters as they are now."""
@@ -199,7 +195,16 @@ class Core:
         if reattach and not self.window.micro_batches:
             self._reattach()
         else:
+            self._refuse_changed()
+
+    def _refuse_changed(self) -> None:
+        """Raise if a parameter changed; zero_grad() gives the window up then, wherever it is."""
+        try:
             self.collector.attached.refuse_changed()
+        except RuntimeError as error:
+            if self.window.micro_batches:
+                self.collector.trouble.note(str(error).partition(";")[0])
+            raise
 
     def _follow_exchange(self) -> None:
         """Serve shards that took the place of all parameters before anything was done with them.
@@ -296,7 +301,7 @@ class Core:
         if closure is None:
             raise TypeError(f"{type(self.optimizer).__name__}.step() needs a closure")
 
-        self.collector.attached.refuse_changed()
+        self._refuse_changed()
 
         def evaluate() -> Any:
             loss = self.evaluate(closure)
@@ -329,7 +334,7 @@ class Core:
                 "nothing was updated. Call step() after the block; after an exception call "
                 "zero_grad()"
             )
-        self.collector.attached.refuse_changed()
+        self._refuse_changed()
         self.processes.refuse_alone(self.collector.reduction)
         max_norm = self.window.max_norm or self.options.max_grad_norm
         with hooks as has_run:

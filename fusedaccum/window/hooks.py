@@ -23,7 +23,7 @@ from .buffers import Block
 from .deal import Deal
 from .engines import refuse_exchange
 from .shards import local_of
-from .slots import Slot, Slots, check_param
+from .slots import Slot, Slots, check_param, node_of
 
 # Whose live hooks are on a parameter: two owners would take each other's accumulators for
 # gradients.
@@ -258,7 +258,7 @@ class Attached:
         memory, known = self.slots.memory(), self._unchanged
         if known and memory == known[0] and (not is_thorough or self.slots.layout() == known[1]):
             return None
-        found = next((s for s in self.slots.values() if s.difference()), None)
+        found = next((s for s in self.slots.values() if s.change()), None)
         self._unchanged = (memory, self.slots.layout()) if found is None else None
         return found
 
@@ -270,10 +270,10 @@ class Attached:
         """
         first = self.changed()
         if first is not None:
-            n = sum(1 for s in self.slots.values() if s.difference())
+            n = sum(1 for s in self.slots.values() if s.change())
             raise RuntimeError(
                 f"{n} parameters changed after they were wrapped (one of shape "
-                f"{tuple(first.shape)}: {first.difference()}) and lost their hooks; nothing was "
+                f"{tuple(first.shape)}: {first.change()}) and lost their hooks; nothing was "
                 "updated. Call zero_grad() after moving or converting the model, or wrap after it"
             )
 
@@ -286,7 +286,7 @@ class Attached:
             # A node runs on the stream that it was made on. All on one: a launch adds gradients of
             # many, and must not read those that another stream still writes.
             with torch.cuda.stream(self._stream):
-                slot.node = torch.autograd.graph.get_gradient_edge(param).node
+                slot.node, slot.address = node_of(param), param.data_ptr()
         finally:
             param.requires_grad_(is_trained)
         # The node holds the hook and the slot the node: a strong reference back would be a

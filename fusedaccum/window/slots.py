@@ -56,6 +56,12 @@ def check_param(name: str, param: Tensor) -> None:
         )
 
 
+def node_of(param: Tensor) -> Any:
+    """The node that accumulates a parameter's gradient."""
+    with torch.inference_mode(False):  # in which there are no nodes
+        return torch.autograd.graph.get_gradient_edge(param).node
+
+
 class Slot:
     """One parameter.
 
@@ -81,11 +87,12 @@ class Slot:
         sums_version: version of `grad` that the partial sums belong to, None if they do not.
         has_sums: whether its cells may hold something other than zero.
         node: the AccumulateGrad node, which autograd itself holds only weakly.
+        address: where the parameter was when it was last seen to have that node.
         hook: the handle of the hook on it.
     """
 
     __slots__ = (
-        "__weakref__", "acc", "block", "cell", "closed_version", "device", "dtype",
+        "__weakref__", "acc", "address", "block", "cell", "closed_version", "device", "dtype",
         "fill", "grad", "has_sums", "hook", "is_contiguous", "is_due", "is_own", "is_zero",
         "n_cells", "nbytes", "node", "numel", "param", "pending", "position", "row", "shape",
         "shard", "stride", "sums_version", "takes_products", "updater",
@@ -119,6 +126,7 @@ class Slot:
         self.closed_version = 0
         self.sums_version: int | None = None
         self.node: Any = None
+        self.address = 0
         self.hook: Any = None
 
     @property
@@ -199,6 +207,21 @@ class Slot:
             return f"device changed from {self.device} to {param.device}"
         if param.stride() != self.stride:
             return f"strides changed from {self.stride} to {param.stride()}"
+        return None
+
+    def change(self) -> str | None:
+        """`difference`, or that the parameter has another node than the one with the hook.
+
+        `set_()` has autograd make it another one, and `p.data = ...` does not.
+        """
+        if (difference := self.difference()) or self.shard is not None or self.node is None:
+            return difference
+        address = self.param.data_ptr()
+        if address == self.address or not self.param.requires_grad:
+            return None
+        if node_of(self.param) is not self.node:
+            return "its memory was replaced by set_(), as register_parametrization() does"
+        self.address = address
         return None
 
 
