@@ -23,7 +23,7 @@ from .buffers import Block
 from .deal import Deal
 from .engines import refuse_exchange
 from .shards import local_of
-from .slots import Slot, Slots, check_param, node_of
+from .slots import Fill, Slot, Slots, check_param, node_of
 
 # Whose live hooks are on a parameter: two owners would take each other's accumulators for
 # gradients.
@@ -152,6 +152,8 @@ class Attached:
         self.slots = Slots()
         self.queues: dict[tuple[Slot, ...], Any] = {}
         self._known: _Known | None = None
+        # Of parameters that somebody took out of the groups: no update and no norm has them.
+        self._left: list[Slot] = []
         self._unchanged: tuple[Any, Any] | None = None  # where all were, and how they lay
         self.groups: Sequence[dict[str, Any]] = ()
         self.n_cells = 0
@@ -211,8 +213,12 @@ class Attached:
         """Attach parameters of param groups that need a gradient and have no slot yet."""
         self.groups = groups
         compiling.show()
-        if self._known is not None and self._known.holds(groups):
-            return
+        if self._known is None or not self._known.holds(groups):
+            self._attach_new(groups)
+        for slot in self._left:
+            slot.fill = Fill.EMPTY
+
+    def _attach_new(self, groups: Sequence[dict[str, Any]]) -> None:
         refuse_exchange(self.slots, groups)
         self._known = None
         new: list[tuple[str, Tensor]] = []
@@ -226,6 +232,8 @@ class Attached:
                 elif slot.hook is None:  # somebody interrupted us before
                     self._hook(slot)
         self.attach(new)
+        kept = set(chain.from_iterable(params_of(groups)))
+        self._left = [slot for param, slot in self.slots.items() if param not in kept]
         self._known = _Known(groups, self.slots)
 
     def refuse_take_over(self, name: str, param: Tensor, named: list[tuple[str, Tensor]]) -> None:
@@ -333,4 +341,5 @@ class Attached:
             slot.param.grad_dtype = slot.param.dtype
         self.slots.clear()
         self.queues.clear()
+        self._left = []
         self._known = self._unchanged = None
