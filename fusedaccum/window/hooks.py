@@ -264,7 +264,15 @@ class Attached:
             is_thorough: whether to look at those too that have their memory and dtype of before.
         """
         memory, known = self.slots.memory(), self._unchanged
-        if known and memory == known[0] and (not is_thorough or self.slots.layout() == known[1]):
+        suspects = self.slots.suspects()
+        for slot in suspects:
+            slot.address = 0  # as if it had moved: it may have moved, and back
+        if (
+            known
+            and not suspects
+            and memory == known[0]
+            and (not is_thorough or self.slots.layout() == known[1])
+        ):
             return None
         found = next((s for s in self.slots.values() if s.change()), None)
         self._unchanged = (memory, self.slots.layout()) if found is None else None

@@ -212,7 +212,8 @@ class Slot:
     def change(self) -> str | None:
         """`difference`, or that the parameter has another node than the one with the hook.
 
-        `set_()` has autograd make it another one, and `p.data = ...` does not.
+        `set_()` has autograd make it another one, and so has a conversion there and back.
+        `p.data = ...` of the same kind does not.
         """
         if (difference := self.difference()) or self.shard is not None or self.node is None:
             return difference
@@ -220,7 +221,10 @@ class Slot:
         if address == self.address or not self.param.requires_grad:
             return None
         if node_of(self.param) is not self.node:
-            return "its memory was replaced by set_(), as register_parametrization() does"
+            return (
+                "its memory was replaced, by set_() as in register_parametrization(), or by a "
+                "conversion there and back"
+            )
         self.address = address
         return None
 
@@ -247,6 +251,20 @@ class Slots(dict[Tensor, Slot]):
     def has_arrivals(self) -> bool:
         """Whether the open micro-batch has contributed anything."""
         return Fill.CURRENT in map(_fill, self.values())
+
+    def suspects(self) -> list[Slot]:
+        """Those whose `p.grad` somebody wrote or assigned, where the open micro-batch brought
+        nothing: it may have been autograd, past a hook that is lost."""
+        current = Fill.CURRENT
+        if {current}.issuperset(map(_fill, self.values())):
+            return []  # nearly always, where a backward was before
+        return [
+            slot
+            for slot in self.values()
+            if slot.fill is not current
+            and (grad := slot.param.grad) is not None
+            and (grad is not slot.grad or slot.is_written)
+        ]
 
     @property
     def are_shown(self) -> bool:

@@ -211,16 +211,23 @@ def replace(layer: Any) -> None:
         layer.weight.set_(layer.weight.detach().clone())
 
 
+def there_and_back(layer: Any) -> None:
+    memory = layer.weight.data
+    layer.weight.data = memory.to(torch.bfloat16)
+    layer.weight.data = memory  # where it was, as an allocator may have it
+
+
 def swap_data(layer: Any) -> None:
     layer.weight.data = layer.weight.detach().clone()
 
 
-@pytest.mark.parametrize("change", [convert, parametrize, replace])
+@pytest.mark.parametrize("change", [convert, parametrize, replace, there_and_back])
 @pytest.mark.parametrize("n", [None, 2])
 @pytest.mark.parametrize("at", [0, 1, 2])
 def test_a_parameter_that_lost_its_hook(at: int, n: int | None, change: Any) -> None:
-    """set_() has autograd make another node, so that gradients went into the accumulator as they
-    were. Inside a window zero_grad() kept it, and step() refused for ever."""
+    """set_() and a conversion there and back have autograd make another node, so that gradients
+    went into the accumulator as they were. Inside a window zero_grad() kept it, and step() refused
+    for ever."""
     layer = eights()
     opt = FusedAccumOptimizer(torch.optim.SGD(layer.parameters(), lr=1.0), n)
 
@@ -257,3 +264,13 @@ def test_a_parameter_that_is_hooked_again_in_time(change: Any) -> None:
         (layer(torch.ones(1, 3))).sum().backward()
         opt.step()
     assert torch.equal(layer.weight, before - 1.75)
+
+
+def test_gradients_that_are_written_by_hand_are_no_lost_hook() -> None:
+    p, q = (torch.nn.Parameter(torch.zeros(2)) for _ in range(2))
+    opt = FusedAccumOptimizer(torch.optim.SGD([p, q], lr=1.0), 2)
+    for i in range(4):
+        p.sum().backward()
+        q.grad = torch.ones(2) if q.grad is None else q.grad.add_(0.5 * i)
+        opt.step()
+    assert p.tolist() == [-2.0] * 2 and q.tolist() != [0.0] * 2
