@@ -335,6 +335,9 @@ class Core:
                 "zero_grad()"
             )
         self._refuse_changed()
+        if reason := self.collector.by_hand.fault():
+            self.collector.trouble.note(reason)
+            self.collector.check()
         self.processes.refuse_alone(self.collector.reduction)
         max_norm = self.window.max_norm or self.options.max_grad_norm
         with hooks as has_run:

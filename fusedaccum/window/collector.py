@@ -378,6 +378,8 @@ class Collector:
         self.engines.forget()
         self.slots.empty()
         for slot in self.slots.values():
+            if slot.shows_another:
+                slot.show_again()
             if zeroes and slot.param.grad is not None:
                 slot.show_zeros()
         self.scaling.reset()

@@ -179,6 +179,13 @@ class Slot:
         self.fill, self.is_zero, self.sums_version = Fill.EARLIER, True, None
         self.note_version()
 
+    @property
+    def shows_another(self) -> bool:
+        """Whether `grad` has other memory than `acc`: somebody assigned `p.grad.data`."""
+        grad = self.grad
+        is_whole = grad is not None and self.shard is None
+        return is_whole and grad.data_ptr() != self.acc.data_ptr()  # type: ignore[union-attr]
+
     def show_again(self) -> None:
         """Make `grad` anew, after `model.to()` converted the tensor that showed `acc`."""
         self.grad = self.shown(self.acc.data)
