@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from . import backends
 from .distributed.processes import Processes
 from .integrations import checkpoint, handover
-from .integrations.face import SharingOptimizer
+from .integrations.face import OwnStep, SharingOptimizer
 from .options import Options
 from .rules import packages, registry
 from .update.masters import Masters
@@ -64,6 +64,15 @@ class Core:
         self._build()
         self.linears = Linears(self.collector)
         self.processes.broadcast(self.collector.slots)
+        core_ref = weakref.ref(self)
+
+        def is_allowed() -> bool:  # for anybody's step() of the wrapped optimizer
+            core = core_ref()
+            # Detached or taken over, it has no slots.
+            return core is None or not core.collector.slots or core.updater.wrapped.is_stepping
+
+        own_step = optimizer.register_step_pre_hook(OwnStep(is_allowed))
+        weakref.finalize(self, own_step.remove).atexit = False
 
     def _build(self) -> None:
         """Accumulators, hooks and tables for the parameters as they are now."""
@@ -185,7 +194,16 @@ class Core:
         if reattach and not self.window.micro_batches:
             self._reattach()
         else:
-            self.collector.attached.refuse_changed()
+            self._refuse_changed()
+
+    def _refuse_changed(self, *, memory: bool = True) -> None:
+        """Raise if a parameter changed; zero_grad() gives the window up then, wherever it is."""
+        try:
+            self.collector.attached.refuse_changed(memory=memory)
+        except RuntimeError as error:
+            if self.window.micro_batches:
+                self.collector.trouble.note(str(error).partition(";")[0])
+            raise
 
     def _follow_exchange(self) -> None:
         """Serve shards that took the place of all parameters before anything was done with them.
@@ -282,14 +300,14 @@ class Core:
         if closure is None:
             raise TypeError(f"{type(self.optimizer).__name__}.step() needs a closure")
 
-        self.collector.attached.refuse_changed()
+        self._refuse_changed()
 
         def evaluate() -> Any:
             loss = self.evaluate(closure)
             self.collect()
             return loss
 
-        loss = self.optimizer.step(evaluate)
+        loss = self.updater.wrapped.step(evaluate)
         self.record.note(self.window, self.collector.reduction, None)
         self.window_closed = True
         self.collector.end_window()
@@ -315,7 +333,9 @@ class Core:
                 "nothing was updated. Call step() after the block; after an exception call "
                 "zero_grad()"
             )
-        self.collector.attached.refuse_changed(memory=False)  # `collect` has looked at that
+        self._refuse_changed(memory=False)  # `collect` has looked at that
+        self.collector.trouble.note(self.collector.by_hand.fault())
+        self.collector.trouble.refuse(self.window.micro_batches)
         self.processes.refuse_alone(self.collector.reduction)
         max_norm = self.window.max_norm or self.options.max_grad_norm
         with hooks as has_run:

@@ -15,9 +15,11 @@ from ..backends import Add, Backend, SumOfSquares
 from ..backends.operations import GRAD_DTYPES
 from ..backends.tables import count_chunks
 from ..backends.tensors import is_dense, laid_out_like
+from ..backends.untraced import untraced
 from .run import backend_for, check, check_apart, check_shapes, check_written
 
 
+@untraced
 @torch.no_grad()
 def accumulate_(
     accumulators: Sequence[Tensor],
@@ -64,6 +66,7 @@ def accumulate_(
     backend_for(backend, accumulators[0].device).accumulate(Add(pairs, scale, first))
 
 
+@untraced
 @torch.no_grad()
 def global_norm(tensors: Sequence[Tensor], *, backend: str | None = None) -> Tensor:
     """L2 norm of all elements of all tensors together, as `clip_grad_norm_` means it.

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
+from ..backends.untraced import untraced
 from .run import Common, Operands, Tensors, apply
 
 P = ParamSpec("P")
@@ -28,6 +29,7 @@ def _update(function: Callable[P, None]) -> Callable[P, None]:
     parameters = [*own.parameters.values()][:-1] + SHARED
     known = {parameter.name for parameter in parameters}
 
+    @untraced
     @functools.wraps(function)
     def update(*args: P.args, **kwargs: P.kwargs) -> None:
         for name in kwargs.keys() - known:

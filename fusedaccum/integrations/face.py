@@ -131,6 +131,13 @@ class SharingOptimizer(FusesLinear, Measured, Optimizer):
         bare.state = defaultdict(dict)
         return _rebuild, (type(self), bare, options, state)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """What it puts into an optimizer's attributes belongs into those of the wrapped one.
+
+        People call it to start afresh: `opt.__setstate__({"state": defaultdict(dict)})`.
+        """
+        self.optimizer.__setstate__(state)
+
     @property
     def param_groups(self) -> list[dict[str, Any]]:
         """The wrapped optimizer's own list."""
@@ -170,6 +177,27 @@ class SharingOptimizer(FusesLinear, Measured, Optimizer):
         return getattr(self.optimizer, name)
 
 
+class OwnStep:
+    """A hook that refuses step() of the wrapped optimizer itself, which knows no window.
+
+    Args:
+        is_allowed: whether the step() that begins is the wrapper's doing, or nobody wraps it now.
+    """
+
+    def __init__(self, is_allowed: Callable[[], bool]) -> None:
+        self._is_allowed = is_allowed
+
+    def __call__(self, stepped: Optimizer, args: Any, kwargs: Any) -> None:
+        if isinstance(stepped, SharingOptimizer) or self._is_allowed():
+            return
+        raise RuntimeError(
+            f"step() was called on the {type(stepped).__name__} inside a FusedAccumOptimizer, for "
+            "which p.grad is an unfinished sum and not a gradient; nothing was updated. Call "
+            "step() and zero_grad() of the FusedAccumOptimizer, or its detach() first to go on "
+            "without it"
+        )
+
+
 @contextmanager
 def step_hooks(face: SharingOptimizer) -> Iterator[bool]:
     """What torch does around a step(): a profiler record, and the hooks of both kinds.
@@ -184,7 +212,7 @@ def step_hooks(face: SharingOptimizer) -> Iterator[bool]:
         )
         for hook in chain.from_iterable(hooks.values() for hooks in before):
             hook(face, (face,), {})
-        yield any(before)
+        yield any(not isinstance(h, OwnStep) for hooks in before for h in hooks.values())
         after = (
             face.optimizer._optimizer_step_post_hooks,
             torch_optimizer._global_optimizer_post_hooks,

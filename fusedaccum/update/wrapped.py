@@ -32,6 +32,7 @@ class WrappedStep:
     Attributes:
         swap: puts the masters in the place of the parameters.
         has_own_states: the parameters whose states were made for fp32.
+        is_stepping: whether the step() that the wrapped optimizer is in is of our making.
         keeps_none: those for which the optimizer's last step() of them left no states.
     """
 
@@ -42,7 +43,7 @@ class WrappedStep:
         self._slots = collector.slots
         self._masters, self._states = masters, states
         self._parameters: dict[Slot, torch.nn.Parameter] = {}
-        self.swap = Swap(optimizer)
+        self.swap, self.is_stepping = Swap(optimizer), False
         self.has_own_states: set[Slot] = set()
         self.keeps_none: set[Slot] = set()
 
@@ -75,7 +76,7 @@ class WrappedStep:
                     for slot in filled:
                         slot.sums_version = None  # the sums are of the gradient before this
             with self._substituted(dict(zip(filled, grads, strict=True)), masters):
-                self._optimizer.step()
+                self.step()
             state = self._optimizer.state
             self.keeps_none.difference_update(filled)
             self.keeps_none.update(slot for slot in filled if not state.get(slot.param))
@@ -83,6 +84,14 @@ class WrappedStep:
                 slot.param.copy_(master)
 
         return apply
+
+    def step(self, *closure: Callable[[], Any]) -> Any:
+        """Let the wrapped optimizer step, which it refuses to everybody else."""
+        self.is_stepping = True
+        try:
+            return self._optimizer.step(*closure)
+        finally:
+            self.is_stepping = False
 
     @torch.no_grad()
     def on_masters(self, method: Callable[[], Any]) -> Any:

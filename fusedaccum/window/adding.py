@@ -39,6 +39,9 @@ class _Queue:
         self.cells = [slot.cell for slot in slots]
         self.dtypes = {slot.dtype for slot in slots}
         self.launch = Launch()
+        # One accumulator of each flat buffer: what moves a buffer moves all of it.
+        self.heads = list({slot.block: slot.acc for slot in slots}.values())
+        self.places = list(map(Tensor.data_ptr, self.heads))
 
     @classmethod
     def of(cls, slots: Sequence[Slot]) -> _Queue | None:
@@ -59,6 +62,7 @@ class _Queue:
                 and set(map(_dtype, grads)) == self.dtypes
                 and all(map(is_, map(_grad, self.slots), self.shown))
                 and set(map(_dtype, self.shown)) == _FP32
+                and list(map(Tensor.data_ptr, self.heads)) == self.places
             )
         except (TypeError, RuntimeError):  # a None among them; a sparse one
             return None

@@ -99,6 +99,17 @@ class ByHand:
             slot.note_version()
         return False
 
+    def fault(self) -> str | None:
+        """What to say where somebody assigned `p.grad.data`, which accumulators cannot follow."""
+        slot = next(iter(self._slots.showing_others()), None)
+        if slot is None:
+            return None
+        return (
+            f"p.grad.data of a parameter of shape {tuple(slot.shape)} was assigned, so that p.grad "
+            "is not the accumulator any more, which the update uses; nothing was updated. Assign "
+            "p.grad itself (p.grad = ...), or write into it in place (p.grad.copy_(...))"
+        )
+
     def note_clip(self) -> None:
         """A loop asks to clip. Before its first backward, that is of what the last window left."""
         is_left = self._window.steps is None and not self._backwards.count

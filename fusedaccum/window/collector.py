@@ -381,8 +381,10 @@ class Collector:
         self.trouble.note("zero_grad() was interrupted")
         self._waiting.take()
         self.slots.empty()
-        for slot in self.slots.values():
-            if zeroes and slot.param.grad is not None:
+        for slot in self.slots.showing_others():
+            slot.show_again()
+        for slot in self.slots.values() if zeroes else ():
+            if slot.param.grad is not None:
                 slot.show_zeros()
         self.scaling.reset()
         self.window.reset()

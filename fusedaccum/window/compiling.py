@@ -15,6 +15,8 @@ from weakref import WeakSet
 
 from torch import Tensor
 
+from ..backends import untraced
+
 
 class Owner(Protocol):
     """What is asked of those who have parameters."""
@@ -43,6 +45,7 @@ def ready() -> None:
     show()
     handler = getattr(sys.modules.get("torch._dynamo"), "callback_handler", None)
     if handler is not None and _hide not in handler.start_callbacks:
+        untraced.tell()
         handler.register_start_callback(_hide)
         handler.register_end_callback(show)
 

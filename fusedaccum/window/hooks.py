@@ -23,7 +23,7 @@ from .buffers import Block
 from .deal import Deal
 from .engines import refuse_exchange
 from .shards import local_of
-from .slots import Slot, Slots, check_param
+from .slots import Fill, Slot, Slots, check_param, node_of
 
 # Whose live hooks are on a parameter: two owners would take each other's accumulators for
 # gradients.
@@ -152,6 +152,8 @@ class Attached:
         self.slots = Slots()
         self.queues: dict[tuple[Slot, ...], Any] = {}
         self._known: _Known | None = None
+        # Of parameters that somebody took out of the groups: no update and no norm has them.
+        self._left: list[Slot] = []
         self._unchanged: tuple[Any, Any] | None = None  # where all were, and how they lay
         self.groups: Sequence[dict[str, Any]] = ()
         self.n_cells = 0
@@ -211,8 +213,12 @@ class Attached:
         """Attach parameters of param groups that need a gradient and have no slot yet."""
         self.groups = groups
         compiling.show()
-        if self._known is not None and self._known.holds(groups):
-            return
+        if self._known is None or not self._known.holds(groups):
+            self._attach_new(groups)
+        for slot in self._left:
+            slot.fill = Fill.EMPTY
+
+    def _attach_new(self, groups: Sequence[dict[str, Any]]) -> None:
         refuse_exchange(self.slots, groups)
         self._known = None
         new: list[tuple[str, Tensor]] = []
@@ -226,6 +232,8 @@ class Attached:
                 elif slot.hook is None:  # somebody interrupted us before
                     self._hook(slot)
         self.attach(new)
+        kept = set(chain.from_iterable(params_of(groups)))
+        self._left = [slot for param, slot in self.slots.items() if param not in kept]
         self._known = _Known(groups, self.slots)
 
     def refuse_take_over(self, name: str, param: Tensor, named: list[tuple[str, Tensor]]) -> None:
@@ -257,13 +265,17 @@ class Attached:
             layout: whether to look at the sizes and strides of those that are where they were.
         """
         slots, known = self.slots, self._unchanged
+        suspects = slots.suspects() if memory else ()
+        for slot in suspects:
+            slot.address = 0  # as if it had moved: it may have moved, and back
         if (
             known is not None
+            and not suspects
             and (not memory or slots.memory() == known[0])
             and (not layout or slots.layout() == known[1])
         ):
             return None
-        found = next((s for s in slots.values() if s.difference()), None)
+        found = next((s for s in slots.values() if s.change()), None)
         self._unchanged = (slots.memory(), slots.layout()) if found is None else None
         return found
 
@@ -275,10 +287,10 @@ class Attached:
         """
         first = self.changed(memory=memory)
         if first is not None:
-            n = sum(1 for s in self.slots.values() if s.difference())
+            n = sum(1 for s in self.slots.values() if s.change())
             raise RuntimeError(
                 f"{n} parameters changed after they were wrapped (one of shape "
-                f"{tuple(first.shape)}: {first.difference()}) and lost their hooks; nothing was "
+                f"{tuple(first.shape)}: {first.change()}) and lost their hooks; nothing was "
                 "updated. Call zero_grad() after moving or converting the model, or wrap after it"
             )
 
@@ -291,7 +303,7 @@ class Attached:
             # A node runs on the stream that it was made on. All on one: a launch adds gradients of
             # many, and must not read those that another stream still writes.
             with torch.cuda.stream(self._stream):
-                slot.node = torch.autograd.graph.get_gradient_edge(param).node
+                slot.node, slot.address = node_of(param), param.data_ptr()
         finally:
             param.requires_grad_(is_trained)
         # The node holds the hook and the slot the node: a strong reference back would be a
@@ -338,4 +350,5 @@ class Attached:
             slot.param.grad_dtype = slot.param.dtype
         self.slots.clear()
         self.queues.clear()
+        self._left = []
         self._known = self._unchanged = None

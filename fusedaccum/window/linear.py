@@ -88,7 +88,7 @@ def _forward(module: Any, x: Tensor, stock: Forward, is_transposed: bool) -> Ten
         return stock(module, x) if traced is None else traced
     products_ref, parameters = module.__dict__.get(KEY), module._parameters
     products = None if products_ref is None else products_ref()
-    weight, bias = parameters.get("weight"), parameters.get("bias")
+    weight = parameters.get("weight")
     if (
         products is None
         or weight is None
@@ -102,6 +102,10 @@ def _forward(module: Any, x: Tensor, stock: Forward, is_transposed: bool) -> Ten
         or _is_tracing() is not None
     ):
         return stock(module, x)
+    try:
+        bias = parameters["bias"]
+    except KeyError:  # it is computed: pruning and parametrizations may do that to the bias alone
+        bias = module.bias
     w, device = weight, x.device.type
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from enum import IntEnum
-from operator import attrgetter, is_
+from operator import attrgetter, eq, is_
 from typing import Any
 
 import torch
@@ -56,6 +56,12 @@ def check_param(name: str, param: Tensor) -> None:
         )
 
 
+def node_of(param: Tensor) -> Any:
+    """The node that accumulates a parameter's gradient."""
+    with torch.inference_mode(False):  # in which there are no nodes
+        return torch.autograd.graph.get_gradient_edge(param).node
+
+
 class Slot:
     """One parameter.
 
@@ -81,11 +87,12 @@ class Slot:
         sums_version: version of `grad` that the partial sums belong to, None if they do not.
         has_sums: whether its cells may hold something other than zero.
         node: the AccumulateGrad node, which autograd itself holds only weakly.
+        address: where the parameter was when it was last seen to have that node.
         hook: the handle of the hook on it.
     """
 
     __slots__ = (
-        "__weakref__", "acc", "block", "cell", "closed_version", "device", "dtype",
+        "__weakref__", "acc", "address", "block", "cell", "closed_version", "device", "dtype",
         "fill", "grad", "has_sums", "hook", "is_contiguous", "is_due", "is_own", "is_zero",
         "n_cells", "nbytes", "node", "numel", "param", "pending", "position", "row", "shape",
         "shard", "stride", "sums_version", "takes_products", "updater",
@@ -119,6 +126,7 @@ class Slot:
         self.closed_version = 0
         self.sums_version: int | None = None
         self.node: Any = None
+        self.address = 0
         self.hook: Any = None
 
     @property
@@ -201,9 +209,29 @@ class Slot:
             return f"strides changed from {self.stride} to {param.stride()}"
         return None
 
+    def change(self) -> str | None:
+        """`difference`, or that the parameter has another node than the one with the hook.
+
+        `set_()` has autograd make it another one, and so has a conversion there and back.
+        `p.data = ...` of the same kind does not.
+        """
+        if (difference := self.difference()) or self.shard is not None or self.node is None:
+            return difference
+        address = self.param.data_ptr()
+        if address == self.address or not self.param.requires_grad:
+            return None
+        if node_of(self.param) is not self.node:
+            return (
+                "its memory was replaced, by set_() as in register_parametrization(), or by a "
+                "conversion there and back"
+            )
+        self.address = address
+        return None
+
 
 _fill, _grad, _dtype = attrgetter("fill"), attrgetter("grad"), attrgetter("dtype")
-_version, _sums_version = attrgetter("grad._version"), attrgetter("sums_version")
+_acc = attrgetter("acc")
+_grad_version, _sums_version = attrgetter("grad._version"), attrgetter("sums_version")
 
 
 class Slots(dict[Tensor, Slot]):
@@ -231,6 +259,37 @@ class Slots(dict[Tensor, Slot]):
         """Whether the open micro-batch has contributed anything."""
         return Fill.CURRENT in map(_fill, self.values())
 
+    def suspects(self) -> list[Slot]:
+        """Those whose `p.grad` somebody wrote or assigned, where the open micro-batch brought
+        nothing: it may have been autograd, past a hook that is lost."""
+        current = Fill.CURRENT
+        if {current}.issuperset(map(_fill, self.values())):
+            return []  # nearly always, where a backward was before
+        return [
+            slot
+            for slot in self.values()
+            if slot.fill is not current
+            and (grad := slot.param.grad) is not None
+            and (grad is not slot.grad or slot.is_written)
+        ]
+
+    def showing_others(self) -> list[Slot]:
+        """Those whose `grad` has other memory than `acc`: somebody assigned `p.grad.data`."""
+        address = Tensor.data_ptr
+        try:
+            grads, accs = map(_grad, self.values()), map(_acc, self.values())
+            if all(map(eq, map(address, grads), map(address, accs))):
+                return []
+        except TypeError:  # no accumulator yet
+            pass
+        return [
+            slot
+            for slot in self.values()
+            if slot.grad is not None
+            and slot.shard is None
+            and address(slot.grad) != address(slot.acc)
+        ]
+
     @property
     def are_shown(self) -> bool:
         """Whether every parameter shows its accumulator, or None where there is none yet."""
@@ -248,7 +307,9 @@ class Slots(dict[Tensor, Slot]):
     def have_sums(self) -> bool:
         """Whether the partial sums of every parameter are those of what it has accumulated now."""
         try:
-            return list(map(_version, self.values())) == list(map(_sums_version, self.values()))
+            return list(map(_grad_version, self.values())) == list(
+                map(_sums_version, self.values())
+            )
         except AttributeError:  # no accumulator yet
             return False
 

@@ -19,8 +19,8 @@ class Trouble:
     def __init__(self) -> None:
         self.reason: str | None = None
 
-    def note(self, reason: str) -> None:
-        """Remember what went wrong; what went wrong first stays."""
+    def note(self, reason: str | None) -> None:
+        """Remember what went wrong, if anything did; what went wrong first stays."""
         self.reason = self.reason or reason
 
     @contextmanager

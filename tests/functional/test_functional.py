@@ -50,6 +50,21 @@ def test_accumulate_(sizes: list[int], scale: float, first: bool, dtype: torch.d
     assert all(tolerances.equal_bits(a, e) for a, e in zip(accs, expected, strict=True))
 
 
+def test_a_compiled_caller() -> None:
+    """Dynamo went into them, where loops got addresses that it made up."""
+    param, acc, m, v, steps = [torch.ones(5)], *([torch.zeros(5)] for _ in range(3)), torch.zeros(1)
+
+    def update(grad: Tensor) -> Tensor:
+        F.accumulate_(acc, [grad * 2.0], 0.5)
+        F.adamw_(param, acc, m, v, steps, lr=0.1)
+        return F.global_norm(acc) * 2.0
+
+    torch._dynamo.reset()
+    norm = torch.compile(update, backend="eager")(torch.ones(5))
+    assert norm == pytest.approx(2 * 5**0.5) and steps.tolist() == [1.0]
+    assert acc[0].tolist() == [1.0] * 5 and param[0].tolist() == pytest.approx([0.899] * 5)
+
+
 @pytest.mark.parametrize("compiled", [True, False])
 def test_layouts(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if not compiled:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from collections import defaultdict
 from typing import Any
 
 import pytest
@@ -89,6 +90,29 @@ def test_it_is_the_wrapped_optimizer() -> None:
     assert opt.param_groups is inner.param_groups
     assert opt.state is inner.state and opt.defaults is inner.defaults
     assert issubclass(type("Sub", (FusedAccumOptimizer,), {}), torch.optim.Optimizer)
+
+
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.Adafactor])
+@pytest.mark.parametrize("key", ["state", "param_groups"])
+def test_setstate_is_that_of_the_wrapped_optimizer(
+    key: str, kind: type[torch.optim.Optimizer]
+) -> None:
+    """It wrote into the wrapper's own attributes, which nobody reads."""
+    ours, theirs = (Gradients([torch.ones(3)]) for _ in range(2))
+    for model in (ours, theirs):
+        inner: Any = kind(model.parameters(), lr=0.1)  # type: ignore[call-arg]
+        opt: Any = FusedAccumOptimizer(inner, 1) if model is ours else inner
+        for step in range(4):
+            if step == 2:
+                new: Any = defaultdict(dict)
+                if key == "param_groups":
+                    new = [{**group, "lr": 0.5} for group in opt.param_groups]
+                opt.__setstate__({key: new})
+                assert getattr(opt, key) is new
+            model.backward([torch.full((3,), 1.0 + step)])
+            opt.step()
+            opt.zero_grad()
+    assert_models_close(ours, theirs)
 
 
 def test_hooks_run_once_per_update() -> None:

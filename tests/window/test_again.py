@@ -98,6 +98,14 @@ class Side:
             if isinstance(value, Tensor) and value.dim():
                 value.data = value.data.clone() * 0.5
 
+    def share_memory(self, draw: random.Random) -> None:
+        """A tensor that is sent to another process moves, with all of its buffer."""
+        param = draw.choice(self.params)
+        shown = [param.grad, *self.opt.state.get(param, {}).values()]
+        for value in shown[:1] if draw.random() < 0.5 else shown:
+            if isinstance(value, Tensor):
+                value.share_memory_()
+
     def forget_state(self, draw: random.Random) -> None:
         self.opt.state.pop(draw.choice(self.params), None)
 
@@ -142,7 +150,8 @@ class Side:
 CHANGES: list[Callable[[Side, random.Random], None]] = [
     Side.nothing, Side.nothing, Side.nothing, Side.schedule, Side.freeze, Side.regroup,
     Side.add_group, Side.move, Side.write, Side.replace_state, Side.move_state, Side.forget_state,
-    Side.load, Side.save, Side.switch_rule, Side.take_gradient, Side.double_gradient, Side.unclip,
+    Side.share_memory, Side.load, Side.save, Side.switch_rule, Side.take_gradient,
+    Side.double_gradient, Side.unclip,
 ]  # fmt: skip
 
 
@@ -247,6 +256,20 @@ def test_nothing_is_asked_of_each_parameter_in_the_middle_of_a_window(
     params[7].data = params[7].data.clone()  # now there is something to ask
     micro_batch()
     assert set(asked) == {"difference"}
+
+
+def test_accumulators_that_move_to_shared_memory() -> None:
+    """torch.multiprocessing moves what is sent. Launches went on to write where it had been."""
+    params = [nn.Parameter(torch.ones(1000)) for _ in range(3)]
+    opt = FusedAccumOptimizer(torch.optim.SGD(params), 100)
+    for i in range(6):
+        if i == 4:
+            assert params[1].grad is not None
+            params[1].grad.share_memory_()
+        torch.stack([p.sum() for p in params]).sum().backward()
+        opt.step()
+    for param in params:
+        torch.testing.assert_close(param.grad, torch.full((1000,), 0.06))
 
 
 def test_a_detached_wrapper_keeps_no_accumulator() -> None:

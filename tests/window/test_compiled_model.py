@@ -1,4 +1,5 @@
-"""torch.compile of the model: the same updates, one graph; compiled autograd: refused."""
+"""torch.compile of the model or of a whole training step: the same updates; compiled autograd:
+refused."""
 
 from __future__ import annotations
 
@@ -101,6 +102,44 @@ def test_a_model_that_is_compiled_anew_in_mid_window() -> None:
     assert all(equal_bits(a, b) for a, b in zip(compiled, lengths(None), strict=True))
     torch._dynamo.reset()  # which forgets whom it tells of compilations
     assert all(equal_bits(a, b) for a, b in zip(lengths("eager"), compiled, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("n", [None, 2], ids=["loop", "wrapper"])
+@pytest.mark.parametrize("part", ["step", "all"])
+def test_a_training_step_that_is_compiled_as_a_whole(
+    part: str, n: int | None, dtype: torch.dtype
+) -> None:
+    """Dynamo went into step() and into the hooks, where loops got addresses that it made up."""
+
+    def train(wraps: Any) -> list[Tensor]:
+        model: Any = small_model(dtype)
+        opt = FusedAccumOptimizer(torch.optim.AdamW(model.parameters(), lr=1e-2), n)
+
+        def backward(x: Tensor) -> None:
+            with opt.micro_batch(weight=2.0):
+                model(x).float().square().mean().backward()
+
+        def update() -> None:
+            opt.step()
+            opt.zero_grad()
+
+        def both(x: Tensor) -> None:
+            backward(x)
+            update()
+
+        compiled = wraps(update if part == "step" else both)
+        for i in range(4):
+            if part == "step":
+                backward(data(i, dtype))
+                compiled()
+            else:
+                compiled(data(i, dtype))
+        assert opt.window_closed
+        return [p.detach() for p in model.parameters()]
+
+    compiled = train(torch.compile(backend="eager"))
+    assert all(equal_bits(a, b) for a, b in zip(compiled, train(lambda f: f), strict=True))
 
 
 @pytest.mark.parametrize("then", ["backward", "step", "zero_grad", "state_dict", "fails"])

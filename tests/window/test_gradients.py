@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.utils.parametrize import register_parametrization
 
 from fusedaccum import FusedAccumOptimizer
 from tests.cases import Gradients, assert_models_close, batches, case_id, loss, small_model
@@ -178,3 +180,97 @@ def test_a_stale_backward_is_caught() -> None:
     opt.step()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         out.backward()
+
+
+class Same(torch.nn.Module):
+    """A parametrization that changes nothing."""
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight.clone()
+
+    def right_inverse(self, weight: Tensor) -> Tensor:
+        return weight.clone()
+
+
+def eights() -> Any:
+    layer = torch.nn.Linear(3, 1, bias=False)
+    torch.nn.init.constant_(layer.weight, 8.0)
+    return layer
+
+
+def convert(layer: Any) -> None:
+    layer.to(torch.bfloat16)
+
+
+def parametrize(layer: Any) -> None:
+    register_parametrization(layer, "weight", Same())
+
+
+def replace(layer: Any) -> None:
+    with torch.no_grad():
+        layer.weight.set_(layer.weight.detach().clone())
+
+
+def there_and_back(layer: Any) -> None:
+    memory = layer.weight.data
+    layer.weight.data = memory.to(torch.bfloat16)
+    layer.weight.data = memory  # where it was, as an allocator may have it
+
+
+def swap_data(layer: Any) -> None:
+    layer.weight.data = layer.weight.detach().clone()
+
+
+@pytest.mark.parametrize("change", [convert, parametrize, replace, there_and_back])
+@pytest.mark.parametrize("n", [None, 2])
+@pytest.mark.parametrize("at", [0, 1, 2])
+def test_a_parameter_that_lost_its_hook(at: int, n: int | None, change: Any) -> None:
+    """set_() and a conversion there and back have autograd make another node, so that gradients
+    went into the accumulator as they were. Inside a window zero_grad() kept it, and step() refused
+    for ever."""
+    layer = eights()
+    opt = FusedAccumOptimizer(torch.optim.SGD(layer.parameters(), lr=1.0), n)
+
+    def micro_batch() -> None:
+        layer(torch.ones(1, 3, dtype=layer.weight.dtype)).sum().backward()
+        opt.step()
+        opt.zero_grad()
+
+    for _ in range(at):
+        micro_batch()
+    change(layer)
+    before = layer.weight.detach().clone()
+    with pytest.raises(RuntimeError, match=r"lost their hooks.*Call zero_grad\(\)"):
+        micro_batch()
+    assert torch.equal(layer.weight, before)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the window that is discarded
+        opt.zero_grad()
+    for _ in range(n or 1):
+        micro_batch()
+    assert opt.window_closed and torch.equal(layer.weight, before - 1.0)
+
+
+@pytest.mark.parametrize("change", [parametrize, replace, swap_data])
+def test_a_parameter_that_is_hooked_again_in_time(change: Any) -> None:
+    """zero_grad() between windows takes it up; new data leaves the hook where it is."""
+    layer = eights()
+    opt = FusedAccumOptimizer(torch.optim.SGD(layer.parameters(), lr=1.0, momentum=0.5), 2)
+    for i in range(6):
+        if i in (2, 4):
+            (change if i == 2 else swap_data)(layer)
+            opt.zero_grad()
+        before = layer.weight.detach().clone()
+        (layer(torch.ones(1, 3))).sum().backward()
+        opt.step()
+    assert torch.equal(layer.weight, before - 1.75)
+
+
+def test_gradients_that_are_written_by_hand_are_no_lost_hook() -> None:
+    p, q = (torch.nn.Parameter(torch.zeros(2)) for _ in range(2))
+    opt = FusedAccumOptimizer(torch.optim.SGD([p, q], lr=1.0), 2)
+    for i in range(4):
+        p.sum().backward()
+        q.grad = torch.ones(2) if q.grad is None else q.grad.add_(0.5 * i)
+        opt.step()
+    assert p.tolist() == [-2.0] * 2 and q.tolist() != [0.0] * 2

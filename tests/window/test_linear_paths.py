@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.nn.utils import parametrize, prune
 
 import fusedaccum
 from fusedaccum import FusedAccumOptimizer
@@ -162,6 +163,41 @@ def test_what_is_skipped_and_why() -> None:
     }  # fmt: skip
     assert "linear: 1 fused, 64 parameters; skipped: 1 frozen, 3 a subclass" in repr(opt)
     assert opt.fuse_linear_wgrad(model, min_numel=64) == report
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("how", ["pruned", "parametrized", "a tensor"])
+def test_a_bias_that_is_no_parameter_of_the_layer(how: str, when: str) -> None:
+    """A fused layer left it out."""
+
+    def change(layer: Any) -> None:
+        if how == "pruned":
+            prune.random_unstructured(layer, "bias", 1)
+        elif how == "parametrized":
+            parametrize.register_parametrization(layer, "bias", nn.Softplus())
+        else:
+            del layer.bias
+            layer.bias = torch.arange(5.0)
+
+    torch.manual_seed(0)
+    layer: Any = nn.Sequential(nn.Linear(4, 5))
+    stock, x = copy.deepcopy(layer), torch.randn(3, 4)
+    for each in (layer, stock):
+        torch.manual_seed(1)
+        if each is stock or when == "before":
+            change(each[0])
+    opt = FusedAccumOptimizer(torch.optim.SGD(layer.parameters(), lr=0.1))
+    fused = opt.fuse_linear_wgrad(layer, min_numel=0).fused
+    if when == "after":
+        torch.manual_seed(1)
+        change(layer[0])
+        opt.zero_grad()
+    assert when == "before" or fused
+    assert torch.equal(layer(x), stock(x))
+    layer(x).square().sum().backward()
+    stock(x).square().sum().backward()
+    for p, q in zip(layer.parameters(), stock.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad)
 
 
 def test_a_linked_scaler_takes_the_ordinary_path() -> None:

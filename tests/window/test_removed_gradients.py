@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -191,3 +192,32 @@ def test_an_assigned_gradient_that_is_removed_again_takes_the_window_along(model
         ((p + q) * 3.0).sum().backward()
     opt.flush()
     assert p.tolist() == q.tolist() == [-2.0] * 3
+
+
+@pytest.mark.parametrize("zeroes", ["zero_grad", "zero_grad(False)", "load"])
+@pytest.mark.parametrize("at", [0, 1])
+@pytest.mark.parametrize("n", [None, 2])
+def test_data_of_a_gradient_that_is_assigned(n: int | None, at: int, zeroes: str) -> None:
+    """p.grad showed it, and the update used the accumulator of before."""
+    p = one()
+    opt = sgd(p, n=n)
+    saved = copy.deepcopy(opt.state_dict())
+
+    def window(changes: bool) -> None:
+        for i in range(2):
+            give(p, 2.0 if n else 1.0)
+            if changes and i == at:
+                assert p.grad is not None
+                p.grad.data = p.grad.data * 3.0
+            if n or i == 1:
+                opt.step()
+
+    with pytest.raises(RuntimeError, match=r"p\.grad\.data .* was assigned.*Call zero_grad\(\)"):
+        window(changes=True)
+    assert p.tolist() == [1.0] * 3
+    if zeroes == "load":
+        opt.load_state_dict(saved)
+    else:
+        opt.zero_grad(set_to_none=zeroes == "zero_grad")
+    window(changes=False)
+    assert p.tolist() == [-1.0] * 3

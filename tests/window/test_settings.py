@@ -179,6 +179,36 @@ def test_groups_without_a_parameter_that_trains() -> None:
         sgd(one(), bucket_cap_mb=float("inf"))
 
 
+def test_a_wrapper_that_is_made_in_inference_mode() -> None:
+    """It raised an AttributeError about a node that does not exist there."""
+    p = one()
+    with torch.inference_mode():
+        opt = sgd(p, n=2)
+    for _ in range(4):
+        give(p, 1.0)
+        opt.step()
+    assert p.tolist() == [-1.0] * 3
+
+
+@pytest.mark.parametrize("n", [None, 2])
+@pytest.mark.parametrize("at", [0, 1, 2])
+def test_a_group_that_is_taken_out(at: int, n: int | None) -> None:
+    """Its gradients were a part of the norm, and a NaN among them skipped all updates to come."""
+    p, q = one(), one()
+    groups = [{"params": [p]}, {"params": [q]}]
+    plain = torch.optim.SGD(groups, lr=1.0)
+    opt = FusedAccumOptimizer(plain, n, max_grad_norm=1.0)
+    for i in range(4):
+        if i == at:
+            opt.param_groups.pop()
+        give(q, float("nan") if i >= at else 0.0)
+        give(p, 8.0)
+        opt.step()
+        opt.zero_grad()
+    assert int(opt.skipped_steps) == 0 and q.tolist() == [1.0] * 3
+    torch.testing.assert_close(p, torch.full((3,), 1.0 - 3**-0.5 * (4 / (n or 1))))
+
+
 def test_a_flush_of_nothing_closes_no_window() -> None:
     p = one()
     opt = sgd(p, n=1)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import threading
 import warnings
+from typing import Any
 
 import pytest
 import torch
 
+from fusedaccum import FusedAccumOptimizer
 from tests.loops import give, one, sgd
 
 # --- the old loop kept ---
@@ -130,6 +132,65 @@ def test_a_training_of_some_nan_does_not() -> None:
         for i in range(60):
             give(p, 0.0 if i % 15 == 14 else float("nan"))
             opt.step()
+
+
+# --- the wrapped optimizer's own step() ---
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [
+        (torch.optim.SGD, torch.float32), (torch.optim.SGD, torch.bfloat16),
+        (torch.optim.Adafactor, torch.bfloat16), (torch.optim.LBFGS, torch.float32),
+    ],
+)  # fmt: skip
+def test_the_wrapped_optimizers_own_step_is_refused(kind: Any, dtype: torch.dtype) -> None:
+    """It took a part of the mean for a gradient, at each micro-batch, and said nothing."""
+    p, before = one(dtype=dtype), one(dtype=dtype)
+    plain = kind([p], lr=0.1)
+    opt = FusedAccumOptimizer(plain, None if kind is torch.optim.LBFGS else 2)
+
+    def closure() -> torch.Tensor:
+        opt.zero_grad()
+        give(p, 1.0)
+        return torch.zeros(())
+
+    give(p, 1.0)
+    with pytest.raises(RuntimeError, match=rf"on the {kind.__name__} inside.*detach\(\) first"):
+        plain.step(closure)
+    assert torch.equal(p, before) and not plain.state
+    opt.zero_grad()
+    for _ in range(2):
+        opt.step(closure)
+    assert opt.window_closed and not torch.equal(p, before)
+
+
+@pytest.mark.parametrize("how", ["detached", "dropped", "wrapped anew"])
+def test_the_plain_optimizer_steps_where_no_wrapper_is_left(how: str) -> None:
+    p = one()
+    plain = torch.optim.Adafactor([p], lr=0.1)
+    opt: Any = FusedAccumOptimizer(plain)
+    if how == "detached":
+        opt.detach()
+    stepped = FusedAccumOptimizer(plain) if how == "wrapped anew" else plain
+    if how == "dropped":
+        del opt
+        assert not plain._optimizer_step_pre_hooks  # type: ignore[attr-defined]
+    give(p, 1.0)
+    stepped.step()
+    assert p.tolist() != [1.0] * 3
+
+
+def test_a_detached_wrapper_that_is_used_again_is_a_wrapper() -> None:
+    p = one()
+    opt = sgd(p)
+    plain = opt.detach()
+    opt.zero_grad()
+    give(p, 1.0)
+    with pytest.raises(RuntimeError, match="inside a FusedAccumOptimizer"):
+        plain.step()
+    opt.step()
+    assert p.tolist() == [0.0] * 3
 
 
 # --- backwards that cannot come out right ---
