@@ -87,6 +87,8 @@ class TorchBackend:
             scalars.skipped += 1
             return
         rows, groups = request.rows_and_groups().T
+        if not len(rows):  # other processes update all
+            return
         counts = (scalars.steps.cpu().numpy()[rows].astype(np.float64) + 1.0).tolist()
         numbers = scalars.memory.cpu().numpy()[rows].tolist() if family.memory else repeat(())
         # Once for all tensors of a group that have come as far: nearly always all of them.

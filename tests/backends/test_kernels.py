@@ -167,3 +167,16 @@ def test_an_overflow_skips_whatever_the_sums_are(backend: Any) -> None:
         same = [equal_bits(*pair) for pair in zip(contents(step), before, strict=True)]
         assert all(same) is bool(step.scalars.skip) is bool(overflow)
     assert float(step.scalars.norm) == 0.25
+
+
+@pytest.mark.parametrize("rule", ["adam", "nadam"])
+def test_an_update_that_others_make_leaves_its_norm(backend: Any, rule: str) -> None:
+    """Where states are shared out, a process may update no parameter at all."""
+    step, hyper = make_step(backend, rule, Keep.SPLIT)
+    step.tensors.clear()
+    kept = step.scalars.steps, step.scalars.scalars, step.scalars.memory
+    before = [tensor.clone() for tensor in kept]
+    partials = torch.tensor([4.0, 12.0], device=backend.device)
+    backend.finalize(Finalize([step], hyper, Correction(), partials, 1.0, True))
+    assert float(step.scalars.norm) == 4.0 and not bool(step.scalars.skip)
+    assert all(map(torch.equal, kept, before))
