@@ -35,13 +35,16 @@ def _work(rank: int, world: int, module: str, cases: Sequence[str], folder: str)
     results: dict[str, Any] = {}
     for case in cases:
         name, _, argument = case.partition(":")
+        raised = False
         try:
             results[case] = getattr(importlib.import_module(module), name)(
                 *([argument] if argument else [])
             )
         except Exception:
-            results[case] = traceback.format_exc()
+            results[case], raised = traceback.format_exc(), True
         torch.save(results, f"{folder}/results-{world}-{rank}")
+        if raised:
+            os._exit(1)  # others may wait for this process, and raise when it is gone
     dist.destroy_process_group()
 
 
@@ -55,8 +58,8 @@ def run(module: str, cases: Sequence[str], world: int, folder: Path) -> list[dic
         folder: for what they exchange; FOLDER in the environment of each.
 
     Returns:
-        For each process, what each case returned; the traceback where it raised. One that died
-        has the results from before, if there are any.
+        For each process, what each case returned; the traceback where it raised, which is the end
+        of that process. One that died has the results from before, if there are any.
     """
     # A server imports torch and the module once, and forks for each process.
     preload = [__name__, module, "tests.frozen"]
@@ -104,8 +107,10 @@ def agreeing(results: list[dict[str, Any]]) -> Callable[[str], Any]:
     """What a case returned, which must be the same in all processes."""
 
     def of(case: str) -> Any:
+        for result in results:
+            raised = [found for found in result.values() if isinstance(found, str)]
+            assert isinstance(result.get(case), dict), "\n".join(raised)
         first = results[0][case]
-        assert isinstance(first, dict), first
         assert all(result[case] == first for result in results)
         return first
 
