@@ -38,7 +38,7 @@ CYCLE, LORA = "2026-11-22-cycle-eager-3", "2026-11-22-cycle-eager-2"
 MICRO, COMPILED = "2026-11-22-micro-eager", "2026-11-22-all-compiled"
 TRAINING, LONG = "2026-11-22-end-to-end", "2026-11-22-end-to-end-2"
 LINEAR = "2026-11-29-linear"
-HOST, HOST_BEFORE = "2026-11-30-host", "2026-11-30-host-before"
+HOST, HOST_BEFORE = "2026-11-30-host-2", "2026-11-30-before-host-2"
 BESIDE = "2026-11-29-beside-1894093"
 DEMO = "intel-r-xeon-r-processor/2026-11-29-demo.json"
 
