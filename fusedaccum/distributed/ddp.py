@@ -20,6 +20,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from ..window.hooks import is_owned
 from ..window.reducing import Parts, Reducing
+from .agreement import Settings
 from .joining import DdpHook, Membership
 from .reduction import Reduction
 
@@ -54,7 +55,7 @@ class DdpReduction(Reduction):
         self,
         parts: Parts,
         modules: Sequence[DistributedDataParallel],
-        settings: Mapping[str, Any],
+        settings: Settings,
         shares: bool,
         membership: Membership,
     ) -> None:
@@ -111,7 +112,7 @@ class DdpReduction(Reduction):
 def serve(
     parts: Parts,
     modules: Sequence[DistributedDataParallel],
-    settings: Mapping[str, Any],
+    settings: Settings,
     membership: Membership,
 ) -> Reducing:
     """Average instead of DDP from now on; called in a backward, before a gradient was added.

@@ -52,7 +52,7 @@ class Processes:
 
         has_group = self.options.process_group is not None
         shares = self.options.shard_states
-        request = serving.Request(self._settings(), self._member, has_group, shares)
+        request = serving.Request(self._settings, self._member, has_group, shares)
         return serving.serve(parts, modules, request)
 
     def average_in_group(self, engines: Watch) -> None:
@@ -70,7 +70,7 @@ class Processes:
             group,
             is_joint=self._membership.is_joint,
             notify=self._membership.notify,
-            settings=self._settings(),
+            settings=self._settings,
         )
 
     def broadcast(self, params: Iterable[Tensor]) -> None:

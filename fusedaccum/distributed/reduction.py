@@ -4,18 +4,19 @@
     update   = p.grad * W_ref / (mean over ranks of sum_i w_ri)
 
 Buckets of the flat accumulators are averaged in a fixed order, each as soon as its parameters have
-brought as many gradients as in the backwards before; then come the sums of weights, overflows and
-which parameters anybody used, in one small collective. An average may be averaged again, so a loop
-that reduces in every backward comes out right too. Only that small tensor is ever read on the host,
-and only where a parameter here had no gradient.
+brought as many gradients as in the backwards before; then come the sums of weights, what has to be
+the same in all, overflows and which parameters anybody used, in one small collective. An average
+may be averaged again, so a loop that reduces in every backward comes out right too. Only that small
+tensor is ever read on the host: on a GPU in the first window, where a parameter here had no
+gradient, and after a setting was assigned here.
 """
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NoReturn
+from collections.abc import Callable, Iterable, Sequence
+from typing import NoReturn
 
 import numpy as np
 import torch
@@ -28,7 +29,7 @@ from ..window.reducing import Alone, Parts
 from ..window.slots import Fill, Slot
 from ..window.weights import Window
 from . import buckets
-from .agreement import disagreement
+from .agreement import Comparison, Settings, disagreement
 from .buckets import Bucket
 
 BROKEN = (
@@ -51,7 +52,7 @@ class Reduction(Alone):
         waits: whether to average in step() and not before.
         is_joint: whether a Join block is open, which processes leave at different times.
         notify: tells those that have left it that a micro-batch begins.
-        settings: by name; all processes must have the same.
+        settings: gives those that hold now, by name; all processes must have the same.
     """
 
     def __init__(
@@ -65,7 +66,7 @@ class Reduction(Alone):
         waits: bool = False,
         is_joint: Callable[[], bool] = lambda: False,
         notify: Callable[[], object] = lambda: None,
-        settings: Mapping[str, Any],
+        settings: Settings,
     ) -> None:
         self.group = group
         self.world = dist.get_world_size(group)
@@ -83,6 +84,8 @@ class Reduction(Alone):
         # How often each parameter arrives in a backward: in this one, and before.
         self._arrivals: Counter[Slot] = Counter()
         self._expected: Counter[Slot] = Counter()
+        self._comparison = Comparison(settings, self.world, dist.get_rank(group))
+        self._n_fixed = 2 + self._comparison.length  # numbers before the overflows
         self._numbers = Mirror(device)
         self._sums: Tensor | None = None  # of the numbers, over the group
         self._holds_average = False  # whether the accumulators hold one, and more perhaps
@@ -160,7 +163,7 @@ class Reduction(Alone):
     def correction(self, window: Window) -> float | Tensor:
         if not self.is_average or self._sums is None:
             return window.correction()
-        return correction_of(self._sums, self.world, window)
+        return correction_of(self._sums, self.world, window, self._comparison)
 
     def total(self, window: Window) -> float | Tensor:
         return total_of(self._sums if self.is_average else None, window)
@@ -231,7 +234,7 @@ class Reduction(Alone):
 
     def _make_buckets(self) -> None:
         served = [slot for param, slot in self._slots.items() if self._is_served(param)]
-        if reason := disagreement(self.group, self._settings, served):
+        if reason := disagreement(self.group, self._settings(), served):
             self.fail(reason)
         self._buckets = buckets.buckets_of(served, self.group, buckets.BUCKET_BYTES)
         self._bucket_of = {slot: bucket for bucket in self._buckets for slot in bucket.slots}
@@ -261,26 +264,33 @@ class Reduction(Alone):
                 bucket.wait()
             self._take_over(fill)
             if self._scaling.overflow is not None:
-                self._scaling.overflow.copy_(self._sums[4])
+                self._scaling.overflow.copy_(self._sums[self._n_fixed])
             if self._scaling.is_linked:
                 self._scaling.agree(self._sums[-2 * self.world :].view(-1, 2))
             self.is_running, self.is_average, self.queue_bytes = False, True, math.inf
             self._holds_average = True
+        if reason := self._comparison.disagreement(self._sums[2 : self._n_fixed]):
+            self.fail(reason)
 
     def _add_numbers(self, total: float) -> Tensor:
-        """The sums over all processes of: the total weight, whether it is a weighted window,
-        whether it is one without, micro-batches per window, overflows, for each parameter whether
-        it has a gradient, and the GradScaler's state of each process, which has zeros of the
-        others; float64."""
+        """The sums over all processes of: the total weight, whether it is a weighted window, what
+        has to be the same in all, overflows, for each parameter whether it has a gradient, and the
+        GradScaler's state of each process, which has zeros of the others; float64."""
         served, scaler = self._bucket_of, self._scaling.state()
-        host = np.zeros(5 + len(served) + (0 if scaler is None else 2 * self.world))
-        host[:4] = numbers_of(self._window, total, any(slot.fill for slot in served))
-        host[5 : 5 + len(served)] = [slot.fill is not Fill.EMPTY for slot in served]
+        first = self._n_fixed + 1  # of the parameters
+        last = first + len(served)
+        host = np.zeros(last + (0 if scaler is None else 2 * self.world))
+        host[:2] = total, self._window.is_weighted
+        is_filled = any(slot.fill for slot in served)
+        host[2 : self._n_fixed] = self._comparison.numbers(
+            self._window, is_filled, self._scaling.is_behind
+        )
+        host[first:last] = [slot.fill is not Fill.EMPTY for slot in served]
         sums = self._numbers.set(host).clone()
         if self._scaling.overflow is not None:
-            sums[4] = self._scaling.overflow
+            sums[self._n_fixed] = self._scaling.overflow
         if scaler is not None:
-            at = 5 + len(served) + 2 * dist.get_rank(self.group)
+            at = last + 2 * dist.get_rank(self.group)
             sums[at : at + 2] = scaler
         dist.all_reduce(sums, group=self.group)
         return sums
@@ -292,7 +302,7 @@ class Reduction(Alone):
             if slot.fill is Fill.EMPTY:
                 if used is None:
                     assert self._sums is not None
-                    used = self._sums[5:].tolist()
+                    used = self._sums[self._n_fixed + 1 :].tolist()
                 if not used[i]:
                     continue
                 slot.fill, slot.is_zero = fill, False
@@ -300,31 +310,27 @@ class Reduction(Alone):
             slot.sums_version = None
 
 
-def numbers_of(window: Window, total: float, is_filled: bool) -> tuple[float, ...]:
-    """What of a window is summed over processes: the total weight, whether it is a weighted window,
-    whether it is one without, and the micro-batches per window."""
-    return total, window.is_weighted, not window.is_weighted and is_filled, window.steps or 0
-
-
 def total_of(sums: Tensor | None, window: Window) -> float | Tensor:
     """The sum of the weights: of all processes, whose `sums` these are, or of this one alone."""
     return window.total if sums is None else sums[0]
 
 
-def correction_of(sums: Tensor, world: int, window: Window) -> Tensor:
-    """What makes the average of all processes' sums the mean; NaN where some give weights and
-    others do not, or they count to different numbers.
+def correction_of(sums: Tensor, world: int, window: Window, comparison: Comparison) -> Tensor:
+    """What makes the average of all processes' sums the mean; NaN where what has to be
+    the same in all differs.
 
     Args:
-        sums: of `numbers_of`, over the processes.
+        sums: over the processes: the total weight, whether it is a weighted window, and
+            `comparison`'s numbers.
         world: how many.
         window: of this process.
+        comparison: with the other processes.
     """
-    total, n_weighted, n_plain, steps = sums[:4]
+    total, n_weighted = sums[:2]
     # That of a checkpoint which one process has written may be another one.
     reference = window.reference or window.steps or 1
     mean = torch.where(n_weighted > 0, float(reference) * world / total, 1.0)
-    is_mixed = ((n_weighted > 0) & (n_plain > 0)) | (steps != world * (window.steps or 0))
+    is_mixed = comparison.is_mixed(sums[2 : 2 + comparison.length])
     return torch.where(is_mixed, torch.nan, mean)
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch.distributed as dist
 from torch import Tensor
@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..window.reducing import Parts, Reducing
 from . import ddp, sharded
+from .agreement import Settings
 from .joining import Member, Membership
 
 
@@ -19,13 +20,13 @@ class Request(NamedTuple):
     """What is asked for beside the averages.
 
     Attributes:
-        settings: by name; all processes must have the same.
+        settings: gives those that hold now, by name; all processes must have the same.
         member: gives the optimizer, a weak reference.
         has_group: whether `process_group` was given.
         shares: whether each process updates a part of the parameters (`shard_states`).
     """
 
-    settings: Mapping[str, Any]
+    settings: Settings
     member: Callable[[], Member | None]
     has_group: bool
     shares: bool

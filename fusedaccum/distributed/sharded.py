@@ -11,8 +11,8 @@ accumulator away and keep the float32 numbers.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NoReturn
+from collections.abc import Callable, Iterable, Sequence
+from typing import NoReturn
 
 import numpy as np
 import torch
@@ -27,9 +27,9 @@ from ..backends.mirror import Mirror
 from ..window.reducing import Alone, Parts
 from ..window.slots import Slot
 from ..window.weights import Window
-from .agreement import disagreement
+from .agreement import Comparison, Settings, disagreement
 from .fsdp2 import Listener, Reductions
-from .reduction import correction_of, numbers_of, total_of
+from .reduction import correction_of, total_of
 
 _KEPT_WHOLE = (
     "FSDP2 keeps the gradient of a micro-batch with a weight back, to add it up unweighted "
@@ -60,19 +60,19 @@ class Sharded(Alone):
     Args:
         parts: of the collector.
         modules: of FSDP2, which reduce gradients of the parameters.
-        settings: by name; all processes must have the same.
+        settings: gives those that hold now, by name; all processes must have the same.
     """
 
-    def __init__(
-        self, parts: Parts, modules: Sequence[Module], settings: Mapping[str, Any]
-    ) -> None:
+    def __init__(self, parts: Parts, modules: Sequence[Module], settings: Settings) -> None:
         self._slots, self._window, self._scaling, self._trouble, device, self._arrive = parts
         self.is_average, self.comes_averaged = False, True
-        self._settings: Mapping[str, Any] | None = settings  # until they were compared
+        self._settings: Settings | None = settings  # until they were compared
         self._groups = _groups_of(self._slots.values())
-        self.world = 1
+        self.world, rank = 1, 0  # among those that train together
         for group in self._groups:
             self.world *= group.size()
+            rank = rank * group.size() + group.rank()
+        self._comparison = Comparison(settings, self.world, rank)
         self._numbers = Mirror(device)
         self._sums: Tensor | None = None
         self._norm = ShardedSums(self._slots.values(), device)
@@ -185,15 +185,18 @@ class Sharded(Alone):
                 self._compare(self._settings)
             is_filled = any(slot.fill for slot in self._slots.values())
             total = self._window.total_so_far(closes)
-            host = np.array([*numbers_of(self._window, total, is_filled)], dtype=np.float64)
+            said = self._comparison.numbers(self._window, is_filled, is_behind=False)
+            host = np.array([total, self._window.is_weighted, *said], dtype=np.float64)
             self._sums = self._numbers.set(host).clone()
             for group in self._groups:
                 dist.all_reduce(self._sums, group=group)
             self.is_average = True
+        if reason := self._comparison.disagreement(self._sums[2:]):
+            self._fail(reason)
 
-    def _compare(self, settings: Mapping[str, Any]) -> None:
+    def _compare(self, settings: Settings) -> None:
         for group in self._groups:
-            if reason := disagreement(group, settings, list(self._slots.values())):
+            if reason := disagreement(group, settings(), list(self._slots.values())):
                 self._fail(reason)
         self._settings = None
 
@@ -204,7 +207,7 @@ class Sharded(Alone):
     def correction(self, window: Window) -> float | Tensor:
         if not self.is_average or self._sums is None:
             return window.correction()
-        return correction_of(self._sums, self.world, window)
+        return correction_of(self._sums, self.world, window, self._comparison)
 
     def total(self, window: Window) -> float | Tensor:
         return total_of(self._sums if self.is_average else None, window)
@@ -266,7 +269,7 @@ class ShardedSums:
         return torch.stack([rounded, rest])
 
 
-def serve(parts: Parts, modules: Sequence[Module], settings: Mapping[str, Any]) -> Sharded:
+def serve(parts: Parts, modules: Sequence[Module], settings: Settings) -> Sharded:
     """Go with shards from now on.
 
     Raises:

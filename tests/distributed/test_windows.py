@@ -23,6 +23,23 @@ THREE = ["weights:ddp-fp32-three", "weights:group-bf16-three"]
 NOT_FINITE = ["not_finite:ddp-nan", "not_finite:group-inf"]
 RESUMED = [f"resumed:{engine}-{stop}" for engine in ("ddp", "group") for stop in (6, 8)]
 OTHERS = ["loop_weights", "scaler", "by_dcp:8", "by_dcp:6"]
+# What one process does later, and how the others hear of it.
+DIFFERENT = {
+    "steps": "gradient_accumulation_steps is 4 on rank 0, 1 on rank {}",
+    "clip": "max_grad_norm is None on rank 0, 0.5 on rank {}",
+    "skip": "skip_nonfinite is True on rank 0, False on rank {}",
+    "lets_nan": "max_grad_norm is None on rank 0, 0.5 on rank {}",
+    "weights": "micro_batch(weight=...) is not used on rank 0, used on rank {}",
+    "first": "micro_batch(weight=...) is not used on rank 0, used on rank {}",
+}
+# With another N a process of FSDP2 shares numbers while the others gather parameters.
+LATER = [
+    f"differs_later:{engine}-{what}"
+    for engine in ("ddp", "group", "fsdp2")
+    for what in DIFFERENT
+    if (engine, what) != ("fsdp2", "steps")
+]
+LATER_OF_THREE = ["differs_later:group-clip"]
 
 Results = Callable[[str], dict[str, Any]]
 MODULE = "tests.distributed.window_cases"
@@ -31,7 +48,7 @@ MODULE = "tests.distributed.window_cases"
 @pytest.fixture(scope="module")
 def each(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each of two processes returned."""
-    cases = [*WEIGHTS, *NOT_FINITE, *RESUMED, *OTHERS]
+    cases = [*WEIGHTS, *NOT_FINITE, *RESUMED, *OTHERS, *LATER]
     return processes.run(MODULE, cases, 2, tmp_path_factory.mktemp("group"))
 
 
@@ -42,7 +59,9 @@ def two(each: list[dict[str, Any]]) -> Results:
 
 @pytest.fixture(scope="module")
 def three(tmp_path_factory: pytest.TempPathFactory) -> Results:
-    return processes.agreeing(processes.run(MODULE, THREE, 3, tmp_path_factory.mktemp("group")))
+    return processes.agreeing(
+        processes.run(MODULE, [*THREE, *LATER_OF_THREE], 3, tmp_path_factory.mktemp("group"))
+    )
 
 
 def _check_weights(result: dict[str, Any]) -> None:
@@ -78,6 +97,26 @@ def test_what_one_process_skips_all_skip(two: Results, case: str) -> None:
 
 def test_an_overflow_of_one_process_skips_in_all(two: Results) -> None:
     assert two("scaler")["rows"] == [(True, 0, True), (False, 1, True), (True, 1, True)]
+
+
+def _check_later(result: dict[str, Any], case: str, last: int) -> None:
+    what = case.partition("-")[2]
+    assert DIFFERENT[what].format(last) in result["error"]
+    assert "Nothing was updated" in result["error"]
+    assert result["unchanged"]
+    assert (result["then"], result["changed"], result.get("same", True)) == (None, True, True)
+
+
+@pytest.mark.parametrize("case", LATER)
+def test_what_differs_in_a_later_window_is_refused_in_every_process(
+    two: Results, case: str
+) -> None:
+    _check_later(two(case), case, 1)
+
+
+@pytest.mark.parametrize("case", LATER_OF_THREE)
+def test_what_one_of_three_processes_does_is_refused_in_all(three: Results, case: str) -> None:
+    _check_later(three(case), case, 2)
 
 
 @pytest.mark.parametrize("case", RESUMED)

@@ -177,6 +177,54 @@ def scaler() -> Report:
     return {"rows": rows}
 
 
+# --- what differs between processes later ---
+
+
+def differs_later(case: str) -> Report:
+    """ "engine-what": one process assigns a setting, or gives weights, from the second window on;
+    or "first": it gives weights from the beginning."""
+    engine, what = case.split("-")
+    _, net, opt = made(engine, skip_nonfinite=what != "lets_nan")
+    rank = dist.get_rank()
+
+    def window(number: int, other: bool) -> None:
+        steps = opt.gradient_accumulation_steps
+        assert steps is not None
+        for i in range(steps):
+            x = batch(rank, number, i)
+            if other and what in ("weights", "first"):
+                with opt.micro_batch(weight=3):
+                    loss_of(net, x).backward()
+            else:
+                loss_of(net, x).backward()
+            opt.step()
+            opt.zero_grad()
+
+    if what != "first":
+        window(0, other=False)
+    before = flat(masters(opt))
+    is_other = rank == dist.get_world_size() - 1
+    assigned = {
+        "steps": ("gradient_accumulation_steps", 1),
+        "clip": ("max_grad_norm", 0.5),
+        "skip": ("skip_nonfinite", False),
+        "lets_nan": ("max_grad_norm", 0.5),
+    }
+    if is_other and what in assigned:
+        setattr(opt, *assigned[what])
+    report: Report = {"error": message(lambda: window(1, is_other))}
+    opt.zero_grad()
+    report["unchanged"] = torch.equal(before, flat(masters(opt)))
+    # All go on when they are alike again.
+    for name, _ in assigned.values():
+        setattr(opt, name, {"gradient_accumulation_steps": N, "max_grad_norm": 1.0}.get(name, True))
+    report["then"] = message(lambda: window(2, other=False))
+    report["changed"] = not torch.equal(before, flat(masters(opt)))
+    if engine != "fsdp2":
+        report["same"] = is_same_everywhere(masters(opt))
+    return report
+
+
 # --- checkpoints ---
 
 
