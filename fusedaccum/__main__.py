@@ -107,7 +107,10 @@ def parser() -> argparse.ArgumentParser:
         help="micro-batches per window (default: 8)",
     )
     bench.add_argument(
-        "--seconds", type=float, default=20.0, help="about how long to measure (default: 20)"
+        "--seconds",
+        type=_positive_number,
+        default=20.0,
+        help="about how long to measure (default: 20)",
     )
     _memory_options(command("memory", "what a model takes to train, by arithmetic", MEMORY, output))
     return top
@@ -155,6 +158,13 @@ def _positive_int(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"got {text}; 1 or more")
+    return value
+
+
+def _positive_number(text: str) -> float:
+    value = float(text)
+    if not value > 0.0:  # nan is not
+        raise argparse.ArgumentTypeError(f"got {text}; above 0")
     return value
 
 

@@ -64,6 +64,7 @@ def accumulate_(
     check_apart({"accumulators": accumulators}, {"grads": laid_out})
     pairs = list(zip(accumulators, laid_out, strict=True))
     backend_for(backend, accumulators[0].device).accumulate(Add(pairs, scale, first))
+    torch.autograd.graph.increment_version(list(accumulators))
 
 
 @untraced
@@ -94,7 +95,8 @@ def global_norm(tensors: Sequence[Tensor], *, backend: str | None = None) -> Ten
 
 def _sum_of_squares(backend: Backend, tensors: Sequence[Tensor]) -> Tensor:
     """fp32 sums of squares of dense or strided tensors, one per chunk."""
-    dense = [t if t.is_contiguous() or is_dense(t) else t.contiguous() for t in tensors]
+    strided = [t if t.layout is torch.strided else t.to_dense() for t in tensors]
+    dense = [t if t.is_contiguous() or is_dense(t) else t.contiguous() for t in strided]
     cells, end = [], 0
     for tensor in dense:
         cells.append(end)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any, TypedDict
 
 import numpy as np
@@ -44,11 +45,16 @@ def backend_for(name: str | None, device: torch.device) -> Backend:
 
 
 def check(name: str, tensors: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> None:
-    """Tensors of an operation: allowed dtypes, one device."""
+    """Tensors of an operation: a sequence, allowed dtypes, one device."""
     if isinstance(tensors, Tensor):
         raise TypeError(f"{name} must be a sequence of tensors, got one tensor: use [{name}]")
+    if isinstance(tensors, Mapping) or not hasattr(tensors, "__getitem__"):
+        raise TypeError(
+            f"{name} must be a sequence of tensors, got a {type(tensors).__name__}: give a list, "
+            "list(model.parameters()) say"
+        )
     for i, tensor in enumerate(tensors):
-        refuse_tensor(f"{name}[{i}]", tensor)
+        _check_tensor(f"{name}[{i}]", tensor)
         if tensor.dtype not in dtypes:
             allowed = ", ".join(str(d) for d in dtypes)
             raise TypeError(f"{name}[{i}] has dtype {tensor.dtype}; allowed: {allowed}")
@@ -57,6 +63,16 @@ def check(name: str, tensors: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -
                 f"{name}[{i}] is on {tensor.device} and {name}[0] on {tensors[0].device}; "
                 "call once per device"
             )
+
+
+def _check_tensor(name: str, tensor: object) -> None:
+    """One member of a list is a tensor whose memory a kernel can read."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(
+            f"{name} must be a tensor, got {tensor!r:.60}: leave a parameter that has none (no "
+            "gradient, say) out of all lists of the call"
+        )
+    refuse_tensor(name, tensor)
 
 
 def check_shapes(name: str, tensors: Sequence[Tensor], like: Sequence[Tensor]) -> None:
@@ -117,6 +133,11 @@ def check_apart(written: Lists, read: Lists) -> None:
 
 def _check_numbers(name: str, numbers: Tensor, shape: tuple[int, ...], like: Tensor) -> None:
     """A small tensor with a row per parameter, written in place by the kernels."""
+    if not isinstance(numbers, Tensor):
+        raise TypeError(
+            f"{name} must be one float32 tensor of shape {shape}, a row per parameter; got "
+            f"{numbers!r:.60}"
+        )
     fits = numbers.dtype == torch.float32 and numbers.shape == shape and numbers.is_contiguous()
     if not fits or numbers.device != like.device:
         raise ValueError(
@@ -191,7 +212,7 @@ def apply(
     tensors_of: dict[tuple[torch.dtype, Keep], list[StepTensor]] = {}
     for i, (param, acc) in enumerate(zip(params, accs, strict=True)):
         master = None if masters is None else masters[i]
-        keep = Keep.PARAM if master is None else _keep(i, param, master)
+        keep = Keep.PARAM if masters is None else _keep(i, param, masters[i])
         states = tuple(tensors[i] for tensors in operands.states.values())
         tensor = StepTensor(param, acc, states, row=i, group=0, master=master)
         tensors_of.setdefault((param.dtype, keep), []).append(tensor)
@@ -204,7 +225,7 @@ def apply(
     runner.finalize(Finalize(updates, [row], Correction(grad_scale)))
     for update in updates:
         runner.step(update)
-    torch.autograd.graph.increment_version(list(params))
+    torch.autograd.graph.increment_version([*chain(*own.values(), *numbers.values())])
 
 
 def _scalars(family: Family, operands: Operands) -> UpdateScalars:
@@ -225,6 +246,7 @@ def _scalars(family: Family, operands: Operands) -> UpdateScalars:
 
 def _keep(index: int, param: Tensor, master: Tensor) -> Keep:
     """How `master` keeps the precise value of `param`."""
+    _check_tensor(f"masters[{index}]", master)
     check_written(f"masters[{index}:]", [master], [param])
     if master.dtype == torch.int16 and param.dtype == torch.bfloat16:
         return Keep.SPLIT

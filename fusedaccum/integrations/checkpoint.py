@@ -41,7 +41,7 @@ from .entries import (
     without_ours,
 )
 from .frameworks import is_asked_for_keys, refuse_part, refuse_second_count
-from .malformed import refuse_malformed
+from .malformed import refuse_malformed, refuse_malformed_states
 
 
 def _indexed(optimizer: Optimizer, collector: Collector) -> dict[int, Slot]:
@@ -175,6 +175,13 @@ def check(state_dict: StateDict, updater: Updater) -> None:
         refuse_malformed(extra, set(ids))
     accumulators, masters = extra.get("accumulators", {}), extra.get("masters", {})
     elementwise = _elementwise(updater)
+    rules = [registry.select(optimizer, group) for group in here for _ in group["params"]]
+    known_steps = extra.get("steps", {})
+    for index, rule in zip(ids, rules, strict=True):
+        entry = state_dict["state"].get(index, {})
+        step_key = rule.family.step_key if rule else None
+        names = {MASTER, *(elementwise if rule else ())}
+        refuse_malformed_states(index, entry, names, step_key, index in known_steps)
     for index, param in zip(ids, params, strict=True):
         entries = {**state_dict["state"].get(index, {}), "accumulator": accumulators.get(index)}
         entries.setdefault(MASTER, masters.get(index))

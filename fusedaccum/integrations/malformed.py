@@ -1,4 +1,4 @@
-"""Refuses window numbers of a checkpoint that no wrapper has written."""
+"""Refuses window numbers and states of a checkpoint that nobody has written."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from .entries import MASTER
 
 # What a float32 and an int64 hold: the device's tables are of those.
 LARGEST = {float: torch.finfo(torch.float32).max, int: torch.iinfo(torch.int64).max}
@@ -21,6 +23,58 @@ def _is_number(value: object, *, positive: bool = False) -> bool:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return False
     return (value > 0 if positive else value >= 0) and value <= LARGEST[float]
+
+
+def _is_readable(value: object) -> bool:
+    """Whether a value is a floating-point tensor whose numbers are there."""
+    is_right = isinstance(value, Tensor) and value.is_floating_point() and not value.is_meta
+    return is_right and value.layout is torch.strided  # type: ignore[attr-defined]
+
+
+def refuse_malformed_states(
+    index: Any, entry: Any, names: Set[str], step_key: str | None, knows_step: bool
+) -> None:
+    """Raise for states of a parameter that an update could not go on from.
+
+    torch itself fails at some of them, after it has replaced the states of before.
+
+    Args:
+        index: torch's, of the parameter.
+        entry: its states, with a master maybe.
+        names: of the states that are tensors of its shape.
+        step_key: name of its step count, if its rule has one.
+        knows_step: whether the key "fusedaccum" has that count.
+
+    Raises:
+        ValueError: naming the entry, what was found and what is allowed.
+    """
+
+    def refuse(name: str, found: object, allowed: str) -> None:
+        raise ValueError(
+            f"the checkpoint's state {name!r} of parameter {index} must be {allowed}, got "
+            f"{found!r:.60}; nothing was loaded"
+        )
+
+    if not isinstance(entry, Mapping):
+        raise ValueError(
+            f"the checkpoint's states of parameter {index} must be a dict, got {entry!r:.60}; "
+            "nothing was loaded"
+        )
+    for name in names:
+        value = entry.get(name)
+        if value is not None and not _is_readable(value):
+            refuse(name, value, "a dense floating-point tensor with data")
+    if step_key is None:
+        return
+    step = entry.get(step_key)
+    if step is None and step_key not in entry:
+        if not knows_step and any(isinstance(entry.get(name), Tensor) for name in names - {MASTER}):
+            refuse(step_key, None, "there beside the others")
+        return
+    if isinstance(step, Tensor) and step.dim() == 0 and not (step.is_meta or step.is_complex()):
+        step = step.item()
+    if not _is_number(step):
+        refuse(step_key, step, "a finite number >= 0, or a 0-d tensor of one")
 
 
 def _is_subset(value: object, known: Collection[Any]) -> bool:
@@ -89,9 +143,9 @@ def refuse_malformed(extra: Mapping[str, Any], ids: Set[Any]) -> None:
     accumulators = check_mapping("accumulators")
     for name, tensors in (("accumulators", accumulators), ("masters", check_mapping("masters"))):
         for index, value in tensors.items():
-            is_right = isinstance(value, Tensor) and value.is_floating_point()
             found = value.dtype if isinstance(value, Tensor) else value
-            check(f"{name}[{index!r}]", found, is_right, "a floating-point tensor")
+            allowed = "a dense floating-point tensor with data"
+            check(f"{name}[{index!r}]", found, _is_readable(value), allowed)
     for index, value in check_mapping("steps").items():
         check(f"steps[{index!r}]", value, _is_number(value), "a finite number >= 0")
     arrived = extra.get("arrived", [])

@@ -132,6 +132,7 @@ def make_rule(
     memory = memory or {}
     prefix = family or name
     n_scalars = _n_scalars(module, name, len(starts))
+    _check_names(name, [*states, *memory, *([] if step_key is None else [step_key])])
     n_hyper = _n_hyper(text.function(module, f"{prefix}_scalars"), hyper, n_hyper)
     shared = Family(
         name=prefix,
@@ -200,6 +201,16 @@ def reason(optimizer: Optimizer) -> str:
     if bases:
         return f"{kind.__name__} is a subclass of {bases[-1]} that may have its own step()"
     return f"no fused rule for {kind.__name__}"
+
+
+def _check_names(name: str, keys: Sequence[str]) -> None:
+    """What a rule keeps in `optimizer.state[p]` has a place of its own there."""
+    twice = [key for i, key in enumerate(keys) if key in keys[:i]]
+    if twice:
+        raise ValueError(
+            f"rule {name}: states, memory and step_key name {twice[0]!r} twice; each is a key of "
+            "optimizer.state[p], so give each a name of its own"
+        )
 
 
 def _names(kind: type) -> tuple[str, str]:

@@ -88,6 +88,7 @@ def test_global_norm() -> None:
     torch.testing.assert_close(
         got.double(), reference.global_norm(tensors), rtol=tolerances.NORM_RTOL, atol=0
     )
+    assert F.global_norm([torch.tensor([3.0, 0.0, 4.0]).to_sparse()]).item() == 5.0
     assert F.global_norm([]).item() == 0.0 and F.global_norm([torch.zeros(0)]).item() == 0.0
 
 
@@ -275,6 +276,17 @@ A, B = torch.zeros(3), torch.zeros(4)
         (lambda: F.accumulate_([A], [B]), ValueError, r"grads\[0\] has shape \(4,\)"),
         (lambda: F.accumulate_([A], [A, A]), ValueError, "1 accumulators but 2 grads"),
         (lambda: F.accumulate_(A, [A]), TypeError, "sequence"),
+        (lambda: F.accumulate_(None, [A]), TypeError, "sequence of tensors, got a NoneType"),
+        (lambda: F.accumulate_((a for a in [A]), [A]), TypeError, "got a generator: give a list"),
+        (lambda: F.accumulate_({0: A}, [A]), TypeError, "sequence of tensors, got a dict"),
+        (lambda: F.accumulate_([A], [None]), TypeError, r"grads\[0\] must be a tensor, got None"),
+        (lambda: F.global_norm([0.5]), TypeError, r"tensors\[0\] must be a tensor, got 0.5"),
+        (lambda: F.sgd_([A], [A], None, 0.0, lr=1), TypeError, "steps must be one float32 tensor"),
+        (
+            lambda: F.sgd_([A], [A], None, torch.zeros(1), lr=1, masters=[None]),
+            TypeError,
+            r"masters\[0\] must be a tensor, got None",
+        ),
         (lambda: F.accumulate_([A.bfloat16()], [A]), TypeError, "bfloat16; allowed: torch.float32"),
         (lambda: F.accumulate_([A], [A.double()]), TypeError, "float64; allowed"),
         (lambda: F.accumulate_([B[::2]], [B[::2]]), ValueError, "dense"),
@@ -337,11 +349,15 @@ def test_wrong_arguments(call: Any, error: type[Exception], words: str) -> None:
 
 
 def test_versions_move() -> None:
-    """Autograd notices that parameters were written."""
+    """Autograd notices what was written, so that no backward uses the new values for the old."""
     param = torch.zeros(3, requires_grad=True)
-    before = param._version
-    F.sgd_([param], [torch.ones(3)], None, torch.zeros(1), lr=1.0)
-    assert param._version > before
+    acc, buffer, steps, grad = (torch.zeros(n) for n in (3, 3, 1, 3))
+    written = [param, acc, buffer, steps]
+    before = [tensor._version for tensor in (*written, grad)]
+    F.accumulate_([acc], [grad])
+    F.sgd_([param], [grad], [buffer], steps, lr=1.0, momentum=0.5)
+    moved = [t._version > b for t, b in zip((*written, grad), before, strict=True)]
+    assert moved == [True] * 4 + [False]
 
 
 def test_without_a_compiler_a_warning_says_so_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -44,6 +44,15 @@ BESIDE: dict[str, list[float]] = {
     "window_steps": [-4.0, 3.0, NAN, INF],
     "window_weight": [0.0, NAN, INF],
 }
+# What the states themselves hold.
+NO_TENSORS = ["1", -1, [], torch.zeros(33, 7, dtype=torch.cfloat), torch.zeros(33, 7).to_sparse()]
+META = torch.zeros(33, 7, device="meta")
+STATES: dict[str, list[Any]] = {
+    "exp_avg": [*NO_TENSORS, META, torch.zeros(33, 7).int()],
+    "exp_avg_sq": [*NO_TENSORS, META],
+    "master_param": [*NO_TENSORS, META],
+    "step": [-1.0, NAN, INF, "1", None, [], torch.tensor(-3.0), torch.tensor(NAN), torch.ones(7)],
+}
 
 
 def _trained() -> tuple[torch.nn.Module, FusedAccumOptimizer, dict[str, Any]]:
@@ -109,6 +118,27 @@ def test_each_number_beside_the_states() -> None:
             for entry in state["state"].values():
                 entry[name] = torch.tensor(value, dtype=torch.float64)
             _assert_refused(model, opt, state, "must be|malformed|gradient_accumulation_steps=3")
+
+
+@pytest.mark.parametrize("name", STATES)
+def test_each_state_with_each_wrong_value(name: str) -> None:
+    """torch fails at some after it has replaced the states, and takes others until an update."""
+    model, opt, saved = _trained()
+    for value in STATES[name]:
+        state = copy.deepcopy(saved)
+        state["state"][0][name] = value
+        _assert_refused(model, opt, state, "(?s)must be .*; nothing was loaded")
+
+
+def test_states_that_are_not_there() -> None:
+    model, opt, saved = _trained()
+    for key, words in (("step", "must be there beside the others"), (None, "must be a dict")):
+        state = copy.deepcopy(saved)
+        if key is None:
+            state["state"][0] = None
+        else:
+            del state["state"][0][key]
+        _assert_refused(model, opt, state, words)
 
 
 def test_what_was_written_is_loaded() -> None:

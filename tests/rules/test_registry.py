@@ -153,6 +153,8 @@ def test_unregistering_gives_the_native_step_back() -> None:
             ValueError,
             "say with n_hyper",
         ),
+        ({"step_key": "momentum_buffer"}, ValueError, "name 'momentum_buffer' twice"),
+        ({"memory": {"step": 1.0}}, ValueError, "name 'step' twice"),
         ({"memory": {}}, ValueError, "cannot take 3 hyper-parameters and 0 numbers of memory"),
         (
             {"name": "loops", "family": "loops", "hyper": ("lr",), "states": (), "memory": {}},

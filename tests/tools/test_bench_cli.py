@@ -312,6 +312,8 @@ def test_without_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         (["--model", "x", "--shapes", "3"], "not allowed with argument"),
         (["--shapes", "3", "--device", "tpu"], "--device got 'tpu'; there is here: cpu"),
         (["--accumulation-steps", "0"], "got 0; 1 or more"),
+        (["--seconds", "-1"], "got -1; above 0"),
+        (["--seconds", "nan"], "got nan; above 0"),
         (["--optimizer", "adamv"], "invalid choice: 'adamv'"),
         (["--dtype", "fp8"], "invalid choice: 'fp8'"),
     ],
