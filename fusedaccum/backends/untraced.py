@@ -16,15 +16,14 @@ import torch
 F = TypeVar("F", bound=Callable[..., Any])
 ROOT = Path(__file__).parents[1]
 # Layers of `fuse_linear_wgrad()`: their forward is a part of the model's graph.
-_TRACED = {ROOT / "window" / name for name in ("linear.py", "linear_traced.py")}
-_FILES = frozenset(path.as_posix() for path in {*ROOT.rglob("*.py")} - _TRACED)
+TRACED = {ROOT / "window" / name for name in ("linear.py", "linear_traced.py")}
 
 
 def tell() -> None:
     """Tell Dynamo, if somebody has imported it: torch does where it makes an optimizer."""
     skipped = getattr(sys.modules.get("torch._dynamo.trace_rules"), "FORCE_SKIP_FILES", None)
     if skipped is not None:
-        skipped.update(_FILES)
+        skipped.update(path.as_posix() for path in {*ROOT.rglob("*.py")} - TRACED)
 
 
 def untraced(function: F) -> F:

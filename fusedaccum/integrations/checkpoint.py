@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ..rules import registry
+from ..rules.rule import Rule
 from ..update.updater import Updater
 from ..window.collector import Collector
 from ..window.saved import go_on, open_accumulators, places, window_numbers, zeros
@@ -175,15 +176,16 @@ def check(state_dict: StateDict, updater: Updater) -> None:
         refuse_malformed(extra, set(ids))
     accumulators, masters = extra.get("accumulators", {}), extra.get("masters", {})
     elementwise = _elementwise(updater)
-    rules = [registry.select(optimizer, group) for group in here for _ in group["params"]]
     known_steps = extra.get("steps", {})
-    for index, rule in zip(ids, rules, strict=True):
+    rules: list[Rule | None] = []
+    for group in here:
+        rules += [registry.select(optimizer, group)] * len(group["params"])
+    for index, param, rule in zip(ids, params, rules, strict=True):
         entry = state_dict["state"].get(index, {})
         step_key = rule.family.step_key if rule else None
         names = {MASTER, *(elementwise if rule else ())}
         refuse_malformed_states(index, entry, names, step_key, index in known_steps)
-    for index, param in zip(ids, params, strict=True):
-        entries = {**state_dict["state"].get(index, {}), "accumulator": accumulators.get(index)}
+        entries = {**entry, "accumulator": accumulators.get(index)}
         entries.setdefault(MASTER, masters.get(index))
         for name, value in entries.items():
             is_ours = name in ("accumulator", MASTER)

@@ -58,11 +58,11 @@ class _Prepared:
         self._keeps = list(map(_keep, self._masters))
         self._kept = list(map(_tensor, self._masters))
         self._counts = list(map(_step, self._own))
-        self._entries = [states[param] for param in self.params]
+        entries_of = [states[param] for param in self.params]
         self._known = list(states), list(states.values())
         # By name: all of that name, each with where it is shown.
         self._shown: dict[str, tuple[list[Any], list[Tensor]]] = {}
-        for entry, own in zip(self._entries, self._own, strict=True):
+        for entry, own in zip(entries_of, self._own, strict=True):
             for name, tensor in own.shown.items():
                 entries, tensors = self._shown.setdefault(name, ([], []))
                 entries.append(entry)

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.autograd import Variable
 
 from ..backends import Backend
+from ..backends.untraced import untraced
 from .adding import Adder
 from .backwards import Backwards, current_task, refuse_kind
 from .by_hand import ByHand
@@ -151,7 +152,7 @@ class Collector:
             Variable._execution_engine.queue_callback(self.flush)
 
     # Not traced: compiled autograd would stop at the code below the error, and not say why.
-    @torch._disable_dynamo  # type: ignore[attr-defined]
+    @untraced
     def _begin(self, task: int) -> None:
         """A backward reaches its first parameter.
 
