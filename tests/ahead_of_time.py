@@ -142,7 +142,7 @@ def variants(target_name: str) -> list[Variant]:
 Launched = Iterator[tuple[str, bool, tuple[int, ...], tuple[int, ...]]]
 
 
-def _tensor(dtype: torch.dtype, is_aligned: bool) -> Tensor:
+def zeros(dtype: torch.dtype, is_aligned: bool) -> Tensor:
     return torch.zeros(CHUNK + 1, dtype=dtype)[0 if is_aligned else 1 :]
 
 
@@ -154,7 +154,7 @@ def _accumulate(backend: Any) -> Launched:
         ((False, False), (True, False), (True, True)),
         (True, False),
     ):
-        acc, grad = _tensor(torch.float32, is_aligned), _tensor(dtype, is_aligned)
+        acc, grad = zeros(torch.float32, is_aligned), zeros(dtype, is_aligned)
         partials = torch.zeros(2) if has_norm else None
         control = torch.ones(2) if has_control else None
         backend.accumulate(Add([(acc, grad)], 1.0, first, partials, None, control))
@@ -166,14 +166,14 @@ def _accumulate(backend: Any) -> Launched:
 
 def _sum_of_squares(backend: Any) -> Launched:
     for dtype, is_aligned in itertools.product(GRAD_DTYPES, (True, False)):
-        backend.sum_of_squares(SumOfSquares([_tensor(dtype, is_aligned)], torch.zeros(2), [0]))
+        backend.sum_of_squares(SumOfSquares([zeros(dtype, is_aligned)], torch.zeros(2), [0]))
         yield f"sum_of_squares-{_DTYPE_NAMES[dtype]}", is_aligned, (dtype.itemsize,), ()
 
 
 def _finalize(backend: Any) -> Launched:
     # A norm is there where clipping or skipping needs it; the functional API asks for neither.
     for rule, clip, skip in itertools.product(_one_rule_a_family(), (False, True), (False, True)):
-        step = _one_tensor(rule, torch.float32, Keep.PARAM, True)
+        step = one_tensor(rule, torch.float32, Keep.PARAM, True)
         hyper = [(1.0, *[0.5] * rule.family.n_hyper)]
         partials = torch.zeros(1) if clip or skip else None
         max_norm = 1.0 if clip else None
@@ -185,7 +185,7 @@ def _finalize(backend: Any) -> Launched:
 def _step(backend: Any) -> Launched:
     for rule, dtype in itertools.product(RULES.values(), PARAM_DTYPES):
         for keep, is_aligned in itertools.product(_keeps(dtype), (True, False)):
-            backend.step(_one_tensor(rule, dtype, keep, is_aligned))
+            backend.step(one_tensor(rule, dtype, keep, is_aligned))
             kept = (dtype.itemsize, *([keep.master_dtype.itemsize] if keep.master_dtype else ()))
             states = (_FP32_BYTES,) * len(rule.states)
             name = f"step-{rule.name}-{_DTYPE_NAMES[dtype]}-{keep.value}"
@@ -203,11 +203,11 @@ def _keeps(dtype: torch.dtype) -> list[Keep]:
     return [keep for keep in Keep if keep in found]
 
 
-def _one_tensor(rule: Rule, dtype: torch.dtype, keep: Keep, is_aligned: bool) -> Step:
+def one_tensor(rule: Rule, dtype: torch.dtype, keep: Keep, is_aligned: bool) -> Step:
     """A step of one tensor."""
-    param, acc = _tensor(dtype, is_aligned), _tensor(torch.float32, is_aligned)
-    states = tuple(_tensor(torch.float32, is_aligned) for _ in rule.states)
-    master = _tensor(keep.master_dtype, is_aligned) if keep.master_dtype else None
+    param, acc = zeros(dtype, is_aligned), zeros(torch.float32, is_aligned)
+    states = tuple(zeros(torch.float32, is_aligned) for _ in rule.states)
+    master = zeros(keep.master_dtype, is_aligned) if keep.master_dtype else None
     tensor = StepTensor(param, acc, states, row=0, group=0, master=master, key=1)
     family = rule.family
     scalars = UpdateScalars(1, family.n_scalars, torch.device("cpu"), len(family.memory))
@@ -217,7 +217,7 @@ def _one_tensor(rule: Rule, dtype: torch.dtype, keep: Keep, is_aligned: bool) ->
 # --- compiling ---
 
 
-class _Driver:
+class Driver:
     """All that Triton asks of a driver until a kernel is loaded."""
 
     def __init__(self, target: GPUTarget) -> None:
@@ -241,7 +241,7 @@ def _pointer_without_hint(address, DTYPE: tl.constexpr, VECTOR: tl.constexpr):
 def report(target_name: str, wanted: Callable[[str], Any]) -> Rows:
     """Compile the variants whose name is `wanted`, and look at each."""
     target = TARGETS[target_name]
-    triton.runtime.driver.set_active(_Driver(target))
+    triton.runtime.driver.set_active(Driver(target))
     rows: Rows = {}
     for variant in variants(target_name):
         if not wanted(variant.name):

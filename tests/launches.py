@@ -21,26 +21,26 @@ import torch
 import triton
 from torch import Tensor
 from triton import knobs
-from triton.backends.compiler import GPUTarget
 from triton.compiler.compiler import LazyDict
 
 from fusedaccum.backends import launcher
 from fusedaccum.backends import triton as backend_module
 from fusedaccum.backends.keep import Keep
-from fusedaccum.backends.operations import Add, Step, StepTensor, SumOfSquares
-from fusedaccum.backends.scalars import UpdateScalars
+from fusedaccum.backends.operations import Add, SumOfSquares
 from fusedaccum.kernels.layout import CHUNK
 from fusedaccum.kernels.norm import sum_of_squares_kernel
 from fusedaccum.rules.builtin import RULES
+from tests.ahead_of_time import TARGETS, Driver, one_tensor, zeros
 
 CPU, FP32, BF16 = torch.device("cpu"), torch.float32, torch.bfloat16
 
 
-class Driver:
-    """A driver of Triton's for a GPU; the launches that it was asked for are in `launches`."""
+class Noting(Driver):
+    """A driver for a GPU that keeps what it is asked to launch in `launches`."""
 
     def __init__(self) -> None:
-        self.device, self.stream = 0, 7
+        super().__init__(TARGETS["sm_90"])
+        self.stream = 7
         self.launches: list[tuple[Any, ...]] = []
         loaded = (object(), object(), 32, 0, 1024)  # module, function, registers, spills, threads
         self.utils = SimpleNamespace(
@@ -51,13 +51,7 @@ class Driver:
     def launcher_cls(self, source: object, metadata: object) -> Callable[..., None]:
         return lambda *asked: self.launches.append(asked)
 
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", 90, 32)
-
-    def get_current_device(self) -> int:
-        return self.device
-
-    def get_current_stream(self, device: int) -> int:
+    def get_current_stream(self, device: object) -> int:
         return self.stream
 
 
@@ -75,10 +69,6 @@ def counted() -> Iterator[list[str]]:
         yield names
 
 
-def tensor(dtype: torch.dtype, is_aligned: bool = True) -> Tensor:
-    return torch.zeros(CHUNK + 1, dtype=dtype, device=CPU)[0 if is_aligned else 1 :]
-
-
 def operations() -> dict[str, tuple[str, Any]]:
     """Requests, each of another compiled kernel: the operation and what it is given."""
     found: dict[str, tuple[str, Any]] = {}
@@ -91,7 +81,7 @@ def operations() -> dict[str, tuple[str, Any]]:
         (BF16, False, False, None, False),
         (FP32, False, False, None, True),
     ):
-        pairs = [(tensor(FP32, is_aligned), tensor(dtype, is_aligned))]
+        pairs = [(zeros(FP32, is_aligned), zeros(dtype, is_aligned))]
         sums = torch.zeros(2, dtype=FP32, device=CPU) if norm else None
         request = Add(pairs, 0.5, stores, sums, [0], factor)
         found[f"add {dtype} {stores} {norm} {factor is not None} {is_aligned}"] = (
@@ -99,17 +89,9 @@ def operations() -> dict[str, tuple[str, Any]]:
             request,
         )
     sums = torch.zeros(2, dtype=FP32, device=CPU)
-    found["sums"] = "sum_of_squares", SumOfSquares([tensor(BF16)], sums, [0])
-    for name, keep, dtype in (
-        ("adam", Keep.SPLIT, torch.int16),
-        ("adam", Keep.FP32, FP32),
-        ("sgd", Keep.SPLIT, torch.int16),
-    ):
-        rule = RULES[name]
-        states = tuple(tensor(FP32) for _ in rule.states)
-        member = StepTensor(tensor(BF16), tensor(FP32), states, 0, 0, tensor(dtype), key=1)
-        scalars = UpdateScalars(1, rule.family.n_scalars, CPU, len(rule.family.memory))
-        found[f"step {name} {keep}"] = "step", Step(rule, keep, [member], scalars)
+    found["sums"] = "sum_of_squares", SumOfSquares([zeros(BF16, True)], sums, [0])
+    for rule, keep in (("adam", Keep.SPLIT), ("adam", Keep.FP32), ("sgd", Keep.SPLIT)):
+        found[f"step {rule} {keep}"] = "step", one_tensor(RULES[rule], BF16, keep, True)
     return found
 
 
@@ -122,7 +104,7 @@ def same(first: Any, second: Any) -> bool:
     return type(first) is type(second) and first == second
 
 
-def check_each_kernel(driver: Driver, names: list[str]) -> None:
+def check_each_kernel(driver: Noting, names: list[str]) -> None:
     """The first launch of each is Triton's own, and the second asks the driver for the same."""
     backend = backend_module.TritonBackend(CPU)
     requests = operations()
@@ -147,11 +129,11 @@ def check_each_kernel(driver: Driver, names: list[str]) -> None:
     assert len(names) == len(requests), names
 
 
-def check_what_changes(driver: Driver, names: list[str]) -> None:
+def check_what_changes(driver: Noting, names: list[str]) -> None:
     """What may change between two launches is that of the launch: numbers, tensors, the stream,
     the hooks of a profiler; and pointers for which another kernel would be compiled."""
     backend = backend_module.TritonBackend(CPU)
-    pairs = [(tensor(FP32), tensor(BF16))]
+    pairs = [(zeros(FP32, True), zeros(BF16, True))]
     sums = torch.zeros(5, dtype=FP32, device=CPU)
     for scale in (0.5, 1):
         backend.accumulate(Add(pairs, scale, False, sums[:2], [0]))
@@ -177,7 +159,7 @@ def check_what_changes(driver: Driver, names: list[str]) -> None:
     driver.stream = 7
 
 
-def check_order(driver: Driver, names: list[str]) -> None:
+def check_order(driver: Noting, names: list[str]) -> None:
     """Constants in another order than the kernel's are left to Triton, which goes by name."""
     own = launcher.Launcher()
     table, chunks = (torch.zeros(8, dtype=d, device=CPU) for d in (torch.int64, torch.int32))
@@ -191,7 +173,7 @@ def check_order(driver: Driver, names: list[str]) -> None:
 
 
 def main() -> None:
-    driver = Driver()
+    driver = Noting()
     triton.runtime.driver.set_active(driver)
     for check in (check_each_kernel, check_what_changes, check_order):
         with counted() as names:

@@ -7,10 +7,8 @@ today's source, and a sample is compiled anew.
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -19,6 +17,7 @@ pytest.importorskip("triton", reason="needs Triton, which is only there on Linux
 
 from tests import registers
 from tests.ahead_of_time import TARGETS
+from tests.commands import run_compiling
 from tests.full_chunks import faults, ptx_widths
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -26,16 +25,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def ahead_of_time(cache: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     """`python -m tests.ahead_of_time`, with nothing in Triton's cache."""
-    # Settings of whoever runs the tests (another ptxas, no optimisation) must not matter.
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("TRITON_")}
-    return subprocess.run(
-        [sys.executable, "-m", "tests.ahead_of_time", *arguments],
-        cwd=ROOT,
-        env=environment | {"TRITON_CACHE_DIR": str(cache)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    return run_compiling(cache, "tests.ahead_of_time", *arguments)
 
 
 def test_the_table_is_of_this_source_and_a_sample_compiles_to_it(tmp_path: Path) -> None:
