@@ -123,6 +123,7 @@ class Oracle(Window):
                 raise Unspecified("removed a zero")
             if slot.is_assigned and not slot.is_known:
                 raise Unspecified("whether it was taken up")
+            self._check_not_zero(without=slot)
             if slot.arrived:
                 self._remove([slot])
         else:
@@ -158,11 +159,14 @@ class Oracle(Window):
         self._check_not_zero()
         slot.grad.value, slot.grad.error = slot.grad.value * factor, slot.grad.error * abs(factor)
 
-    def _check_not_zero(self) -> None:
-        """Zeros that are written as zeros cannot be told from a window that was zeroed (README),
-        which ends a clip too that a loop has asked for."""
-        accs = [s.acc for s in self.slots if s.acc is not None and s.grad is not None]
+    def _check_not_zero(self, without: Slot | None = None) -> None:
+        """Zeros that are written as zeros cannot be told from a window that was zeroed (the page
+        of messages says so), which ends a clip too that a loop has asked for."""
+        shown = [s for s in self.slots if s.grad is not None and s is not without]
+        accs = [s.acc for s in shown if s.acc is not None]
         is_begun = self.micro_batches or (not self.counts and self.clip is not None)
+        if without is not None and not accs:
+            return  # nothing is shown any more
         if is_begun and not self.has_arrivals and not any(a.value.any() for a in accs):
             raise Unspecified("zeros written over zeros in the middle of a window")
 
