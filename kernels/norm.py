@@ -138,5 +138,6 @@ def finalize_kernel(
         tl.store(scalar_row + STEP, step, mask=mask)
         for i in tl.static_range(N_SCALARS):
             tl.store(scalar_row + OWN + i, scalars[i].to(tl.float32), mask=mask)
+        kept = offsets < n_tensors * (1 - skip)
         for i in tl.static_range(N_MEMORY):
-            tl.store(memory_row + i, memory[i].to(tl.float32), mask=mask & (skip == 0))
+            tl.store(memory_row + i, memory[i].to(tl.float32), mask=kept)

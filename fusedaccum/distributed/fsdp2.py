@@ -185,7 +185,8 @@ class Reductions:
         for group in self._alive():
             group._partial_reduce_output = None
             for param in group.fsdp_params:
-                param.unsharded_accumulated_grad = None
+                if "unsharded_accumulated_grad" in vars(param):  # torch < 2.15
+                    param.unsharded_accumulated_grad = None
                 if _unsharded_grad(param) is not None:
                     param._unsharded_param.grad = None
 
