@@ -24,6 +24,7 @@ from torch.nn import Module
 from torch.nn.parallel import DistributedDataParallel
 
 from ..backends.mirror import Mirror
+from ..window.backwards import current_task
 from ..window.reducing import Alone, Parts
 from ..window.slots import Slot
 from ..window.weights import Window
@@ -46,6 +47,11 @@ _REPLACED = (
     "FusedAccumOptimizer was made, which has such a hook itself and has missed gradients without "
     "it. Nothing was updated. From now on it calls yours; in the next run call them before the "
     "FusedAccumOptimizer is made"
+)
+_OUTSIDE = (
+    "FSDP2 reduced gradients outside a backward() (set_manual_backward_finalization(True) and "
+    "finalize_backward()), where they cannot be taken as they arrive. Nothing was updated. Leave "
+    "manual finalization off: the wrapper accumulates over as many backward() calls as you like"
 )
 _NO_SCATTER = (
     "micro_batch(weight=...) with FSDP2 on a mesh that has one process in the dimension of its "
@@ -112,6 +118,8 @@ class Sharded(Alone):
         arrive = self._arrive()
         if arrive is None or not slots:
             return
+        if current_task() == -1:
+            self._fail(_OUTSIDE)
         arrive(slots)
         if flat.is_cuda:
             self._stream = torch.cuda.current_stream(flat.device)

@@ -12,9 +12,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from fusedaccum import FusedAccumOptimizer
+from fusedaccum.window.watch import fsdp2_groups
 from tests.distributed.ddp_cases import Report, flat, is_same_everywhere, loss_of, off, whole
 from tests.distributed.sharded_cases import Odd, sharded
 from tests.distributed.sharded_serving_cases import N, adamw, build, precise, train, values, x_of
@@ -219,6 +220,29 @@ def synchronises(how: str) -> Report:
                 opt.step()
         results.append(values(model))
     return {"off": off(*results)}
+
+
+def outside() -> Report:
+    """FSDP2 reduces when the backward is over, as it does with manual finalization (torch 2.15)."""
+    model: Any = build()
+    opt = FusedAccumOptimizer(torch.optim.SGD(model.parameters(), lr=0.05), N)
+    before = values(model)
+    if hasattr(model, "finalize_backward"):
+        model.set_manual_backward_finalization(True)
+    else:
+        model.set_requires_gradient_sync(False)
+    finalize = getattr(model, "finalize_backward", partial(_reduce, model))
+    loss_of(model, x_of(dist.get_rank(), 0, 0, model)).backward()
+    report: Report = {"reduced": message(finalize), "step": message(opt.step)}
+    report["unchanged"] = all(map(torch.equal, before, values(model)))
+    return report
+
+
+def _reduce(model: Any) -> None:
+    for module in model.modules():
+        for group in fsdp2_groups(module) if isinstance(module, FSDPModule) else ():
+            group.reduce_grads = True
+            group.post_backward()
 
 
 def held_back(how: str) -> Report:

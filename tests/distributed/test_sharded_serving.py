@@ -35,7 +35,7 @@ CASES: dict[str, dict[int, list[str]]] = {
             "one_overflows:data", "one_overflows:shard", "hooks_of_users", "loop_goes_on",
             "by_hand", "synchronises:gradient", *(f"held_back:{how}" for how in HELD),
             "roots:plain", "roots:weighted", "late_hooks:hook", "late_hooks:scatter",
-            "raises",
+            "raises", "outside",
         ],
         4: ["synchronises:reduce", "synchronises:reduce-weighted"],
     },
@@ -143,6 +143,13 @@ def test_a_hook_of_a_user_in_the_place_of_ours(results: Results, what: str) -> N
     assert "of FSDP2 was called after the FusedAccumOptimizer was made" in result["message"]
     assert result["unchanged"] and result["off"] == 0.0
     assert result["seen"] == (2 if what == "hook" else 0)
+
+
+def test_a_reduction_outside_a_backward(results: Results) -> None:
+    """Its gradients are refused, and none of them is used."""
+    result = results(GRADIENTS, 2, "outside")
+    assert "finalize_backward()" in result["reduced"] and "finalize_backward()" in result["step"]
+    assert result["unchanged"]
 
 
 @pytest.mark.skipif(
