@@ -182,7 +182,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="a smoke test: nothing is learned")
     args = parser.parse_args(argv)
     if args.quick:
-        args.steps, args.dim, args.longest, args.every = 4, 16, 60, 2
+        args.steps, args.dim, args.longest, args.every = 4, 16, 200, 2
     return args
 
 
