@@ -369,6 +369,10 @@ class FusedAccumOptimizer(SharingOptimizer):
     def _take_parameters(self) -> None:
         self._core.check_params()
 
+    def _follow_model(self) -> None:
+        if not self._core.collector.is_open:
+            self._core.check_params(reattach=True)
+
     def _hooks(self) -> AbstractContextManager[Any]:
         """Hooks of step(), but for an optimizer whose own step() runs them itself."""
         return step_hooks(self) if self._core.updater.is_fused else nullcontext()

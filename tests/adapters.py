@@ -179,6 +179,12 @@ def by_accelerate(plan: Plan) -> fw.Run:
 # --- Lightning ---
 
 
+def precision(plan: Plan) -> str:
+    if next(plan.model.parameters()).dtype == torch.bfloat16:
+        return "bf16-true"
+    return "bf16-mixed" if plan.autocast else "32-true"
+
+
 def by_lightning(plan: Plan) -> fw.Run:
     import lightning
     from lightning.pytorch.callbacks import ModelCheckpoint
@@ -217,16 +223,13 @@ def by_lightning(plan: Plan) -> fw.Run:
             schedule = {"scheduler": plan.schedule(run.optimizer), "interval": "step"}
             return {"optimizer": run.optimizer, "lr_scheduler": schedule}
 
-    precision = "bf16-mixed" if plan.autocast else "32-true"
-    if next(plan.model.parameters()).dtype == torch.bfloat16:
-        precision = "bf16-true"
     saving = ModelCheckpoint(dirpath=plan.folder, every_n_train_steps=SAVED, save_top_k=-1)
     made = trainer(
         max_epochs=-1,
         max_steps=plan.updates,
         accumulate_grad_batches=plan.n,
         gradient_clip_val=plan.clip,
-        precision=precision,
+        precision=precision(plan),
         callbacks=[saving] if plan.folder is not None and not plan.resumes else [],
     )
     start = f"{plan.folder}/epoch=0-step={SAVED}.ckpt" if plan.resumes else None
@@ -235,7 +238,61 @@ def by_lightning(plan: Plan) -> fw.Run:
     return run
 
 
-FRAMEWORKS = {"trainer": by_trainer, "accelerate": by_accelerate, "lightning": by_lightning}
+# --- Lightning Fabric ---
+
+
+def by_fabric(plan: Plan) -> fw.Run:
+    """The loop of Fabric's documentation, in which the optimizer is made before `setup()`."""
+    from lightning.fabric import Fabric
+
+    fabric = Fabric(accelerator="cpu", devices=1, precision=precision(plan))  # type: ignore[arg-type]
+    optimizer = plan.adamw()
+    schedule = plan.schedule(optimizer)
+    model, given = fabric.setup(plan.model, optimizer)
+    loader = fabric.setup_dataloaders(plan.loader())
+    run, pending = fw.Run(plan.model, optimizer), list[torch.Tensor]()
+    state = {"model": model, "optimizer": given, "schedule": schedule, "done": 0, "updates": 0}
+    file = f"{plan.folder}/fabric.ckpt"
+    if plan.resumes:
+        fabric.load(file, state)
+    while state["updates"] < plan.updates:
+        for i, batch in enumerate(loader):
+            if i < state["done"] % len(loader):
+                continue  # of the run that saved
+            is_last = (i + 1) % plan.n == 0 or i + 1 == len(loader)
+            with fabric.no_backward_sync(model, enabled=not is_last):
+                loss = model(**batch).loss
+                fabric.backward(loss / plan.n)
+            pending.append(loss.detach())
+            state["done"] += 1
+            if not is_last:
+                continue
+            limit = float("inf") if plan.clip is None else plan.clip
+            norm = fabric.clip_gradients(model, given, max_norm=limit, error_if_nonfinite=False)
+            run.norms.append(float(norm))
+            run.losses.append(float(torch.stack(pending).mean()))
+            run.rates.append(schedule.get_last_lr()[0])
+            pending.clear()
+            plan.before()
+            given.step()
+            schedule.step()
+            given.zero_grad()
+            plan.after()
+            state["updates"] += 1
+            if plan.folder is not None and not plan.resumes and state["updates"] == SAVED:
+                fabric.save(file, state)
+            if state["updates"] == plan.updates:
+                break
+    return run
+
+
+FRAMEWORKS = {
+    "trainer": by_trainer,
+    "accelerate": by_accelerate,
+    "lightning": by_lightning,
+    "fabric": by_fabric,
+}
+OF_LIGHTNING = ("lightning", "fabric")
 
 
 def train(framework: str, plan: Plan) -> fw.Run:
@@ -249,10 +306,12 @@ def train(framework: str, plan: Plan) -> fw.Run:
 
 def spoil(folder: Path) -> None:
     """Halve the first moments in a checkpoint, whosever it is."""
-    names = (f"checkpoint-{SAVED}/optimizer.pt", "optimizer.bin", f"epoch=0-step={SAVED}.ckpt")
+    of_hugging_face = (f"checkpoint-{SAVED}/optimizer.pt", "optimizer.bin")
+    names = (*of_hugging_face, f"epoch=0-step={SAVED}.ckpt", "fabric.ckpt")
     (path,) = (folder / name for name in names if (folder / name).exists())
     found = torch.load(path, weights_only=False)
     state = found["optimizer_states"][0] if "optimizer_states" in found else found
+    state = state.get("optimizer", state)
     for entry in state["state"].values():
         entry["exp_avg"] *= 0.5
     torch.save(found, path)

@@ -25,6 +25,8 @@ OTHERS: dict[str, tuple[str, tuple[str, ...], dict[str, Any]]] = {
     "torchao": ("torchao.optim", ("AdamW8bit", "AdamW4bit", "AdamWFp8"), {}),
     "pytorch-optimizer": ("pytorch_optimizer", ("AdaBelief", "ADOPT", "Lamb", "Prodigy"), {}),
     "bitsandbytes": ("bitsandbytes.optim", ("AdamW", "AdamW8bit", "Lion8bit"), {}),
+    "lomo-optim": ("lomo_optim", (), {}),
+    "transformers": ("transformers", (), {}),
 }
 
 
@@ -63,8 +65,8 @@ def _other(module_name: str, names: tuple[str, ...], options: dict[str, Any]) ->
     found = Package()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        module = importlib.import_module(module_name)
         for name in names:
+            module = importlib.import_module(module_name)
             params = [torch.nn.Parameter(torch.ones(64, 64))]
             found.add(getattr(module, name)(params, lr=1e-3, **options))
     return found

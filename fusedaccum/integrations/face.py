@@ -17,7 +17,7 @@ from torch.optim import optimizer as torch_optimizer
 from torch.utils._pytree import tree_map_only
 
 from .dcp import WithOurNames
-from .frameworks import is_asked_by, refuse_deepspeed
+from .frameworks import is_asked_by, refuse_deepspeed, stood_before
 from .linear import FusesLinear
 from .measured import Measured
 
@@ -101,6 +101,9 @@ class SharingOptimizer(FusesLinear, Measured, Optimizer):
         too, for `isinstance`. Our methods would run on that object, and what they set would stay
         there, unseen by the optimizer. Such a class is known by its property `optimizer`, an
         attribute that our constructor sets.
+
+        It is the last that Fabric's setup() does, and all of it that the optimizer sees. The model
+        has been moved and converted then, and a loop may run its first backward before it zeroes.
         """
         super().__init_subclass__(**kwargs)
         if not isinstance(inspect.getattr_static(cls, "optimizer", None), property):
@@ -111,6 +114,12 @@ class SharingOptimizer(FusesLinear, Measured, Optimizer):
                     is_first = next(c for c in cls.__mro__ if name in vars(c)) is base
                     if is_first and (name == "__repr__" or not name.startswith("__")):
                         setattr(cls, name, _HandedOn(name))
+        behind = stood_before()
+        if isinstance(behind, SharingOptimizer):
+            behind._follow_model()
+
+    def _follow_model(self) -> None:
+        """A framework may have moved or converted the parameters."""
 
     def _take_parameters(self) -> None:
         """Others are in the param groups."""

@@ -71,6 +71,14 @@ def is_asked_by(function: str) -> bool:
     return False
 
 
+def stood_before() -> Any:
+    """What a framework calls `optimizer` as it makes the class of an object to put before it."""
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None and frame.f_code.co_name == "__init_subclass__":
+        frame = frame.f_back
+    return None if frame is None else frame.f_locals.get("optimizer")
+
+
 def refuse_second_count(steps: int | None) -> None:
     """Raise where a framework and the wrapper would both count micro-batches.
 

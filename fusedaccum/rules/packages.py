@@ -29,6 +29,7 @@ REFUSED = {
             "here, or bitsandbytes unwrapped"
         )
     },
+    "lomo_optim": dict.fromkeys(("Lomo", "AdaLomo"), _IN_BACKWARD),
     "pytorch_optimizer": {
         **dict.fromkeys(("AdaHessian", "SophiaH"), _GRAPH),
         **dict.fromkeys(("LOMO", "AdaLOMO"), _IN_BACKWARD),
@@ -41,6 +42,7 @@ REFUSED = {
             "accumulated"
         )
     },
+    "transformers": {"LayerWiseDummyOptimizer": _IN_BACKWARD},  # optim="galore_adamw_layerwise"
 }
 
 

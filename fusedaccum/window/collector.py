@@ -45,8 +45,7 @@ class Collector:
         scaling: what a GradScaler does to the gradients.
         device: where the parameters are.
         check: raises for a dtype that cannot be served.
-        serve: see `Watch`.
-        deal: says which process updates a parameter.
+        serve, deal: see `Watch` and `Deal`.
 
     Attributes:
         attached: the parameters with their hooks.
@@ -167,6 +166,8 @@ class Collector:
                 self._recover()
             elif self.by_hand.is_emptied():
                 self._discard_emptied()
+            if not self.backwards.count and not self.window.micro_batches:
+                self.attach_groups(self.attached.groups)  # some may be unfrozen since
             self._refuse_zeroed()
             self.window.check_arrival()
             self.scaling.begin(self.attached.device)

@@ -1,4 +1,4 @@
-"""What holds in every framework that owns the window: transformers' Trainer, Accelerate, Lightning.
+"""What holds in every framework that owns the window: the Trainer, Accelerate, Lightning, Fabric.
 
 Each law is stated once; `tests/adapters.py` runs it. What only one framework has is in the file of
 that framework. What "the same" means is in same_runs.py.
@@ -16,13 +16,14 @@ import torch
 
 from fusedaccum import FusedAccumOptimizer
 from tests import frameworks as fw
-from tests.adapters import CLIP, FRAMEWORKS, RATE, SAVED, Plan, spoil, train
+from tests.adapters import CLIP, FRAMEWORKS, OF_LIGHTNING, RATE, SAVED, Plan, spoil, train
 from tests.frameworks import own_state as own_state
 from tests.same_runs import are_equal
 from tests.tolerances import equal_bits
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the frameworks' advice about workers and so on
-HERE = [name for name in FRAMEWORKS if name != "lightning" or find_spec("lightning") is not None]
+has_lightning = find_spec("lightning") is not None
+HERE = [name for name in FRAMEWORKS if has_lightning or name not in OF_LIGHTNING]
 every = pytest.mark.parametrize("framework", HERE)
 both_n = pytest.mark.parametrize("n", [1, 4], ids="n{}".format)
 FP32, BF16 = torch.float32, torch.bfloat16

@@ -161,3 +161,27 @@ def test_lbfgs_evaluates_its_closure() -> None:
         for _ in range(2):
             opt.step(closure)
     assert_models_close(ours, theirs)
+
+
+@pytest.mark.parametrize("unfrozen", [0, 2], ids=["reached-last", "reached-first"])
+@pytest.mark.parametrize("n", [None, 1], ids=["loop", "counted"])
+def test_a_window_that_unfreezes_is_summed_in_fp32(n: int | None, unfrozen: int) -> None:
+    """The parameter has no hook as the window begins. Autograd sums in bf16, where 256 + 1 is 256.
+
+    So it is with layers that are unfrozen one after the other, from the first or from the last.
+    """
+    params = [torch.nn.Parameter(torch.zeros(3, dtype=torch.bfloat16)) for _ in range(3)]
+    params[unfrozen].requires_grad_(False)
+    opt = FusedAccumOptimizer(torch.optim.SGD(params, lr=1.0), n)
+    for window in range(2):
+        opt.zero_grad()
+        params[unfrozen].requires_grad_(window == 1)
+        for grad in (256.0, 1.0, 1.0):
+            parts = [grad * p.sum() for p in params if p.requires_grad]
+            sum(parts, torch.zeros(())).backward()
+        opt.step()
+        shown = [p.grad for p in params if p.requires_grad]
+        assert len(shown) == 2 + window
+        for seen in shown:
+            assert seen is not None and seen.dtype == torch.float32
+            assert seen.tolist() == [258.0] * 3
