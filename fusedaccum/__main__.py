@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import sys
 from collections.abc import Sequence
@@ -155,14 +156,20 @@ def _memory_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _positive_int(text: str) -> int:
-    value = int(text)
+    try:
+        value = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"got {text!r}; an int from 1 on") from None
     if value < 1:
         raise argparse.ArgumentTypeError(f"got {text}; 1 or more")
     return value
 
 
 def _positive_number(text: str) -> float:
-    value = float(text)
+    try:
+        value = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"got {text!r}; a number above 0") from None
     if not value > 0.0:  # nan is not
         raise argparse.ArgumentTypeError(f"got {text}; above 0")
     return value
@@ -202,6 +209,10 @@ def _memory(args: argparse.Namespace) -> int:
     return memory.memory(request, name, args.json)
 
 
+def _discard_output() -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status."""
     top = parser()
@@ -212,11 +223,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     run = {"bench": _bench, "doctor": _doctor, "memory": _memory}[args.command]
     try:
         code = run(args)
-        sys.stdout.flush()
+        if sys.stdout is not None:  # `>&-` closed it
+            sys.stdout.flush()
         return code
     except BrokenPipeError:  # `| head` has read enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard_output()
         return 0
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+            raise
+        _discard_output()  # else Python tries to write it once more, and ends with status 120
+        print(f"fusedaccum {args.command}: cannot write: {error.strerror}", file=sys.stderr)
+        return 1
     except ValueError as error:
         print(f"fusedaccum {args.command}: {error}", file=sys.stderr)
         return 2

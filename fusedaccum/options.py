@@ -16,6 +16,9 @@ from .rules import packages
 if TYPE_CHECKING:  # not every build of torch has it
     from torch.distributed import ProcessGroup
 
+# What of a GradScaler the linked way reads and replaces.
+OF_SCALER = "_scale _growth_tracker _unscale_grads_"
+
 
 @dataclass(frozen=True)
 class Options:
@@ -187,6 +190,13 @@ def check_scaler(grad_scaler: object, fused_unscale: object, steps: int | None) 
         raise TypeError(
             f"grad_scaler must be a torch.amp.GradScaler or None, got {type(grad_scaler).__name__}"
         )
+    for name in OF_SCALER.split():
+        if grad_scaler is not None and not hasattr(grad_scaler, name):
+            raise TypeError(
+                f"{type(grad_scaler).__name__} has no {name} in torch {torch.__version__}, by "
+                "which grad_scaler= would reach its scale. Use gradient_accumulation_steps=None "
+                "without grad_scaler=, divide the loss by N, and call scaler.step() once per window"
+            )
     if check_bool("fused_unscale", fused_unscale) and (
         grad_scaler is not None or steps is not None
     ):

@@ -6,6 +6,8 @@ reference in blocks, or, on a CPU with a C compiler, loops compiled from the ker
 
 from __future__ import annotations
 
+import sys
+
 # Not `import torch`: the name is that of a module of this package.
 from torch import device as Device
 
@@ -49,6 +51,10 @@ def why(name: str | None, device: Device) -> tuple[str, str]:
         return "torch", "asked for"
     missing = _triton_missing(device)
     if name == "triton":
+        if missing and sys.modules.get("triton") is None:
+            raise ValueError(
+                f'backend="triton" cannot be used: {missing}. Install triton, or use backend=None'
+            )
         if missing:
             raise ValueError(
                 f'backend="triton" cannot be used: {missing}. Use backend=None, move the model to '

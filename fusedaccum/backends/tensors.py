@@ -60,7 +60,7 @@ def _refuse_kind(name: str, kind: type[Tensor]) -> None:
             f"{name} is a {kind.__name__}, whose memory is in shards on several processes: give "
             "what this one holds, tensor.to_local()"
         )
-    if kind.__torch_dispatch__ is not torch._C._disabled_torch_dispatch_impl:
+    if kind.__torch_dispatch__ is not Tensor.__torch_dispatch__:
         raise TypeError(
             f"{name} is a {kind.__name__}, a tensor subclass that runs operations itself "
             "(__torch_dispatch__): its memory is not one block that a kernel could write. Keep "

@@ -28,4 +28,8 @@ def tell() -> None:
 
 def untraced(function: F) -> F:
     """Have a compiled caller leave its graph for `function`, also before anybody called `tell`."""
-    return torch._disable_dynamo(function)  # type: ignore[attr-defined, return-value]
+    disable = getattr(torch, "_disable_dynamo", None)
+    if disable is None:  # the public way imports torch's compiler, which takes some seconds
+        disable = torch.compiler.disable
+    untraced_function: F = disable(function)
+    return untraced_function

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from .. import backends
 from ..doctor import machine, output
 from ..doctor.judge import random
 from ..doctor.output import Row, column
@@ -55,10 +56,11 @@ def bench(
         0, or 1 if a form was refused.
 
     Raises:
-        ValueError: for a device or a size that cannot be.
+        ValueError: for a device, a backend or a size that cannot be.
     """
     began = time.perf_counter()
     *_, device = machine.choose(device_name)[:2]  # the first GPU, if there is one
+    backends.why(plan.backend, device)
     if sizes is None:
         name, sizes = shapes.default(device.type)
     busy = machine.busy(device)

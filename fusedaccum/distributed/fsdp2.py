@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 from torch.nn import Module
 
-from ..window.backwards import current_task
+from ..backends.private import current_task
 from ..window.watch import fsdp2_groups, fsdp2_params, fsdp2_state
 
 

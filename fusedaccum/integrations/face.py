@@ -8,7 +8,9 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import chain
+from multiprocessing.context import get_spawning_popen
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -20,6 +22,9 @@ from .dcp import WithOurNames
 from .frameworks import is_asked_by, refuse_deepspeed, stood_before
 from .linear import FusesLinear
 from .measured import Measured
+
+# What goes to a process that is being started, as long as its starter knows it.
+_sent: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
 
 
 def _wrapper(kind: type[Any]) -> type[Any]:
@@ -138,6 +143,9 @@ class SharingOptimizer(FusesLinear, Measured, Optimizer):
         state = tree_map_only(Tensor, torch.Tensor.clone, self.state_dict())
         bare = copy.copy(self.optimizer)
         bare.state = defaultdict(dict)
+        starting = get_spawning_popen()
+        if starting is not None:  # what is shared with a new process has to live until it has it
+            _sent[starting] = state
         return _rebuild, (type(self), bare, options, state)
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -25,13 +25,30 @@ def read(module: str) -> ast.Module:
         spec = importlib.util.find_spec(module)
     except (ImportError, ValueError):  # ValueError: __main__ has no spec
         spec = None
-    origin = spec.origin if spec else getattr(sys.modules.get(module), "__file__", None)
-    if origin is None or not Path(origin).is_file():
+    text = _source(spec.loader, module) if spec else _main(module)
+    if text is None:
         raise LookupError(
             f"module {module!r} has no source file; update rules are read as text, so they must "
             "be in a .py file that can be imported by that name"
         )
-    return ast.parse(Path(origin).read_text(encoding="utf-8"))
+    return ast.parse(text)
+
+
+def _source(loader: object, module: str) -> str | None:
+    """What its own loader has: a module may lie in a zip file, and be in another encoding."""
+    get_source = getattr(loader, "get_source", None)
+    try:
+        text: str | None = get_source(module) if get_source else None
+    except (ImportError, OSError):
+        return None
+    return text
+
+
+def _main(module: str) -> str | None:
+    origin = getattr(sys.modules.get(module), "__file__", None)
+    if origin is None or not Path(origin).is_file():
+        return None
+    return Path(origin).read_text(encoding="utf-8")
 
 
 @cache

@@ -15,8 +15,6 @@ from . import compiling
 
 # Reentrant backwards that run inside each other on one thread; torch takes a new thread beyond.
 MAX_NESTED = 50
-# The number of the backward that is running in this thread: its graph task.
-current_task = torch._C._current_graph_task_id
 
 
 class Backwards:
@@ -86,7 +84,10 @@ def refuse_kind() -> None:
         RuntimeError: naming the kind, and the way round.
     """
     compiled = sys.modules.get("torch._dynamo.compiled_autograd")
-    if getattr(compiled, "in_compiled_autograd_region", False):
+    is_compiled = getattr(compiled, "in_compiled_autograd_region", None)
+    if is_compiled is None and compiled is not None:  # a torch without that name
+        is_compiled = torch._dynamo.config.compiled_autograd
+    if is_compiled:
         raise RuntimeError(
             "compiled autograd makes one graph of the backward, in which no gradient can be "
             "taken as it arrives; it is not supported. Compile the model "

@@ -15,12 +15,12 @@ from weakref import WeakMethod
 
 import torch
 from torch import Tensor
-from torch.autograd import Variable
 
 from ..backends import Backend
+from ..backends.private import current_task, queue_callback
 from ..backends.untraced import untraced
 from .adding import Adder
-from .backwards import Backwards, current_task, refuse_kind
+from .backwards import Backwards, refuse_kind
 from .by_hand import ByHand
 from .deal import Deal
 from .grad_scaler import Scaling
@@ -148,7 +148,7 @@ class Collector:
             waiting.limit = limit
         if self.engines.is_ending:  # another root of FSDP2, whose callback runs after ours
             self.engines.let_come(slots)
-            Variable._execution_engine.queue_callback(self.flush)
+            queue_callback(self.flush)
 
     # Not traced: compiled autograd would stop at the code below the error, and not say why.
     @untraced
@@ -178,7 +178,7 @@ class Collector:
             self.backwards.end(task)
             raise
         self.backwards.begin(task)
-        Variable._execution_engine.queue_callback(self._finish)
+        queue_callback(self._finish)
         self.engines.end(lambda: self.backwards.end(task))
 
     def _finish(self) -> None:

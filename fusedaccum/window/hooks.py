@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from ..backends.private import current_task
 from . import compiling
-from .backwards import current_task
 from .buffers import Block
 from .deal import Deal
 from .engines import refuse_exchange

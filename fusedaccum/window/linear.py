@@ -20,11 +20,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
+from ..backends.private import tracing_state, transform
 from .linear_traced import KEY, remember, traced_forward
 from .products import Products
 
-_functorch = torch._C._functorch.peek_interpreter_stack
-_is_tracing = torch._C._get_tracing_state
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 Forward = Callable[[Any, Tensor], Tensor]
@@ -97,9 +96,9 @@ def _forward(module: Any, x: Tensor, stock: Forward, is_transposed: bool) -> Ten
         or products.slot_of(weight) is None
         or type(x) not in (Tensor, nn.Parameter)
         or x.layout is not torch.strided
-        or _functorch() is not None
+        or transform() is not None
         or forward_ad._current_level >= 0
-        or _is_tracing() is not None
+        or tracing_state() is not None
     ):
         return stock(module, x)
     try:

@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .products import HOOK, Products, is_wanted
+from ..backends.private import is_wanted, transform
+from .products import HOOK, Products
 from .slots import Slot
 
 KEY = "_fusedaccum_products"  # of a module's `__dict__`
@@ -155,7 +156,7 @@ def _is_transformed() -> bool:
 
     It is asked as Python and not traced: torch 2.11's Dynamo takes `is_exporting()` for true.
     """
-    has_transform = torch._C._functorch.peek_interpreter_stack() is not None
+    has_transform = transform() is not None
     is_exporting = torch.compiler.is_exporting()
     return has_transform or is_exporting or bool(torch._dynamo.config.compiled_autograd)
 

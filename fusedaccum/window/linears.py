@@ -12,6 +12,7 @@ from weakref import WeakMethod
 from torch import Tensor, nn
 
 from ..backends import product
+from ..backends.private import why_no_products
 from ..backends.tensors import is_dtensor
 from . import linear_traced
 from .collector import Collector
@@ -69,7 +70,8 @@ class Linears:
             if not is_linear(module):
                 continue
             if not is_swapped_for(module, self._products):
-                reason = refusal(module) or self._refusal(module._parameters["weight"], least)
+                reason = why_no_products() or refusal(module)
+                reason = reason or self._refusal(module._parameters["weight"], least)
                 if reason is not None:
                     self._skipped[name] = reason
                     continue

@@ -12,12 +12,10 @@ import torch
 from torch import Tensor
 
 from ..backends import product
+from ..backends.private import is_wanted
 from .collector import Collector
 from .slots import Fill, Slot
 
-# Of an AccumulateGrad node: False in autograd.grad() and backward(inputs=) of other tensors; raises
-# RuntimeError in autograd.grad() of this one.
-is_wanted = torch._C._will_engine_execute_node
 HOOK = "a hook on the weight"
 LINKED = "a linked GradScaler, whose factor is on the device"
 

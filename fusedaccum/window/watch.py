@@ -19,10 +19,10 @@ from typing import Any, NoReturn, Protocol
 
 import torch
 from torch import Tensor
-from torch.autograd import Variable
 from torch.nn import Module
 from torch.nn.parallel import DistributedDataParallel
 
+from ..backends.private import queue_callback
 from ..backends.tensors import FSDP2, is_dtensor
 from .engines import PLAIN, refuse_exchange
 from .reducing import Alone, Parts, Reducing
@@ -190,7 +190,6 @@ class Watch:
         Raises:
             RuntimeError: from the backward. The window is marked.
         """
-        queue = Variable._execution_engine.queue_callback
 
         def remember() -> None:
             # Wherever an engine may be, all of them: it may own some parameters only.
@@ -202,7 +201,7 @@ class Watch:
             )
             self._kept = list(islice(shown, most))
             self._n_ending += 1
-            queue(compare)
+            queue_callback(compare)
 
         def compare() -> None:
             self._n_ending -= 1
@@ -215,7 +214,7 @@ class Watch:
             finally:
                 ended()
 
-        queue(remember)
+        queue_callback(remember)
 
     def refuse_taken(self, slot: Owned) -> None:
         """A gradient that arrived is not there when it is to be added.

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import os
 import subprocess
 import sys
+import zipfile
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -240,3 +243,31 @@ def test_masters_outlive_the_end_of_the_fused_rule(mode: str) -> None:
     master = opts[0].state_dict()["state"][0]["master_param"]
     assert tolerances.equal_bits(master, models[1].params[0].detach())
     assert not torch.equal(master, models[0].params[0].float())
+
+
+def test_the_package_trains_from_a_zip_file(tmp_path: Path) -> None:
+    """Rules are read as text, which lies in no file of its own there."""
+    with zipfile.ZipFile(tmp_path / "package.zip", "w") as archive:
+        for folder, inside in (("fusedaccum", "fusedaccum"), ("kernels", "fusedaccum/kernels")):
+            for path in sorted((ROOT / folder).rglob("*.py")):
+                archive.write(path, f"{inside}/{path.relative_to(ROOT / folder)}")
+    program = """
+import torch, fusedaccum
+param = torch.nn.Parameter(torch.ones(3))
+opt = fusedaccum.FusedAccumOptimizer(torch.optim.AdamW([param], lr=0.5))
+(2 * param.sum()).backward()
+opt.step()
+print(fusedaccum.__file__, param.tolist())
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(tmp_path / "package.zip")},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    where, _, values = done.stdout.partition(" ")
+    assert "package.zip" in where
+    assert json.loads(values) == pytest.approx([0.495] * 3, rel=1e-5)

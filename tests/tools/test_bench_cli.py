@@ -342,3 +342,16 @@ def test_a_busy_machine_is_worth_a_word(
     monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
     assert cli.main(TINY) == 0
     assert "set OMP_WAIT_POLICY=PASSIVE" in capsys.readouterr().err
+
+
+def test_a_backend_that_cannot_be_is_wrong_usage(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nothing is measured. Without Triton neither a GPU nor its interpreter would help."""
+    monkeypatch.setitem(sys.modules, "triton", None)
+    assert exit_status("bench", "--device", "cpu", "--backend", "triton", "--shapes", "4") == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert "triton is not installed" in printed.err
+    assert "Install triton, or use backend=None" in printed.err
+    assert "TRITON_INTERPRET" not in printed.err

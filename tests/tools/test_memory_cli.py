@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -288,3 +289,24 @@ def test_a_reader_that_has_read_enough_is_no_error() -> None:
     done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
     os.close(writer)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize(
+    ("target", "status", "said"),
+    [
+        (">&-", 0, ""),
+        ("> /dev/full", 1, "fusedaccum memory: cannot write: No space left on device\n"),
+    ],
+    ids=["closed", "full"],
+)
+def test_output_that_goes_nowhere(target: str, status: int, said: str) -> None:
+    command = f"{shlex.quote(sys.executable)} -m fusedaccum memory --params 7 --json {target}"
+    done = subprocess.run(["sh", "-c", command], stderr=subprocess.PIPE, text=True, check=False)
+    assert (done.returncode, done.stderr) == (status, said)
+
+
+def test_a_number_that_is_none_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    assert exit_status("memory", "--params", "7", "--processes", "x") == 2
+    assert "--processes: got 'x'; an int from 1 on" in capsys.readouterr().err
+    assert exit_status("bench", "--seconds", "soon") == 2
+    assert "--seconds: got 'soon'; a number above 0" in capsys.readouterr().err

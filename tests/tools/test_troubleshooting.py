@@ -23,7 +23,7 @@ TAKERS = {"warn": 0, "_warn": -1, "note": 0, "fail": 0, "_fail": 0, "unless_done
 # Functions that return messages, or the end of one.
 GIVERS = {
     *("_refusal", "refusal", "disagreement", "_unsupported", "_hangs", "_engine", "_engines"),
-    *("_triton_missing", "why_not", "fault", "reason", "keeps_precision"),
+    *("_triton_missing", "why_not", "why_no_products", "fault", "reason", "keeps_precision"),
 }
 # Not for users: errors of ours, and what a mapping or an attribute says by its name alone.
 INTERNAL = {"AssertionError", "NotImplementedError", "StopIteration", "KeyError"}
