@@ -74,8 +74,10 @@ def test_compiled_autograd_is_refused_by_its_setting_too(monkeypatch: pytest.Mon
     monkeypatch.delattr(compiled_autograd, "in_compiled_autograd_region")
     with torch.no_grad():
         backwards.refuse_kind()
-        monkeypatch.setattr(torch._dynamo.config, "compiled_autograd", True)
-        with pytest.raises(RuntimeError, match="compiled autograd makes one graph"):
+        with (
+            torch._dynamo.config.patch(compiled_autograd=True),
+            pytest.raises(RuntimeError, match="compiled autograd makes one graph"),
+        ):
             backwards.refuse_kind()
 
 
