@@ -101,13 +101,23 @@ def same_order(a: Tensor, b: Tensor) -> bool:
     return all(x == y for n, x, y in pairs if n != 1) or a.numel() == 0
 
 
+def holds_values(tensor: Tensor) -> bool:
+    """Whether the values of a strided tensor are those in its memory.
+
+    They are not where it is the negative of them, as gradients of complex arithmetic may be (the
+    imaginary part of a conjugate), or a zero that has no memory.
+    """
+    return not (tensor.is_neg() or tensor._is_zerotensor())
+
+
 def laid_out_like(tensor: Tensor, like: Tensor) -> Tensor:
     """`tensor` itself where element `i` of its memory is element `i` of `like`'s, else such a copy.
 
-    A gradient may be expanded, transposed, or sparse; the kernels walk memory.
+    A gradient may be expanded, transposed, sparse, or other numbers than its memory; the kernels
+    walk memory.
     """
     if tensor.layout is torch.strided:
-        if same_order(tensor, like):
+        if same_order(tensor, like) and holds_values(tensor):
             return tensor
     else:
         tensor = tensor.to_dense()
