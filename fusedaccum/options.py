@@ -131,7 +131,7 @@ def check_weight(weight: object) -> float:
     """Validate the weight of a micro-batch."""
     try:
         value = float(weight)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise TypeError(
             f"weight must be a positive number (the micro-batch's token count, say), "
             f"got {weight!r} of type {type(weight).__name__}"
@@ -148,7 +148,7 @@ def check_positive(name: str, value: object) -> float:
     """Validate a positive number."""
     try:
         number = float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = math.nan
     if isinstance(value, bool) or not number > 0:
         raise ValueError(f"{name} must be a positive number, got {value!r}")

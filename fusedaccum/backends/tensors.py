@@ -6,8 +6,13 @@ engine would train wrong without a word. Nothing is imported for that.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import numpy as np
 import torch
 from torch import Tensor
+
+from .tables import addresses
 
 # Elements: views into a flat buffer start at multiples of it, which are multiples of 32 bytes even
 # for 2-byte types.
@@ -101,14 +106,52 @@ def same_order(a: Tensor, b: Tensor) -> bool:
     return all(x == y for n, x, y in pairs if n != 1) or a.numel() == 0
 
 
+def holds_values(tensor: Tensor) -> bool:
+    """Whether the values of a strided tensor are those in its memory.
+
+    They are not where it is the negative of them, as gradients of complex arithmetic may be (the
+    imaginary part of a conjugate), or a zero that has no memory.
+    """
+    return not (tensor.is_neg() or tensor._is_zerotensor())
+
+
 def laid_out_like(tensor: Tensor, like: Tensor) -> Tensor:
     """`tensor` itself where element `i` of its memory is element `i` of `like`'s, else such a copy.
 
-    A gradient may be expanded, transposed, or sparse; the kernels walk memory.
+    A gradient may be expanded, transposed, sparse, or other numbers than its memory; the kernels
+    walk memory.
     """
     if tensor.layout is torch.strided:
-        if same_order(tensor, like):
+        if same_order(tensor, like) and holds_values(tensor):
             return tensor
     else:
         tensor = tensor.to_dense()
     return torch.empty_like(like, dtype=tensor.dtype).copy_(tensor)
+
+
+def sharing(tensors: Sequence[Tensor], n_written: int) -> tuple[int, int] | None:
+    """Two of some dense tensors that share memory, of which one or both are written.
+
+    Args:
+        tensors: those that are written, and then those that are only read, which may share theirs.
+        n_written: how many are written.
+
+    Returns:
+        Their positions, the lower one first; None where there are none.
+    """
+    starts = addresses(tensors)
+    ends = starts + np.fromiter((t.nbytes for t in tensors), np.int64, len(tensors))
+    order = np.lexsort((ends, starts))
+    order = order[(ends[order] > starts[order]) & (starts[order] > 0)]  # empty ones share nothing
+    is_written = order < n_written
+    # How far what came before reaches: anything, and what is written.
+    reach = np.maximum.accumulate(np.append(0, ends[order]))[:-1]
+    reach_written = np.maximum.accumulate(np.append(0, np.where(is_written, ends[order], 0)))[:-1]
+    clash = starts[order] < np.where(is_written, reach, reach_written)
+    if not clash.any():
+        return None
+    position = int(np.argmax(clash))
+    second = int(order[position])
+    before = [int(i) for i in order[:position] if is_written[position] or i < n_written]
+    first = next(i for i in before if ends[i] > starts[second])
+    return min(first, second), max(first, second)

@@ -136,20 +136,21 @@ class TritonBackend:
     def _hyper_table(self, request: Finalize) -> Tensor:
         """fp64 [1 + n_groups, 1 + n_hyper], uploaded where a number changed.
 
-        A hyper-parameter that is a tensor (lr under a CUDA graph) is copied on the device.
+        A hyper-parameter that is a tensor of one element (lr under a CUDA graph) is copied on the
+        device.
         """
         host = np.zeros((1 + len(request.hyper), 1 + request.family.n_hyper))
         correction = request.correction.product()
         host[0, :2] = 0 if isinstance(correction, Tensor) else correction, request.max_norm or 0.0
         for i, row in enumerate(request.hyper, start=1):
-            host[i] = [0.0 if isinstance(x, Tensor) else x for x in row]
+            host[i] = [0.0 if isinstance(x, Tensor) else float(x) for x in row]
         table = request.scalars.hyper.set(host)
         if isinstance(correction, Tensor):
-            table[0, 0].copy_(correction, non_blocking=True)
+            table[0, 0].copy_(correction.view(()), non_blocking=True)
         for i, row in enumerate(request.hyper, start=1):
             for j, value in enumerate(row):
                 if isinstance(value, Tensor):
-                    table[i, j].copy_(value, non_blocking=True)
+                    table[i, j].copy_(value.view(()), non_blocking=True)
         return table
 
     def step(self, request: Step) -> None:

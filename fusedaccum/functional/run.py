@@ -8,15 +8,13 @@ from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any, TypedDict
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from .. import backends
 from ..backends import Backend, Correction, Finalize, Keep, Step, StepTensor, UpdateScalars
 from ..backends.operations import GRAD_DTYPES
-from ..backends.tables import addresses
-from ..backends.tensors import is_dense, laid_out_like, refuse_tensor, same_order
+from ..backends.tensors import is_dense, laid_out_like, refuse_tensor, same_order, sharing
 from ..kernels.layout import ScalarsRow
 from ..rules.builtin import RULES
 from ..rules.rule import Family
@@ -108,23 +106,11 @@ def check_apart(written: Lists, read: Lists) -> None:
     lists = {**written, **read}
     tensors = [tensor for members in lists.values() for tensor in members]
     n_written = sum(len(members) for members in written.values())
-    starts = addresses(tensors)
-    ends = starts + np.fromiter((t.nbytes for t in tensors), np.int64, len(tensors))
-    order = np.lexsort((ends, starts))
-    order = order[ends[order] > starts[order]]  # empty ones share nothing
-    is_written = order < n_written
-    # How far what came before reaches: anything, and what is written.
-    reach = np.maximum.accumulate(np.append(0, ends[order]))[:-1]
-    reach_written = np.maximum.accumulate(np.append(0, np.where(is_written, ends[order], 0)))[:-1]
-    clash = starts[order] < np.where(is_written, reach, reach_written)
-    if not clash.any():
+    found = sharing(tensors, n_written)
+    if found is None:
         return
-    position = int(np.argmax(clash))
-    second = int(order[position])
-    before = [int(i) for i in order[:position] if is_written[position] or i < n_written]
-    first = next(i for i in before if ends[i] > starts[second])
     names = [f"{name}[{i}]" for name, members in lists.items() for i in range(len(members))]
-    one, other = (names[i] for i in sorted((first, second)))
+    one, other = (names[i] for i in found)
     raise ValueError(
         f"{one} and {other} share memory; {one} is written in place, so it must have memory of its "
         "own: pass each tensor once, and a clone() of what is shared"
@@ -144,6 +130,27 @@ def _check_numbers(name: str, numbers: Tensor, shape: tuple[int, ...], like: Ten
             f"{name} must be a contiguous float32 tensor of shape {shape} on {like.device}, a row "
             f"per parameter; got {numbers.dtype} of shape {tuple(numbers.shape)} on "
             f"{numbers.device}"
+        )
+
+
+def _check_hyper(name: str, family: Family, hyper: tuple[Any, ...], grad_scale: object) -> None:
+    """Hyper-parameters that every backend takes: as many as the rule has, each one number."""
+    for value in (*hyper, grad_scale):
+        try:
+            is_number = (
+                value.numel() == 1 if isinstance(value, Tensor) else float(value) is not None
+            )
+        except (TypeError, ValueError, OverflowError):
+            is_number = False
+        if not is_number:
+            raise TypeError(
+                f"{name}: lr, grad_scale and all other hyper-parameters must be numbers, or "
+                f"tensors of one element; got {value!r:.60}"
+            )
+    if len(hyper) != family.n_hyper:
+        raise ValueError(
+            f"{name}: betas, etas and step_size_limits must be pairs of numbers; got "
+            f"{len(hyper)} hyper-parameters where there are {family.n_hyper}: {hyper!r:.200}"
         )
 
 
@@ -199,6 +206,7 @@ def apply(
     check("params", params, GRAD_DTYPES)
     check("grads", operands.grads, (torch.float32,))
     check_written("params", params, params)
+    _check_hyper(rule_name, rule.family, hyper, grad_scale)
     check_shapes("grads", operands.grads, params)
     for name, tensors in operands.states.items():
         check(name, tensors, (torch.float32,))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..backends import Add, Backend, Launch
-from ..backends.tensors import laid_out_like
+from ..backends.tensors import holds_values, laid_out_like
 from .grad_scaler import Scaling
 from .slots import Fill, Slot
 from .sums import Sums
@@ -60,6 +60,8 @@ class _Queue:
                 list(map(Tensor.numel, grads)) == self.numels
                 and all(map(Tensor.is_contiguous, grads))
                 and set(map(_dtype, grads)) == self.dtypes
+                and not any(map(Tensor.is_neg, grads))
+                and not any(map(Tensor._is_zerotensor, grads))
                 and all(map(is_, map(_grad, self.slots), self.shown))
                 and set(map(_dtype, self.shown)) == _FP32
                 and list(map(Tensor.data_ptr, self.heads)) == self.places
@@ -168,7 +170,8 @@ class Adder:
             slot, grad = pair
             if slot.grad is None or slot.grad.dtype is not torch.float32:
                 slot.allocate()
-            if not (slot.is_contiguous and grad.is_contiguous()):
+            is_plain = slot.is_contiguous and grad.is_contiguous() and holds_values(grad)
+            if not is_plain:
                 pair = slot, grad = slot, laid_out_like(grad, slot.acc)
             if grad.dtype is not slot.dtype and grad.dtype is not torch.float32:
                 pair = slot, grad.float()

@@ -23,7 +23,7 @@ from .buffers import Block
 from .deal import Deal
 from .engines import refuse_exchange
 from .shards import local_of
-from .slots import Fill, Slot, Slots, check_param, node_of
+from .slots import Fill, Slot, Slots, check_apart, check_param, node_of
 
 # Whose live hooks are on a parameter: two owners would take each other's accumulators for
 # gradients.
@@ -185,6 +185,7 @@ class Attached:
                     f"{name} is on {param.device} but others are on {self.device}; one wrapper "
                     "serves one device: make an optimizer, and wrap it, for each device"
                 )
+        check_apart([*self._named(), *named])
         for owner in owners.values():
             owner.detach()
             owner.taken_over = True
@@ -235,6 +236,15 @@ class Attached:
         kept = set(chain.from_iterable(params_of(groups)))
         self._left = [slot for param, slot in self.slots.items() if param not in kept]
         self._known = _Known(groups, self.slots)
+
+    def _named(self) -> list[tuple[str, Tensor]]:
+        """The parameters that are served and still in the groups."""
+        return [
+            (f"param_groups[{i}]['params'][{j}]", param)
+            for i, group in enumerate(self.groups)
+            for j, param in enumerate(group["params"])
+            if param in self.slots
+        ]
 
     def refuse_take_over(self, name: str, param: Tensor, named: list[tuple[str, Tensor]]) -> None:
         """Raise unless another wrapper may have the parameters from now on.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from enum import IntEnum
 from operator import attrgetter, eq, is_
 from typing import Any
@@ -11,10 +12,10 @@ import torch
 from torch import Tensor
 
 from ..backends.tables import count_chunks
-from ..backends.tensors import is_dense, refuse_tensor
+from ..backends.tensors import is_dense, refuse_tensor, sharing
 from .buffers import Block
 from .engines import refuse_partitioned
-from .shards import shard_of
+from .shards import local_of, shard_of
 
 PARAM_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -53,6 +54,23 @@ def check_param(name: str, param: Tensor) -> None:
         raise ValueError(
             f"{name} of shape {tuple(param.shape)} has layout {param.layout} and strides "
             f"{param.stride()}; parameters must be dense: make it from tensor.contiguous()"
+        )
+
+
+def check_apart(named: Sequence[tuple[str, Tensor]]) -> None:
+    """Refuse parameters that share memory: one launch would update it twice at the same time.
+
+    Raises:
+        ValueError: naming two of them.
+    """
+    params = [local_of(param) for _, param in named]
+    found = sharing(params, len(params))
+    if found is not None:
+        one, other = (named[i][0] for i in found)
+        raise ValueError(
+            f"{one} and {other} are two parameters that share memory, and would be updated at the "
+            "same time: let one Parameter stand in both places (head.weight = embedding.weight), "
+            "or give one of them a clone() of what is shared"
         )
 
 

@@ -117,3 +117,30 @@ def test_a_rate_changed_after_a_skipped_first_window(kind: Any) -> None:
             optimizer.step()
             optimizer.zero_grad()
     torch.testing.assert_close(weight, plain, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_a_rate_that_is_a_tensor_of_one_element(backend: str) -> None:
+    """torch takes any shape that has one; the kernels' table took a 0-d one only."""
+    weights = [torch.nn.Parameter(torch.ones(3)) for _ in range(3)]
+    kind = torch.optim.AdamW
+    for weight, lr in zip(weights, (0.1, torch.tensor([0.1]), torch.tensor([[0.1]])), strict=True):
+        groups = [{"params": [weight]}, {"params": [torch.nn.Parameter(torch.ones(2))], "lr": 0.3}]
+        opt = FusedAccumOptimizer(kind(groups, lr=lr), 1, backend=backend)
+        for value in (1.0, -3.0):
+            (weight * value).sum().backward()
+            opt.step()
+            opt.zero_grad()
+    torch.testing.assert_close(weights[1], weights[0], rtol=1e-7, atol=0)
+    assert torch.equal(weights[2], weights[1])
+
+
+def test_a_hyper_parameter_that_is_none_does_not_become_nan() -> None:
+    """It did in the kernels' table; torch's own step() raises too."""
+    weight = torch.nn.Parameter(torch.ones(3))
+    opt = FusedAccumOptimizer(torch.optim.SGD([weight], lr=0.1), 1, backend="triton")
+    opt.param_groups[0]["weight_decay"] = None
+    weight.sum().backward()
+    with pytest.raises(TypeError, match="NoneType"):
+        opt.step()
+    assert weight.tolist() == [1.0] * 3

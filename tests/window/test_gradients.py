@@ -274,3 +274,50 @@ def test_gradients_that_are_written_by_hand_are_no_lost_hook() -> None:
         q.grad = torch.ones(2) if q.grad is None else q.grad.add_(0.5 * i)
         opt.step()
     assert p.tolist() == [-2.0] * 2 and q.tolist() != [0.0] * 2
+
+
+class _Made(torch.autograd.Function):
+    """A backward that gives a gradient as it was made, without a copy."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, make: Any) -> Tensor:
+        ctx.make = make
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return ctx.make(grad), None
+
+
+def _phase(p: Tensor) -> Tensor:
+    """Complex arithmetic, whose gradient is the imaginary part of a conjugate."""
+    return (torch.complex(torch.zeros_like(p), p).conj() * (1 + 2j)).real.sum()
+
+
+def _negative(p: Tensor) -> Any:
+    return _Made.apply(p, lambda grad: torch._neg_view(torch.full(grad.shape, 2.0))).sum()
+
+
+def _no_memory(p: Tensor) -> Any:
+    return _Made.apply(p, lambda grad: torch._efficientzerotensor(grad.shape)).sum()
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (3, 2)], ids=["0d", "one", "matrix"])
+@pytest.mark.parametrize("loss_of", [_phase, _negative, _no_memory])
+@pytest.mark.parametrize("how", ["backward", "assigned"])
+def test_a_gradient_that_is_not_the_numbers_in_its_memory(
+    loss_of: Any, how: str, shape: tuple[int, ...]
+) -> None:
+    """Four micro-batches: those that come again are added by another way than the first ones."""
+    param, plain = (torch.nn.Parameter(torch.ones(shape)) for _ in range(2))
+    loss_of(plain).backward()
+    if shape == () or loss_of is not _phase:
+        assert plain.grad.is_neg() or plain.grad._is_zerotensor()
+    opt = FusedAccumOptimizer(torch.optim.SGD([param], lr=1.0), 4)
+    for _ in range(4):
+        if how == "backward":
+            loss_of(param).backward()
+        else:
+            param.grad = plain.grad
+        opt.step()
+    assert torch.equal(param, plain - plain.grad)
