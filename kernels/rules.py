@@ -48,7 +48,7 @@ def adam(param, grad, states, scalars):
     """Kingma and Ba 2015; decoupled decay of Loshchilov and Hutter 2019."""
     exp_avg, exp_avg_sq = states
     step_size, inv_sqrt_correction2, weight1, beta2, weight2, eps, l2, decay = scalars
-    grad = grad + l2 * param
+    grad = grad + tl.where(l2 == 0.0, 0.0, l2 * param)
     exp_avg = exp_avg + weight1 * (grad - exp_avg)
     exp_avg_sq = beta2 * exp_avg_sq + weight2 * grad * grad
     denom = tl.sqrt(exp_avg_sq) * inv_sqrt_correction2 + eps
@@ -61,7 +61,7 @@ def adam_amsgrad(param, grad, states, scalars):
     """Adam with the running maximum of Reddi et al. 2018, as torch's amsgrad=True."""
     exp_avg, exp_avg_sq, max_exp_avg_sq = states
     step_size, inv_sqrt_correction2, weight1, beta2, weight2, eps, l2, decay = scalars
-    grad = grad + l2 * param
+    grad = grad + tl.where(l2 == 0.0, 0.0, l2 * param)
     exp_avg = exp_avg + weight1 * (grad - exp_avg)
     exp_avg_sq = beta2 * exp_avg_sq + weight2 * grad * grad
     max_exp_avg_sq = tl.maximum(max_exp_avg_sq, exp_avg_sq)
@@ -99,7 +99,7 @@ def nadam(param, grad, states, scalars):
     """Dozat 2016, as torch.optim.NAdam."""
     exp_avg, exp_avg_sq = states
     grad_step, avg_step, inv_sqrt_correction2, weight1, beta2, weight2, eps, l2, decay = scalars
-    grad = grad + l2 * param
+    grad = grad + tl.where(l2 == 0.0, 0.0, l2 * param)
     exp_avg = exp_avg + weight1 * (grad - exp_avg)
     exp_avg_sq = beta2 * exp_avg_sq + weight2 * grad * grad
     denom = tl.sqrt(exp_avg_sq) * inv_sqrt_correction2 + eps
@@ -133,7 +133,7 @@ def radam(param, grad, states, scalars):
     """Liu et al. 2020, as torch.optim.RAdam."""
     exp_avg, exp_avg_sq = states
     adaptive_step, plain_step, weight1, beta2, weight2, eps, l2, decay = scalars
-    grad = grad + l2 * param
+    grad = grad + tl.where(l2 == 0.0, 0.0, l2 * param)
     exp_avg = exp_avg + weight1 * (grad - exp_avg)
     exp_avg_sq = beta2 * exp_avg_sq + weight2 * grad * grad
     adaptive = adaptive_step / (tl.sqrt(exp_avg_sq) + eps)
@@ -155,7 +155,7 @@ def adamax(param, grad, states, scalars):
     """Adam's infinity-norm variant (Kingma and Ba 2015), as torch.optim.Adamax."""
     exp_avg, exp_inf = states
     step_size, weight1, beta2, eps, l2 = scalars
-    grad = grad + l2 * param
+    grad = grad + tl.where(l2 == 0.0, 0.0, l2 * param)
     exp_avg = exp_avg + weight1 * (grad - exp_avg)
     exp_inf = tl.maximum(beta2 * exp_inf, tl.abs(grad) + eps)
     param = param - step_size * (exp_avg / exp_inf)
@@ -174,7 +174,7 @@ def adagrad(param, grad, states, scalars):
     """Duchi et al. 2011, as torch.optim.Adagrad."""
     (total,) = states
     step_size, eps, l2 = scalars
-    grad = grad + l2 * param
+    grad = grad + tl.where(l2 == 0.0, 0.0, l2 * param)
     total = total + grad * grad
     param = param - step_size * (grad / (tl.sqrt(total) + eps))
     return param, (total,)
@@ -192,7 +192,7 @@ def rmsprop(param, grad, states, scalars):
     """Hinton 2012, as torch.optim.RMSprop."""
     (square_avg,) = states
     lr, alpha, weight, eps, l2, momentum = scalars
-    grad = grad + l2 * param
+    grad = grad + tl.where(l2 == 0.0, 0.0, l2 * param)
     square_avg = alpha * square_avg + weight * grad * grad
     param = param - lr * (grad / (tl.sqrt(square_avg) + eps))
     return param, (square_avg,)
@@ -203,7 +203,7 @@ def rmsprop_momentum(param, grad, states, scalars):
     """torch.optim.RMSprop(momentum=...)."""
     square_avg, momentum_buffer = states
     lr, alpha, weight, eps, l2, momentum = scalars
-    grad = grad + l2 * param
+    grad = grad + tl.where(l2 == 0.0, 0.0, l2 * param)
     square_avg = alpha * square_avg + weight * grad * grad
     momentum_buffer = momentum * momentum_buffer + grad / (tl.sqrt(square_avg) + eps)
     param = param - lr * momentum_buffer
@@ -218,7 +218,7 @@ def rmsprop_centered(param, grad, states, scalars):
     """
     square_avg, grad_avg = states
     lr, alpha, weight, eps, l2, momentum = scalars
-    grad = grad + l2 * param
+    grad = grad + tl.where(l2 == 0.0, 0.0, l2 * param)
     square_avg = alpha * square_avg + weight * grad * grad
     grad_avg = grad_avg + weight * (grad - grad_avg)
     variance = tl.maximum(square_avg - grad_avg * grad_avg, 0.0)
@@ -231,7 +231,7 @@ def rmsprop_centered_momentum(param, grad, states, scalars):
     """torch.optim.RMSprop(centered=True, momentum=...)."""
     square_avg, grad_avg, momentum_buffer = states
     lr, alpha, weight, eps, l2, momentum = scalars
-    grad = grad + l2 * param
+    grad = grad + tl.where(l2 == 0.0, 0.0, l2 * param)
     square_avg = alpha * square_avg + weight * grad * grad
     grad_avg = grad_avg + weight * (grad - grad_avg)
     variance = tl.maximum(square_avg - grad_avg * grad_avg, 0.0)
@@ -252,7 +252,7 @@ def adadelta(param, grad, states, scalars):
     """Zeiler 2012, as torch.optim.Adadelta."""
     square_avg, acc_delta = states
     lr, rho, weight, eps, l2 = scalars
-    grad = grad + l2 * param
+    grad = grad + tl.where(l2 == 0.0, 0.0, l2 * param)
     square_avg = rho * square_avg + weight * grad * grad
     delta = tl.sqrt(acc_delta + eps) / tl.sqrt(square_avg + eps) * grad
     acc_delta = rho * acc_delta + weight * delta * delta
@@ -275,7 +275,7 @@ def asgd(param, grad, states, scalars):
     """Polyak and Juditsky 1992, as torch.optim.ASGD."""
     (ax,) = states
     eta, decay, mu, l2 = scalars
-    grad = grad + l2 * param
+    grad = grad + tl.where(l2 == 0.0, 0.0, l2 * param)
     param = param * decay - eta * grad
     ax = tl.where(mu == 1.0, param, ax + mu * (param - ax))
     return param, (ax,)
@@ -335,7 +335,7 @@ def sgd_scalars(hyper, step, memory):
 def sgd(param, grad, states, scalars):
     """Plain gradient descent, as torch.optim.SGD with momentum 0."""
     lr, momentum, momentum_in, weight_in, l2 = scalars
-    grad = grad + l2 * param
+    grad = grad + tl.where(l2 == 0.0, 0.0, l2 * param)
     param = param - lr * grad
     return param, states
 
@@ -345,7 +345,7 @@ def sgd_momentum(param, grad, states, scalars):
     """Heavy-ball momentum as torch.optim.SGD defines it (the rate multiplies the whole buffer)."""
     (momentum_buffer,) = states
     lr, momentum, momentum_in, weight_in, l2 = scalars
-    grad = grad + l2 * param
+    grad = grad + tl.where(l2 == 0.0, 0.0, l2 * param)
     momentum_buffer = momentum_in * momentum_buffer + weight_in * grad
     param = param - lr * momentum_buffer
     return param, (momentum_buffer,)
@@ -356,7 +356,7 @@ def sgd_nesterov(param, grad, states, scalars):
     """Nesterov momentum, as torch.optim.SGD(nesterov=True)."""
     (momentum_buffer,) = states
     lr, momentum, momentum_in, weight_in, l2 = scalars
-    grad = grad + l2 * param
+    grad = grad + tl.where(l2 == 0.0, 0.0, l2 * param)
     momentum_buffer = momentum_in * momentum_buffer + weight_in * grad
     param = param - lr * (grad + momentum * momentum_buffer)
     return param, (momentum_buffer,)
