@@ -24,7 +24,7 @@ from torch.nn import Module
 from torch.nn.parallel import DistributedDataParallel
 
 from ..backends.mirror import Mirror
-from ..window.backwards import current_task
+from ..backends.private import current_task
 from ..window.reducing import Alone, Parts
 from ..window.slots import Slot
 from ..window.weights import Window
