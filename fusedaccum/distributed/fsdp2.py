@@ -15,7 +15,10 @@ from torch import Tensor
 from torch.nn import Module
 
 from ..backends.private import current_task
+from ..window.hooks import is_owned
 from ..window.watch import fsdp2_groups, fsdp2_params, fsdp2_state
+
+_CAPTURE = "_capture_grad_dtype_policy"  # of FSDP2's parameters, since torch 2.15
 
 
 class Listener(NamedTuple):
@@ -46,6 +49,8 @@ class _Hooks:
         self._hook, self._scatter = group._all_reduce_hook, group._reduce_scatter_comm
         group._all_reduce_hook, group._reduce_scatter_comm = self._reduced, self
         self.n_replaced = 0
+        for param in group.fsdp_params:
+            _hide_grad_dtype(param)
 
     def take_back(self) -> None:
         """Where somebody has set others since, in the place of ours: have ours call those."""
@@ -68,6 +73,8 @@ class _Hooks:
         group = self._group()
         if not self._listeners and group is not None:
             group._all_reduce_hook, group._reduce_scatter_comm = self._hook, self._scatter
+            for param in group.fsdp_params:
+                vars(param).pop(_CAPTURE, None)
             del _hooks[group]
 
     def _params(self) -> list[Tensor]:
@@ -189,6 +196,29 @@ class Reductions:
                     param.unsharded_accumulated_grad = None
                 if _unsharded_grad(param) is not None:
                     param._unsharded_param.grad = None
+
+
+def _hide_grad_dtype(fsdp_param: Any) -> None:
+    """Have FSDP2 reduce and round as it does where nobody has set `grad_dtype`.
+
+    Ours is None, so that `grad` can show the accumulator. FSDP2 would take it over for good, also
+    for the whole parameter: it would not reduce unused parameters, and after detach() it would
+    assign gradients of a dtype that the parameter does not take any more.
+    """
+    if not hasattr(type(fsdp_param), _CAPTURE):
+        return
+    this = weakref.ref(fsdp_param)
+
+    def capture(param: Tensor) -> None:
+        own = this()
+        if own is not None and not is_owned(param):
+            getattr(type(own), _CAPTURE)(own, param)
+
+    setattr(fsdp_param, _CAPTURE, capture)
+    if fsdp_param.sharded_grad_dtype is None and is_owned(fsdp_param.sharded_param):
+        # It was made of a parameter that we had already.
+        fsdp_param._has_sharded_grad_dtype_override = False
+        fsdp_param.sharded_grad_dtype = fsdp_param.sharded_param.dtype
 
 
 def _unsharded_grad(param: Any) -> Tensor | None:
