@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from types import FrameType
+from types import CodeType, FrameType
 from typing import Any
 
 import pytest
@@ -22,6 +22,11 @@ from tests.runs import Run
 
 PACKAGE = str(Path(fusedaccum.__file__).resolve().parent)
 OPTIMIZERS = str(Path(torch.optim.__file__).resolve().parent)
+
+
+def _name(code: CodeType) -> str:
+    """With its class; Python 3.10 does not know that."""
+    return str(getattr(code, "co_qualname", code.co_name))
 
 
 class Broken(AssertionError):
@@ -111,7 +116,7 @@ class AtLine(Trap):
             place = (code, line, self.visits[code, line])
             if self.left == 0 or place == self.place:
                 self.place = place
-                where = f"{Path(code.co_filename).name}:{line} {code.co_qualname}"
+                where = f"{Path(code.co_filename).name}:{line} {_name(code)}"
                 self.spring(self.kind(f"raised by the test at {where}"), where)
             self.left -= 1
         return self._line
@@ -140,7 +145,7 @@ class AtCall(Trap):
         def call(*args: Any, **kwargs: Any) -> Any:
             self.left -= 1
             if self.left == -1:
-                caller = sys._getframe(1).f_code.co_qualname
+                caller = _name(sys._getframe(1).f_code)
                 self.spring(self.to_raise, f"{name} called by {caller}")
             return function(*args, **kwargs)
 

@@ -29,7 +29,7 @@ def needed(name: str) -> Any:
     if value is None:
         raise ImportError(
             f"fusedaccum needs torch.{name}, which is private to torch and is not in torch "
-            f"{torch.__version__}. Install a version of torch that has it (2.11 to 2.13 do), or a "
+            f"{torch.__version__}. Install a version of torch that has it (2.11 to 2.15 do), or a "
             "newer fusedaccum"
         )
     return value

@@ -176,6 +176,7 @@ class Update:
                 jumps[i], param.momentum_error = unsure(self.kind, group, state, grad, inexact)
                 errors[i] = errors[i] * OPTIMIZERS[self.kind].sensitivity(group)
                 param.exact.grad = grad.to(param.exact.dtype)
+        _start(self.plain)
         self.plain.step()
         self.forget_origins(grads)
         for i, error in errors.items():
@@ -231,3 +232,14 @@ class Update:
         param = self.params[index]
         param.exact.data.copy_(value)
         param.error = torch.zeros_like(param.error)
+
+
+def _start(plain: torch.optim.Optimizer) -> None:
+    """Make states where they were cleared: Adagrad of torch < 2.13 does so in its constructor."""
+    if isinstance(plain, torch.optim.Adagrad):
+        for group in plain.param_groups:
+            for param in group["params"]:
+                if param.grad is not None and "sum" not in plain.state[param]:
+                    start = group["initial_accumulator_value"]
+                    sums = torch.full_like(param, start, requires_grad=False)
+                    plain.state[param] = {"step": torch.tensor(0.0), "sum": sums}

@@ -312,10 +312,9 @@ def test_the_harness_sees_a_defect(defect: Callable[[Run], None]) -> None:
     scenario = scenario_of(COUNTED, "flush after 3")
     with pytest.raises(Broken):
         examine(scenario, lambda: Sabotage(defect))
-    assert examine(scenario, lambda: Sabotage(lambda _: None)) == (
-        "nothing",
-        "flush called by Run.flush",
-    )
+    ended, where = examine(scenario, lambda: Sabotage(lambda _: None))
+    assert ended == "nothing"
+    assert where in ("flush called by Run.flush", "flush called by flush")  # Python 3.10
 
 
 def test_the_harness_sees_an_exception_that_is_swallowed() -> None:
