@@ -190,8 +190,10 @@ def check_scaler(grad_scaler: object, fused_unscale: object, steps: int | None) 
         raise TypeError(
             f"grad_scaler must be a torch.amp.GradScaler or None, got {type(grad_scaler).__name__}"
         )
-    for name in OF_SCALER.split():
-        if grad_scaler is not None and not hasattr(grad_scaler, name):
+    # One that is disabled has no scale.
+    is_scaling = grad_scaler is not None and grad_scaler.is_enabled()
+    for name in OF_SCALER.split() if is_scaling else ():
+        if not hasattr(grad_scaler, name):
             raise TypeError(
                 f"{type(grad_scaler).__name__} has no {name} in torch {torch.__version__}, by "
                 "which grad_scaler= would reach its scale. Use gradient_accumulation_steps=None "
