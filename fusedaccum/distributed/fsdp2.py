@@ -11,6 +11,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 from torch.nn import Module
 
@@ -75,11 +76,16 @@ class _Hooks:
             group._all_reduce_hook, group._reduce_scatter_comm = self._hook, self._scatter
             for param in group.fsdp_params:
                 vars(param).pop(_CAPTURE, None)
+                _let_round(param, rounds=True)
             del _hooks[group]
 
     def _params(self) -> list[Tensor]:
         group = self._group()
         return [] if group is None else fsdp2_params(group)
+
+    def _fsdp_params(self) -> Sequence[Any]:
+        group = self._group()
+        return [] if group is None else group.fsdp_params
 
     def _reduced(self, flat: Tensor) -> None:
         if self._hook is not None:
@@ -87,6 +93,9 @@ class _Hooks:
         is_scaled, self._is_scaled = self._is_scaled, False
         for listener in list(self._listeners):
             listener.reduced(self._params(), flat, is_scaled)
+        for param in self._fsdp_params():
+            is_exact = flat.dtype is torch.float32 and is_owned(param.sharded_param)
+            _let_round(param, rounds=not is_exact)
 
     def allocate(self, *args: Any, **kwargs: Any) -> Any:
         """See torch.distributed's ReduceScatter, also for `__call__`."""
@@ -215,10 +224,21 @@ def _hide_grad_dtype(fsdp_param: Any) -> None:
             getattr(type(own), _CAPTURE)(own, param)
 
     setattr(fsdp_param, _CAPTURE, capture)
-    if fsdp_param.sharded_grad_dtype is None and is_owned(fsdp_param.sharded_param):
-        # It was made of a parameter that we had already.
+    if is_owned(fsdp_param.sharded_param):
+        # It may be made of a parameter that we had already.
         fsdp_param._has_sharded_grad_dtype_override = False
         fsdp_param.sharded_grad_dtype = fsdp_param.sharded_param.dtype
+
+
+def _let_round(fsdp_param: Any, rounds: bool) -> None:
+    """Whether FSDP2 rounds what it has reduced to the parameter's dtype (torch >= 2.15).
+
+    Where it rounds some parameters of a group and not others, the rounded ones lie in a memory of
+    their own, whose place in the flat gradient nobody says.
+    """
+    if getattr(fsdp_param, "_has_sharded_grad_dtype_override", True):
+        return
+    fsdp_param.sharded_grad_dtype = fsdp_param.sharded_param.dtype if rounds else None
 
 
 def _unsharded_grad(param: Any) -> Tensor | None:

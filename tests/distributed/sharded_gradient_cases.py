@@ -309,3 +309,23 @@ def reduces_unused() -> Report:
         loss_of(model, x_of(dist.get_rank(), 0, 0, model)).backward()
         found.append([whole(p.grad).double() for p in params[:6]])
     return {"same": all(map(torch.equal, *found))}
+
+
+def other_grad_dtype() -> Report:
+    """One parameter of a group is of a plain optimizer, and its gradient in fp32: ours are as
+    precise as where it is not."""
+    found = []
+    for is_other in (True, False):
+        torch.manual_seed(0)
+        model: Any = Odd().bfloat16()
+        if is_other:
+            model.layers[0].bias.grad_dtype = torch.float32
+        policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
+        fully_shard(model, mp_policy=policy)
+        params = [p for name, p in model.named_parameters() if name != "layers.0.bias"]
+        opt = FusedAccumOptimizer(torch.optim.SGD(params, lr=0.0), N)
+        for i in range(N):
+            loss_of(model, x_of(dist.get_rank(), 0, i, model)).backward()
+            opt.step()
+        found.append([whole(p.grad).double() for p in params])
+    return {"same": all(map(torch.equal, *found))}

@@ -36,7 +36,7 @@ CASES: dict[str, dict[int, list[str]]] = {
             "one_overflows:data", "one_overflows:shard", "hooks_of_users", "loop_goes_on",
             "by_hand", "synchronises:gradient", *(f"held_back:{how}" for how in HELD),
             "roots:plain", "roots:weighted", "late_hooks:hook", "late_hooks:scatter",
-            "raises", "outside", "goes_back",
+            "raises", "outside", "goes_back", "other_grad_dtype",
             *(["reduces_unused"] if HAS_UNUSED else []),
         ],
         4: ["synchronises:reduce", "synchronises:reduce-weighted"],
@@ -204,3 +204,7 @@ def test_fsdp2_goes_on_as_stock_after_detach(results: Results) -> None:
 @pytest.mark.skipif(not HAS_UNUSED, reason="this torch's FSDP2 reduces no unused parameters")
 def test_unused_parameters_that_fsdp2_reduces(results: Results) -> None:
     assert results(GRADIENTS, 2, "reduces_unused")["same"]
+
+
+def test_a_parameter_of_another_grad_dtype_in_the_group(results: Results) -> None:
+    assert results(GRADIENTS, 2, "other_grad_dtype")["same"]
