@@ -209,6 +209,8 @@ def _rest(module: DistributedDataParallel) -> None:
     # A static graph reduces its first backward from a callback of its own.
     module._static_graph_delay_allreduce_enqueued = True
     module.join_hook = MethodType(join_hook, module)  # type: ignore[method-assign]
+    if hasattr(type(module), "finalize_backward"):  # torch >= 2.15
+        vars(module)["finalize_backward"] = MethodType(finalize_backward, module)
 
 
 def join_hook(module: DistributedDataParallel, **options: Any) -> JoinHook:
@@ -238,6 +240,10 @@ def join_hook(module: DistributedDataParallel, **options: Any) -> JoinHook:
     return hook
 
 
+def finalize_backward(module: DistributedDataParallel) -> None:
+    """What a loop calls that ends DDP's reductions itself: step() waits for ours."""
+
+
 def _wake(held: Sequence[weakref.ref[DistributedDataParallel]], token: object) -> None:
     """Give DDP a reducer again, unless another optimizer averages instead of it by now."""
     for ref in held:
@@ -248,6 +254,7 @@ def _wake(held: Sequence[weakref.ref[DistributedDataParallel]], token: object) -
         if _served[module]:
             continue
         del _served[module], _resting[module], module.join_hook
+        vars(module).pop("finalize_backward", None)
         parameters, is_sparse = module._build_params_for_reducer()
         names = module._build_debug_param_to_name_mapping(parameters)
         module._ddp_init_helper(parameters, is_sparse, names, module.static_graph)
@@ -255,3 +262,5 @@ def _wake(held: Sequence[weakref.ref[DistributedDataParallel]], token: object) -
         if module.static_graph:
             module.reducer._set_static_graph()
             module.logger._set_static_graph()
+        if getattr(module, "require_manual_backward_finalization", False):
+            module.require_manual_backward_finalization = True  # of the new reducer

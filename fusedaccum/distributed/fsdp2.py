@@ -11,11 +11,15 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 from torch.nn import Module
 
 from ..backends.private import current_task
+from ..window.hooks import is_owned
 from ..window.watch import fsdp2_groups, fsdp2_params, fsdp2_state
+
+_CAPTURE = "_capture_grad_dtype_policy"  # of FSDP2's parameters, since torch 2.15
 
 
 class Listener(NamedTuple):
@@ -46,6 +50,8 @@ class _Hooks:
         self._hook, self._scatter = group._all_reduce_hook, group._reduce_scatter_comm
         group._all_reduce_hook, group._reduce_scatter_comm = self._reduced, self
         self.n_replaced = 0
+        for param in group.fsdp_params:
+            _hide_grad_dtype(param)
 
     def take_back(self) -> None:
         """Where somebody has set others since, in the place of ours: have ours call those."""
@@ -68,11 +74,18 @@ class _Hooks:
         group = self._group()
         if not self._listeners and group is not None:
             group._all_reduce_hook, group._reduce_scatter_comm = self._hook, self._scatter
+            for param in group.fsdp_params:
+                vars(param).pop(_CAPTURE, None)
+                _let_round(param, rounds=True)
             del _hooks[group]
 
     def _params(self) -> list[Tensor]:
         group = self._group()
         return [] if group is None else fsdp2_params(group)
+
+    def _fsdp_params(self) -> Sequence[Any]:
+        group = self._group()
+        return [] if group is None else group.fsdp_params
 
     def _reduced(self, flat: Tensor) -> None:
         if self._hook is not None:
@@ -80,6 +93,9 @@ class _Hooks:
         is_scaled, self._is_scaled = self._is_scaled, False
         for listener in list(self._listeners):
             listener.reduced(self._params(), flat, is_scaled)
+        for param in self._fsdp_params():
+            is_exact = flat.dtype is torch.float32 and is_owned(param.sharded_param)
+            _let_round(param, rounds=not is_exact)
 
     def allocate(self, *args: Any, **kwargs: Any) -> Any:
         """See torch.distributed's ReduceScatter, also for `__call__`."""
@@ -189,6 +205,40 @@ class Reductions:
                     param.unsharded_accumulated_grad = None
                 if _unsharded_grad(param) is not None:
                     param._unsharded_param.grad = None
+
+
+def _hide_grad_dtype(fsdp_param: Any) -> None:
+    """Have FSDP2 reduce and round as it does where nobody has set `grad_dtype`.
+
+    Ours is None, so that `grad` can show the accumulator. FSDP2 would take it over for good, also
+    for the whole parameter: it would not reduce unused parameters, and after detach() it would
+    assign gradients of a dtype that the parameter does not take any more.
+    """
+    if not hasattr(type(fsdp_param), _CAPTURE):
+        return
+    this = weakref.ref(fsdp_param)
+
+    def capture(param: Tensor) -> None:
+        own = this()
+        if own is not None and not is_owned(param):
+            getattr(type(own), _CAPTURE)(own, param)
+
+    setattr(fsdp_param, _CAPTURE, capture)
+    if is_owned(fsdp_param.sharded_param):
+        # It may be made of a parameter that we had already.
+        fsdp_param._has_sharded_grad_dtype_override = False
+        fsdp_param.sharded_grad_dtype = fsdp_param.sharded_param.dtype
+
+
+def _let_round(fsdp_param: Any, rounds: bool) -> None:
+    """Whether FSDP2 rounds what it has reduced to the parameter's dtype (torch >= 2.15).
+
+    Where it rounds some parameters of a group and not others, the rounded ones lie in a memory of
+    their own, whose place in the flat gradient nobody says.
+    """
+    if getattr(fsdp_param, "_has_sharded_grad_dtype_override", True):
+        return
+    fsdp_param.sharded_grad_dtype = fsdp_param.sharded_param.dtype if rounds else None
 
 
 def _unsharded_grad(param: Any) -> Tensor | None:

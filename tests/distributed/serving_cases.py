@@ -68,6 +68,33 @@ def detached() -> Report:
     return report
 
 
+def finalized_by_hand() -> Report:
+    """A loop that ends DDP's reductions itself, beside one that does not; then without us."""
+    found, report = [], {}
+    for by_hand in (True, False):
+        model, net, opt = made("ddp", steps=2)
+        if by_hand:
+            net.require_manual_backward_finalization = True
+
+        def train(net: Any = net, opt: Any = opt, by_hand: bool = by_hand) -> None:
+            for i in range(4):
+                loss_of(net, batch(dist.get_rank(), 0, i)).backward()
+                if by_hand:
+                    net.finalize_backward()
+                opt.step()
+                opt.zero_grad()
+
+        report["train"] = message(train) or report.get("train")
+        found.append(masters(opt))
+        opt.detach()
+        loss_of(net, batch(dist.get_rank(), 0, 4)).backward()
+        if by_hand:
+            report["detached"] = message(net.finalize_backward)
+            report["twice"] = message(net.finalize_backward)
+        found.append(gradients(list(model.parameters())))
+    return report | {"same": all(map(torch.equal, [*found[0], *found[1]], [*found[2], *found[3]]))}
+
+
 def taken_over() -> Report:
     """A notebook's cell that runs again: the new wrapper averages, also when the old one goes."""
     model, net, old = made("ddp", steps=2)

@@ -275,3 +275,57 @@ def held_back(how: str) -> Report:
     once = [b - a for b, a in zip(before, values(model), strict=True)]
     report["after"] = off(once, [0.05 * whole(p.grad).double() for p in model.parameters()])
     return report
+
+
+def goes_back() -> Report:
+    """After detach() FSDP2 reduces, rounds and assigns as it does for a model that we never had."""
+    found = []
+    for is_ours in (True, False):
+        model = build(torch.bfloat16)
+        if is_ours:
+            opt = FusedAccumOptimizer(torch.optim.SGD(model.parameters(), lr=0.0), N)
+            train(model, opt, range(1))
+            opt.detach()
+        loss_of(model, x_of(dist.get_rank(), 1, 0, model)).backward()
+        found.append([p.grad for p in model.parameters()])
+    ours, stock = ([whole(grad) for grad in grads] for grads in found)
+    return {"same": all(map(torch.equal, ours, stock)), "dtypes": {str(g.dtype) for g in ours}}
+
+
+def reduces_unused() -> Report:
+    """A layer that one process does not use, where FSDP2 reduces zeros for it, in bf16."""
+    found = []
+    for is_ours in (True, False):
+        torch.manual_seed(0)
+        model: Any = Odd().bfloat16()
+        fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+        model.set_reduce_scatter_unused_params(True)
+        params = list(model.parameters())
+        opt = torch.optim.SGD(params, lr=0.0)
+        if is_ours:
+            opt = FusedAccumOptimizer(opt)
+        layers = model.layers[: 2 + dist.get_rank()]
+        model.forward = lambda x, layers=layers: [x := layer(x) for layer in layers][-1]
+        loss_of(model, x_of(dist.get_rank(), 0, 0, model)).backward()
+        found.append([whole(p.grad).double() for p in params[:6]])
+    return {"same": all(map(torch.equal, *found))}
+
+
+def other_grad_dtype() -> Report:
+    """One parameter of a group is of a plain optimizer, and its gradient in fp32: ours are as
+    precise as where it is not."""
+    found = []
+    for is_other in (True, False):
+        torch.manual_seed(0)
+        model: Any = Odd().bfloat16()
+        if is_other:
+            model.layers[0].bias.grad_dtype = torch.float32
+        policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
+        fully_shard(model, mp_policy=policy)
+        params = [p for name, p in model.named_parameters() if name != "layers.0.bias"]
+        opt = FusedAccumOptimizer(torch.optim.SGD(params, lr=0.0), N)
+        for i in range(N):
+            loss_of(model, x_of(dist.get_rank(), 0, i, model)).backward()
+            opt.step()
+        found.append([whole(p.grad).double() for p in params])
+    return {"same": all(map(torch.equal, *found))}

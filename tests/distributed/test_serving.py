@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn.parallel import DistributedDataParallel
 
 from tests import processes
 
@@ -29,9 +30,11 @@ DIFFERENT = {
     "different:optimizer": "optimizer is 'AdamW' on rank 0, 'SGD' on rank 1",
     "different:scaler": "grad_scaler (linked) is False on rank 0, True on rank 1",
 }
+HAS_MANUAL = hasattr(DistributedDataParallel, "finalize_backward")
 OTHERS = [
     "detached", "taken_over", "broadcast", "gone", "unfrozen", "heap_frozen", "two_wrappers:n",
     "two_wrappers:loop", "made_late:plain", "made_late:view", "late_hook",
+    *(["finalized_by_hand"] if HAS_MANUAL else []),
 ]  # fmt: skip
 
 Results = Callable[[str], dict[str, Any]]
@@ -72,6 +75,13 @@ def test_nothing_is_averaged_when_ddp_is_gone(two: Results) -> None:
 
 def test_ddp_averages_again_without_us(two: Results) -> None:
     assert set(two("detached").values()) == {True}
+
+
+@pytest.mark.skipif(not HAS_MANUAL, reason="this torch's DDP always ends its reductions itself")
+def test_a_loop_that_ends_reductions_of_ddp_itself(two: Results) -> None:
+    result = two("finalized_by_hand")
+    assert (result["train"], result["detached"], result["same"]) == (None, None, True)
+    assert "finalize_backward" in result["twice"]  # it is DDP's own again
 
 
 def test_another_wrapper_takes_over(two: Results) -> None:

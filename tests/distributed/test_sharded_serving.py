@@ -18,6 +18,7 @@ SERVING, GRADIENTS = (f"tests.distributed.sharded_{name}_cases" for name in ("se
 WAYS = ["late", "unused", "reentrant", "other"]
 ONE = ["adamw-fp32", "adamw-bf16", "sgd-fp32", "nadam-bf16"]
 HELD = ["weighted", "plain", "loop"]
+HAS_UNUSED = hasattr(FSDPModule, "set_reduce_scatter_unused_params")
 BYTES = ["bytes_per_parameter:fp32", "bytes_per_parameter:bf16"]
 CASES: dict[str, dict[int, list[str]]] = {
     SERVING: {
@@ -35,7 +36,8 @@ CASES: dict[str, dict[int, list[str]]] = {
             "one_overflows:data", "one_overflows:shard", "hooks_of_users", "loop_goes_on",
             "by_hand", "synchronises:gradient", *(f"held_back:{how}" for how in HELD),
             "roots:plain", "roots:weighted", "late_hooks:hook", "late_hooks:scatter",
-            "raises", "outside",
+            "raises", "outside", "goes_back", "other_grad_dtype",
+            *(["reduces_unused"] if HAS_UNUSED else []),
         ],
         4: ["synchronises:reduce", "synchronises:reduce-weighted"],
     },
@@ -191,3 +193,18 @@ def test_a_gradient_that_fsdp2_keeps_back_is_not_lost(results: Results, how: str
     assert "which a checkpoint would lose" in result["saved"]
     assert result["unchanged"]
     assert result["after"] < 2e-5  # of what the parameters moved, in fp32
+
+
+def test_fsdp2_goes_on_as_stock_after_detach(results: Results) -> None:
+    """torch 2.15 keeps a `grad_dtype` that a parameter once had."""
+    result = results(GRADIENTS, 2, "goes_back")
+    assert result["same"] and result["dtypes"] == {"torch.bfloat16"}
+
+
+@pytest.mark.skipif(not HAS_UNUSED, reason="this torch's FSDP2 reduces no unused parameters")
+def test_unused_parameters_that_fsdp2_reduces(results: Results) -> None:
+    assert results(GRADIENTS, 2, "reduces_unused")["same"]
+
+
+def test_a_parameter_of_another_grad_dtype_in_the_group(results: Results) -> None:
+    assert results(GRADIENTS, 2, "other_grad_dtype")["same"]
