@@ -177,6 +177,13 @@ def seal() -> None:
     _built_in.update(_entries)
 
 
+def forget_own() -> None:
+    """Take this package's rules away, before `builtin` registers them: a notebook may reload it."""
+    for owner in _built_in:
+        del _entries[owner]
+    _built_in.clear()
+
+
 def select(optimizer: Optimizer, group: Group) -> Rule | None:
     """The fused rule of a param group of `optimizer`, or None where it has none."""
     kind = type(optimizer)
