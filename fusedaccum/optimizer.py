@@ -192,7 +192,8 @@ class FusedAccumOptimizer(SharingOptimizer):
 
         Raises:
             TypeError, ValueError: for a weight that is not a positive finite number.
-            RuntimeError: if the micro-batch before is still open, or had no weight in this window.
+            RuntimeError: if the micro-batch before is still open; and from the block's backward, if
+                micro-batches of this window had no weight.
 
         Example:
             >>> model = torch.nn.Linear(4, 1)

@@ -130,6 +130,8 @@ def check_steps(steps: object) -> int | None:
 def check_weight(weight: object) -> float:
     """Validate the weight of a micro-batch."""
     try:
+        if isinstance(weight, bool):
+            raise TypeError
         value = float(weight)  # type: ignore[arg-type]
     except (TypeError, ValueError, OverflowError):
         raise TypeError(

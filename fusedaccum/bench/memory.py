@@ -22,6 +22,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,7 @@ NOT_INCLUDED = (
     "the layers that FSDP2 gathers, and their gradients before they are reduced",
     "what the device needs for itself (a CUDA context, workspaces), and what the allocator wastes",
 )
-SUFFIXES = {"": 1.0, "k": 1e3, "m": 1e6, "b": 1e9, "t": 1e12}
+SUFFIXES = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
 
 
 @dataclass(frozen=True)
@@ -161,15 +162,15 @@ def parse_count(text: str) -> int:
         ValueError: naming what is allowed.
     """
     match = re.fullmatch(r"(\d[\d_,]*(?:\.\d+)?(?:e\d+)?)\s*([kmbt]?)", text.strip().lower())
-    value = 0.0
+    value = Decimal(0)  # a float makes 1.1B a little more than a whole number
     if match:
-        value = float(re.sub("[_,]", "", match[1])) * SUFFIXES[match[2]]
-    if not 1 <= value < 2**60:
+        value = Decimal(re.sub("[_,]", "", match[1])) * SUFFIXES[match[2]]
+    if not 1 <= value < 2**60 or value % 1:
         raise ValueError(
-            f"--params got {text!r}; a number of parameters from 1 on, maybe with K, M, B or T: "
-            "1.1B, 124M or 7e9"
+            f"--params got {text!r}; a whole number of parameters from 1 on, maybe with K, M, B or "
+            "T: 1.1B, 124M or 7e9"
         )
-    return round(value)
+    return int(value)
 
 
 def sizes_of(model: str) -> Shapes:
@@ -180,7 +181,7 @@ def sizes_of(model: str) -> Shapes:
     """
     if model in shapes.PRESETS:
         return shapes.PRESETS[model]
-    if not Path(model).exists():
+    if not model or not Path(model).exists():  # Path("") is the current folder
         raise ValueError(
             f"--model got {model!r}; allowed are {', '.join(shapes.PRESETS)}, a folder with a "
             "transformers config.json, and that file. Or give --params 1.1B"

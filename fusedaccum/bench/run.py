@@ -73,7 +73,8 @@ def bench(
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         built = race.build(forms, sizes, dtype)
         if race.skipped and not built:
-            raise ValueError(f"nothing fits on {device}: {race.skipped}; use smaller --shapes")
+            reasons = "; ".join(f"{form}: {why}" for form, why in race.skipped.items())
+            raise ValueError(f"nothing fits on {device}; use smaller --shapes. {reasons}")
         variants = race.windows(built, random(sizes, dtype, device, seed=2))
         race.budget_s = max(seconds - (time.perf_counter() - began), seconds / 4)
         # Ours and one native form are enough to say something.

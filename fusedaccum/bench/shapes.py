@@ -87,7 +87,7 @@ def of_model(path: str, instead: str = "--shapes") -> Shapes:
         ValueError: where it, or transformers, is not there, or the config describes no model that
             transformers knows.
     """
-    if not Path(path).exists():
+    if not path or not Path(path).exists():  # Path("") is the current folder
         raise ValueError(f"--model got {path!r}, which does not exist; a folder or a config.json")
     try:
         import torch

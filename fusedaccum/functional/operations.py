@@ -80,7 +80,11 @@ def global_norm(tensors: Sequence[Tensor], *, backend: str | None = None) -> Ten
         backend: None (automatic), "triton" or "torch".
 
     Returns:
-        0-d fp32 tensor on the tensors' device; nothing waits for it.
+        0-d fp32 tensor on the tensors' device; nothing waits for it. No tensors: 0, on the CPU.
+
+    Raises:
+        TypeError: for another dtype.
+        ValueError: for tensors on several devices.
 
     Example:
         >>> global_norm([torch.tensor([3.0]), torch.tensor([4.0])])

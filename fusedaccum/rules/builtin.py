@@ -54,6 +54,7 @@ def _lr(group: Group) -> float:
     return group["lr"]  # type: ignore[no-any-return]
 
 
+registry.forget_own()
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 _add(
     "adam", optim.Adam, optim.AdamW, hyper=_adam, states=_MOMENTS,

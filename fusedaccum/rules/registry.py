@@ -47,8 +47,8 @@ def register_rule(
     Two Triton functions are the rule: `<family>_scalars(hyper, step, memory)`, once per tensor in
     float64, and `<name>(param, grad, states, scalars)`, for each element in fp32. They run as
     Triton on a GPU; the CPU's C loop, and torch operations where there is no compiler, are made
-    from their text. `fusedaccum/kernels/rules.py` is full of examples, `kernels/README.md` says
-    what may stand in one.
+    from their text. `fusedaccum/kernels/rules.py` is full of examples, and
+    `docs/add_a_rule.md` says what may stand in one.
 
     Args:
         optimizer_class: exactly this class, not its subclasses, which may step differently.
@@ -175,6 +175,13 @@ def add(owner: Owner, rule: Rule, when: Callable[[Any, Group], bool] | None) -> 
 def seal() -> None:
     """What is registered so far is this package's: nobody adds to it or takes it away."""
     _built_in.update(_entries)
+
+
+def forget_own() -> None:
+    """Take this package's rules away, before `builtin` registers them: a notebook may reload it."""
+    for owner in _built_in:
+        del _entries[owner]
+    _built_in.clear()
 
 
 def select(optimizer: Optimizer, group: Group) -> Rule | None:

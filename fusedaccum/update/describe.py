@@ -69,4 +69,9 @@ def _params(params: list[Any], updater: Updater) -> str:
             dtype += " rounded stochastically"
         kinds[dtype] += 1
     listing = ", ".join(f"{n} {kind}" for kind, n in kinds.items())
-    return f"{len(params)} tensors, {numel:,} parameters: {listing}"
+    return f"{counted(len(params), 'tensor')}, {counted(numel, 'parameter')}: {listing}"
+
+
+def counted(n: int, noun: str) -> str:
+    """A number of things, for people."""
+    return f"{n:,} {noun}" + ("" if n == 1 else "s")

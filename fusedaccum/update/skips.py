@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import warnings
-
 import torch
 from torch import Tensor
+
+from ..window.warn import warn
 
 # Updates between two looks; a warning comes when all of them were skipped.
 PERIOD = 16
@@ -53,12 +53,10 @@ class SkipWatch:
         before, self._before = self._before, count
         if before is not None and count - before >= PERIOD:
             self._has_warned = True
-            warnings.warn(
+            warn(
                 f"the last {count - before} updates were all skipped, because the gradient of each "
                 "window held NaN or Inf: the model does not train any more (opt.skipped_steps is "
                 f"{count}). Lower the learning rate, or find the operation that overflows with "
                 "torch.autograd.set_detect_anomaly(True); skip_nonfinite=False lets the NaN "
-                "through",
-                RuntimeWarning,
-                stacklevel=5,
+                "through"
             )

@@ -9,7 +9,7 @@ from torch import Tensor
 from ..backends import why
 from ..options import Options
 from ..window.shards import local_of
-from .describe import path_of
+from .describe import counted, path_of
 from .updater import Updater
 
 LOGGER = logging.getLogger("fusedaccum")
@@ -44,7 +44,7 @@ def summary(updater: Updater, options: Options) -> str:
     kept = ", ".join(f"{n:.3g} {kind}" for kind, n in kinds.items())
     world = collector.reduction.world
     parts = [
-        f"{len(collector.slots)} tensors, {n_params:,} parameters on {device}",
+        f"{counted(len(collector.slots), 'tensor')}, {counted(n_params, 'parameter')} on {device}",
         f"backend {backend}",
         *(f"{_groups(indices)}: {path}" for path, indices in of_path.items()),
         f"{sum(kinds.values()):.3g} bytes per parameter ({kept})",

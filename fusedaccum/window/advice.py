@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 from torch import Tensor
 
 from .collector import Collector
+from .warn import warn
 
 _OLD_LOOP = (
     "Call step() and zero_grad() after every backward(): the wrapper counts to "
@@ -65,4 +65,4 @@ class Advice:
     def _warn(self, key: str, text: str) -> None:
         if key not in self._given:
             self._given.add(key)
-            warnings.warn(text, RuntimeWarning, stacklevel=4)
+            warn(text)

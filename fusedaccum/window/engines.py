@@ -64,7 +64,8 @@ def refuse_exchange(slots: Mapping[Tensor, Any], groups: Sequence[dict[str, Any]
     refuse_tensor("a parameter that replaced the wrapped ones", newcomers[0])
     raise RuntimeError(
         "all wrapped parameters were replaced in param_groups (by others, the first of shape "
-        f"{shape}): DeepSpeed's ZeRO and other sharding engines do that and then "
-        "step their own partitions, for which there is no accumulator here; nothing was updated. "
-        f"{PLAIN}. If you replaced them yourself: wrap the optimizer after that"
+        f"{shape}), for which there is no accumulator here; nothing was updated. If your code "
+        "replaces parameters (3D Gaussian splatting does): call detach() before that, and wrap the "
+        "optimizer again after it. DeepSpeed's ZeRO and other sharding engines replace them too, "
+        f"and then step their own partitions. {PLAIN}"
     )

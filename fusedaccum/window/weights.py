@@ -12,11 +12,12 @@ Processes that average their sums need the same W_ref: that of weights of 1.
 from __future__ import annotations
 
 import inspect
-import warnings
 import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
+
+from .warn import warn
 
 
 @dataclass
@@ -130,13 +131,11 @@ class Window:
         """Say that the closed micro-batches of a window are given up, if there are any."""
         if not self.micro_batches:
             return
-        warnings.warn(
+        warn(
             f"{cause} discards the whole window: {self.micro_batches} closed micro-batches. Call "
             "step() after every backward(). If the backward() belonged to another optimizer and "
             "only passed through these parameters (the generator's step of a GAN), call "
-            "requires_grad_(False) on them around it",
-            RuntimeWarning,
-            stacklevel=4,
+            "requires_grad_(False) on them around it"
         )
 
     def reset(self) -> None:

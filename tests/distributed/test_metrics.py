@@ -48,7 +48,7 @@ def test_metrics_are_the_same_in_all_processes(results: Groups, case: str) -> No
 @pytest.mark.parametrize("engine", ENGINES)
 def test_the_line_in_the_log(results: Groups, engine: str) -> None:
     (line,) = results(2, f"logged:{engine}-plain")["lines"]
-    assert line.startswith("FusedAccumOptimizer(SGD): 1 tensors, 4,096 parameters on cpu; ")
+    assert line.startswith("FusedAccumOptimizer(SGD): 1 tensor, 4,096 parameters on cpu; ")
     assert line.endswith("; 2 processes")
     share = 2 if engine == "fsdp2" else 4
     kept = f"({share} of parameters, {share} of accumulators, 0 of masters, 0 of states)"

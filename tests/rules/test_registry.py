@@ -271,3 +271,23 @@ print(fusedaccum.__file__, param.tolist())
     where, _, values = done.stdout.partition(" ")
     assert "package.zip" in where
     assert json.loads(values) == pytest.approx([0.495] * 3, rel=1e-5)
+
+
+def test_the_built_in_rules_can_be_reloaded() -> None:
+    program = """
+import importlib, torch, fusedaccum
+from fusedaccum.rules import builtin, registry
+names = set(builtin.RULES)
+importlib.reload(builtin)
+assert set(builtin.RULES) == names
+params = [torch.nn.Parameter(torch.ones(3))]
+assert registry.serve(torch.optim.AdamW(params)), "no rule"
+try:
+    registry.unregister_rules(torch.optim.AdamW)
+except KeyError:
+    print("reloaded")
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=False
+    )
+    assert done.stdout == "reloaded\n", done.stderr

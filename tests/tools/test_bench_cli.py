@@ -332,7 +332,8 @@ def test_what_does_not_fit_is_refused_before_it_is_tried(
     assert cli.main(["bench", "--shapes", "1000x1000*1000", "--device", "cpu"]) == 2
     message = capsys.readouterr().err
     assert "needs 14.9 GiB beside the others, of 1.0 GiB free" in message
-    assert "use smaller --shapes" in message
+    assert "nothing fits on cpu; use smaller --shapes. fused_hooks, " in message
+    assert "{" not in message
 
 
 def test_a_busy_machine_is_worth_a_word(

@@ -112,6 +112,13 @@ def test_accelerate_loop(tmp_path: Path) -> None:
     assert 5.4 < losses[0] < 5.8 and losses[-1] < losses[0] - 0.1
 
 
+def test_custom_rule_without_triton() -> None:
+    path = str(EXAMPLES / "custom_rule.py")
+    program = f"import runpy, sys; sys.modules['triton'] = None; runpy.run_path({path!r})"
+    (done,) = forked.shared().run(program, {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
+    assert done.status == 1 and "This example needs Triton" in done.output
+
+
 @pytest.mark.parametrize("name", sorted(path.stem for path in EXAMPLES.glob("*.py")))
 def test_an_example_can_be_copied_alone(name: str) -> None:
     """It imports the library and packages, and nothing that lies beside it."""

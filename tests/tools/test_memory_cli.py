@@ -243,7 +243,8 @@ def test_json_of_a_config(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
 @pytest.mark.parametrize(
     ("text", "expected"),
     [("1.1B", 1_100_000_000), ("124M", 124_000_000), ("7e9", 7 * 10**9), (" 3k ", 3000),
-     ("1_000", 1000), ("12,345", 12345), ("0.5t", 5 * 10**11)],
+     ("1_000", 1000), ("12,345", 12345), ("0.5t", 5 * 10**11),
+     ("1.5k", 1500)],
 )  # fmt: skip
 def test_counts_are_parsed(text: str, expected: int) -> None:
     assert memory.parse_count(text) == expected
@@ -255,8 +256,10 @@ def test_counts_are_parsed(text: str, expected: int) -> None:
         ([], "one of the arguments --model --params is required"),
         (["--model", "gpt2", "--params", "3"], "not allowed with argument"),
         (["--model", "gpt5"], "--model got 'gpt5'; allowed are gpt2, llama-1b, llama-8b, a folder"),
-        (["--params", "many"], "--params got 'many'; a number of parameters from 1 on"),
-        (["--params", "0"], "--params got '0'; a number"),
+        (["--params", "many"], "--params got 'many'; a whole number of parameters from 1 on"),
+        (["--params", "0"], "--params got '0'; a whole number"),
+        (["--params", "1.5"], "--params got '1.5'; a whole number"),
+        (["--model", ""], "--model got ''; allowed are gpt2"),
         (["--params", "1.1G"], "1.1B, 124M or 7e9"),
         (["--params", "3", "--processes", "0"], "got 0; 1 or more"),
         (["--params", "3", "--engine", "zero1"], "--engine got 'zero1' with --processes 1"),

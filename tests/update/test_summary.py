@@ -109,6 +109,7 @@ def test_paths_of_groups(caplog: pytest.LogCaptureFixture) -> None:
             opt = FusedAccumOptimizer(inner)
             sum(p.sum() for p in params).backward()
             opt.step()
+            assert "; 1 tensor, 2 parameters: 1 float32" in repr(opt)
             opt.detach()
     first, second = lines(caplog)
     assert "; groups 0, 1: native step on fp32 gradients (Own is a subclass of AdamW" in first

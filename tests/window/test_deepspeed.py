@@ -110,6 +110,24 @@ def test_offload_of_accelerate_is_refused(engine: Any, monkeypatch: pytest.Monke
         module.map_pytorch_optim_to_deepspeed(opt)
 
 
+def test_a_loop_that_replaces_its_parameters_reads_first_what_it_has_to_do() -> None:
+    model = small_model()
+    opt = FusedAccumOptimizer(torch.optim.SGD(model.parameters(), lr=0.5))
+    params = list(model.parameters())
+    others = [torch.nn.Parameter(p.detach().clone()) for p in params]
+    opt.param_groups[0]["params"] = others
+    with pytest.raises(RuntimeError, match=r"If your code replaces .*detach\(\).*DeepSpeed's ZeRO"):
+        opt.step()
+    opt.param_groups[0]["params"] = params
+    opt.zero_grad()
+    inner = opt.detach()
+    inner.param_groups[0]["params"] = others
+    again = FusedAccumOptimizer(inner)
+    others[0].sum().backward()
+    again.step()
+    assert torch.equal(others[0], params[0] - 0.5)
+
+
 @pytest.mark.parametrize("inner", [False, True], ids=["wrapper", "wrapped"])
 def test_an_engine_of_any_name_that_exchanges_parameters(
     monkeypatch: pytest.MonkeyPatch, inner: bool

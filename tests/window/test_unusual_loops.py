@@ -281,3 +281,35 @@ def test_many_threads_without_a_lock() -> None:
     assert done, "no backward came through"
     opt.step()
     assert p.unique().tolist() == [-float(len(done))]
+
+
+def _discard(opt: FusedAccumOptimizer, model: torch.nn.Module) -> None:
+    for _ in range(2):
+        model(torch.ones(3)).sum().backward()
+        model.zero_grad()
+        opt.step()
+        model(torch.ones(3)).sum().backward()
+
+
+def _schedule(opt: FusedAccumOptimizer, model: torch.nn.Module) -> None:
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(opt, 0.5)
+    for _ in range(2):
+        model(torch.ones(3)).sum().backward()
+        opt.step()
+        scheduler.step()
+
+
+def _skip(opt: FusedAccumOptimizer, model: torch.nn.Module) -> None:
+    for _ in range(80):
+        (model(torch.ones(3)).sum() * float("nan")).backward()
+        opt.step()
+
+
+@pytest.mark.parametrize("loop", [_discard, _schedule, _skip])
+def test_a_warning_shows_the_line_of_the_loop(loop: Any) -> None:
+    model = torch.nn.Linear(3, 1)
+    opt = FusedAccumOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), 1 + (loop is not _skip))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        loop(opt, model)
+    assert {w.filename for w in caught} == {__file__}

@@ -175,7 +175,10 @@ def test_a_group_that_is_refused_is_not_added() -> None:
     assert len(opt.param_groups) == 1
 
 
-@pytest.mark.parametrize("weight", [0, -1, float("nan"), float("inf"), "many", None, 10**400])
+WRONG_WEIGHTS = [0, -1, float("nan"), float("inf"), "many", None, 10**400, True]
+
+
+@pytest.mark.parametrize("weight", WRONG_WEIGHTS)
 def test_weights(weight: Any) -> None:
     model = Gradients([torch.zeros(3)])
     opt = FusedAccumOptimizer(sgd(model), 2)
