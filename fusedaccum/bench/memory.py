@@ -23,7 +23,6 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from decimal import Decimal
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -181,7 +180,7 @@ def sizes_of(model: str) -> Shapes:
     """
     if model in shapes.PRESETS:
         return shapes.PRESETS[model]
-    if not model or not Path(model).exists():  # Path("") is the current folder
+    if not shapes.is_there(model):
         raise ValueError(
             f"--model got {model!r}; allowed are {', '.join(shapes.PRESETS)}, a folder with a "
             "transformers config.json, and that file. Or give --params 1.1B"

@@ -76,6 +76,11 @@ def default(device_type: str) -> tuple[str, Shapes]:
     return "a small GPT", gpt(512, 16384, 512, 6)
 
 
+def is_there(path: str) -> bool:
+    """Whether a file or folder of that name exists; "" is none, where Path("") is the current."""
+    return bool(path) and Path(path).exists()
+
+
 def of_model(path: str, instead: str = "--shapes") -> Shapes:
     """Shapes of the model that a transformers config describes; no weight is read or made.
 
@@ -87,7 +92,7 @@ def of_model(path: str, instead: str = "--shapes") -> Shapes:
         ValueError: where it, or transformers, is not there, or the config describes no model that
             transformers knows.
     """
-    if not path or not Path(path).exists():  # Path("") is the current folder
+    if not is_there(path):
         raise ValueError(f"--model got {path!r}, which does not exist; a folder or a config.json")
     try:
         import torch
