@@ -280,7 +280,7 @@ class Core:
             correction = reduction.correction(self.window)
         else:
             correction = self.window.correction_so_far(is_open=self.collector.slots.has_arrivals)
-        return (sums.double().sum().sqrt() * correction).float()
+        return (backends.norm_of(sums) * correction).float().to(sums.device)
 
     def evaluate(self, closure: Callable[[], Any]) -> Any:
         """Call the closure of a step()."""

@@ -11,6 +11,7 @@ import sys
 # Not `import torch`: the name is that of a module of this package.
 from torch import device as Device
 
+from .devices import norm_of
 from .keep import Keep
 from .operations import (
     Add,
@@ -26,7 +27,7 @@ from .scalars import UpdateScalars
 
 __all__ = [
     "Add", "Backend", "Correction", "Finalize", "Keep", "Launch", "Step", "StepTensor",
-    "SumOfSquares", "UpdateScalars", "get", "why",
+    "SumOfSquares", "UpdateScalars", "get", "norm_of", "why",
 ]  # fmt: skip
 
 

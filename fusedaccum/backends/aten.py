@@ -77,7 +77,7 @@ class TorchBackend:
         correction = coef = float(request.correction.product())
         skip = False
         if request.sums is not None:
-            total = float(request.sums.sum(dtype=torch.float64))
+            total = float(request.sums.cpu().sum(dtype=torch.float64))
             norm = correction * math.sqrt(total) if total == total else math.nan
             coef *= reference.clip_coefficient(norm, request.max_norm)
             skip = request.skip_nonfinite and not math.isfinite(norm)

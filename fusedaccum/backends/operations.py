@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..rules.rule import Family, Rule
+from .devices import with_float64
 from .keep import Keep
 from .scalars import UpdateScalars
 
@@ -137,8 +138,9 @@ class Correction:
         """The factor, or NaN after an overflow. Nothing waits for the device."""
         if self.overflow is None:
             return self.factor
-        nan = torch.full((), torch.nan, dtype=torch.float64, device=self.overflow.device)
-        return torch.where(self.overflow > 0, nan, self.factor)
+        overflow = with_float64(self.overflow)
+        nan = torch.full((), torch.nan, dtype=torch.float64, device=overflow.device)
+        return torch.where(overflow > 0, nan, self.factor)
 
 
 @dataclass(frozen=True, slots=True)

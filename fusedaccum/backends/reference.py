@@ -26,7 +26,7 @@ def global_norm(tensors: Iterable[Tensor]) -> Tensor:
     """L2 norm of all elements of all tensors together, in float64."""
     total = torch.zeros((), dtype=torch.float64, device="cpu")
     for tensor in tensors:
-        total += tensor.double().square().sum().cpu()
+        total += tensor.cpu().double().square().sum()
     return total.sqrt()
 
 

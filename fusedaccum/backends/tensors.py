@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .tables import addresses
+from .devices import starts as starts_of
 
 # Elements: views into a flat buffer start at multiples of it, which are multiples of 32 bytes even
 # for 2-byte types.
@@ -139,7 +139,7 @@ def sharing(tensors: Sequence[Tensor], n_written: int) -> tuple[int, int] | None
     Returns:
         Their positions, the lower one first; None where there are none.
     """
-    starts = addresses(tensors)
+    starts = starts_of(tensors)
     ends = starts + np.fromiter((t.nbytes for t in tensors), np.int64, len(tensors))
     order = np.lexsort((ends, starts))
     order = order[(ends[order] > starts[order]) & (starts[order] > 0)]  # empty ones share nothing

@@ -88,9 +88,12 @@ def backend_of(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
 
 
 def available() -> list[torch.device]:
-    """The CPU, and every CUDA (or HIP) device."""
-    n_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    return [torch.device("cpu"), *(torch.device("cuda", i) for i in range(n_gpus))]
+    """The CPU, and every accelerator: CUDA's (or HIP's) devices, or Apple's, or another's."""
+    found = [torch.device("cpu")]
+    kind = torch.accelerator.current_accelerator(check_available=True)
+    if kind is not None:
+        found += [torch.device(kind.type, i) for i in range(torch.accelerator.device_count())]
+    return found
 
 
 def choose(wanted: str | None) -> list[torch.device]:
@@ -113,6 +116,8 @@ def describe(device: torch.device) -> dict[str, Any]:
         properties = torch.cuda.get_device_properties(device)
         size = f"capability {properties.major}.{properties.minor}, "
         size += f"{properties.total_memory / 2**30:.1f} GiB"
+    elif device.type != "cpu":
+        size = "memory not known"
     else:
         size = f"{torch.get_num_threads()} threads on {usable_cores():g} cores, "
         size += f"{memory_bytes(device) / 2**30:.1f} GiB free"
@@ -121,9 +126,11 @@ def describe(device: torch.device) -> dict[str, Any]:
 
 
 def name_of(device: torch.device) -> str:
-    """The GPU's or the processor's name."""
+    """The GPU's or the processor's name, or the kind of another device."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
+    if device.type != "cpu":
+        return device.type
     found = re.search(r"^model name\s*:\s*(.+)$", _text("/proc/cpuinfo"), re.MULTILINE)
     return found[1].strip() if found else platform.processor() or platform.machine()
 
@@ -135,6 +142,8 @@ def memory_bytes(device: torch.device) -> int:
         # What torch's allocator has cached is free to this process too.
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return int(torch.cuda.mem_get_info(device)[0]) + cached
+    if device.type != "cpu":
+        return 0
     kib = re.findall(r"^MemAvailable:\s*(\d+)", _text("/proc/meminfo"), re.MULTILINE)
     free = [int(number) << 10 for number in kib]
     limit, used = _text(f"{CGROUP}/memory.max"), _text(f"{CGROUP}/memory.current")

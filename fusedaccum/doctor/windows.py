@@ -38,7 +38,8 @@ class Partial(Wrapper):
 
     def grads(self) -> list[Tensor]:
         # Announced was the first weight, N times; the step corrects that.
-        return [grad.double() * (N * WEIGHTS[0] / sum(WEIGHTS)) for grad in super().grads()]
+        factor = N * WEIGHTS[0] / sum(WEIGHTS)
+        return [grad.cpu().double() * factor for grad in super().grads()]
 
 
 def all_checks(device: torch.device, backend: str | None, full: bool) -> Iterator[Check]:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..backends import Add, Backend, SumOfSquares
+from ..backends import Add, Backend, SumOfSquares, norm_of
 from ..backends.operations import GRAD_DTYPES
 from ..backends.tables import count_chunks
 from ..backends.tensors import is_dense, laid_out_like
@@ -94,7 +94,7 @@ def global_norm(tensors: Sequence[Tensor], *, backend: str | None = None) -> Ten
     if not tensors:
         return torch.zeros((), dtype=torch.float32, device="cpu")
     sums = _sum_of_squares(backend_for(backend, tensors[0].device), tensors)
-    return sums.double().sum().sqrt().float()
+    return norm_of(sums).float().to(sums.device)
 
 
 def _sum_of_squares(backend: Backend, tensors: Sequence[Tensor]) -> Tensor:

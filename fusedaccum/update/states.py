@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ..backends import UpdateScalars
+from ..backends.devices import same_place
 from ..rules import registry
 from ..rules.rule import Rule
 from ..window.collector import Collector
@@ -190,7 +191,7 @@ class States(dict[Slot, RuleState]):
             existing = state.get(name)
             if not isinstance(existing, Tensor):
                 view.fill_(rule.start(name, group))
-            elif (part := slot.part(existing)).data_ptr() != view.data_ptr():
+            elif not same_place(part := slot.part(existing), view):
                 is_foreign = True
                 view.copy_(part)
         step = scalars.steps[slot.row]
@@ -207,7 +208,7 @@ class States(dict[Slot, RuleState]):
             existing = state.get(name, start(group))
             if not isinstance(existing, Tensor):
                 number.fill_(existing)
-            elif existing.data_ptr() != number.data_ptr():
+            elif not same_place(existing, number):
                 number.copy_(existing)
         had_states = bool(state)
         own.is_new = not had_states or (own.is_new and not is_foreign)

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ..backends import Correction
+from ..backends import Correction, norm_of
+from ..backends.devices import same_place
 from ..kernels.layout import CLIP_EPS
 from ..rules import packages
 from ..window.collector import Collector
@@ -58,7 +59,7 @@ class WrappedStep:
             factor = float(correction.product())
             coef: Tensor | float = factor
             if partials is not None:
-                norm = partials.double().sum().sqrt() * factor
+                norm = norm_of(partials) * factor
                 scalars.norm.copy_(norm)
                 # The one wait of this library, and only here: a foreign step() cannot be skipped
                 # on the device.
@@ -67,6 +68,7 @@ class WrappedStep:
                     return
                 if max_norm is not None:
                     coef = (factor * (max_norm / (norm + CLIP_EPS)).clamp(max=1.0)).float()
+                    coef = coef.to(partials.device)
             grads = [slot.acc for slot in filled]
             if max_norm is not None or factor != 1.0:
                 if self._collector.window.steps is None:
@@ -156,6 +158,6 @@ class WrappedStep:
         """A parameter's fp32 master, as a parameter."""
         kept = self._masters[slot].use_fp32()
         parameter = self._parameters.get(slot)
-        if parameter is None or slot.part(parameter).data_ptr() != kept.data_ptr():
+        if parameter is None or not same_place(slot.part(parameter), kept):
             parameter = self._parameters[slot] = torch.nn.Parameter(slot.shown(kept))
         return parameter

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from ..backends import Correction
+from ..backends.devices import with_float64
 
 
 class Scaling:
@@ -132,7 +133,7 @@ class Scaling:
                 "scaler.scale(loss).backward()"
             )
         assert self._control is not None
-        self._control[:, 0] = scale.to(device, non_blocking=True).double().reciprocal().float()
+        self._control[:, 0] = scale.to(device, non_blocking=True).reciprocal()
 
     def control(self, is_first: bool) -> Tensor | None:
         """What an accumulation reads on the device: fp32 [2], a factor, and 0 to start afresh.
@@ -146,7 +147,7 @@ class Scaling:
 
     def found_inf(self, sums: Tensor) -> Tensor:
         """1 where the sums of squares of all accumulators are not finite, else 0; 0-d fp32."""
-        return (~sums.double().sum().isfinite()).float()
+        return (~sums.isfinite().all()).float()
 
     # --- several processes ---
 
@@ -230,7 +231,7 @@ class Scaling:
         self.close_micro_batch()  # where the loop owns the window it was not
         factor = correction
         if self._divisor is not None:
-            factor = correction * self._divisor.double().reciprocal()
+            factor = correction * with_float64(self._divisor).double().reciprocal()
         overflow = self._found_inf if self.overflow is None else self.overflow
         self._found_inf = None
         return Correction(factor, overflow)

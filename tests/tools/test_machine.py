@@ -95,6 +95,9 @@ def test_gpu_warnings(
     }
     for name, value in cuda.items():
         monkeypatch.setattr(torch.cuda, name, value)
+    kind = torch.device("cuda")
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: kind)
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 1)
     assert machine._gpu_warnings() == [] if not words else warned("cuda:0 (a GPU", *words)
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "file"))
     (tmp_path / "file").touch()
