@@ -287,12 +287,15 @@ class FusedAccumOptimizer(SharingOptimizer):
         """Remove every hook and give the plain optimizer and model back.
 
         Masters are dropped; states of bf16 and fp16 parameters are rounded to the parameter's
-        dtype, as plain torch keeps them. Returns the wrapped optimizer.
+        dtype, as plain torch keeps them. Returns the wrapped optimizer. This one refuses to be used
+        after that: wrap the plain optimizer again.
 
         Raises:
             RuntimeError: inside a window, whose gradients would be lost.
         """
         core = self._core
+        if core.collector.attached.gone:
+            return self.optimizer
         core.collector.look()
         if self.shard_states and self.state:
             raise RuntimeError(

@@ -32,6 +32,16 @@ _owners: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 _requires_grad = attrgetter("requires_grad")
 
+# Why a wrapper serves no parameters any more, and what to do instead.
+TAKEN_OVER = (
+    "another FusedAccumOptimizer was made for the parameters of this one and has taken them over; "
+    "nothing was done. Use that one, in the scheduler too"
+)
+DETACHED = (
+    "detach() was called on this FusedAccumOptimizer, so it serves no parameters any more; nothing "
+    "was done. Use the optimizer that detach() returned, or wrap that in a new FusedAccumOptimizer"
+)
+
 
 def is_owned(param: Tensor) -> bool:
     """Whether some FusedAccumOptimizer has a hook on it."""
@@ -134,7 +144,7 @@ class Attached:
         groups: the optimizer's param groups, as they were last seen.
         queues: what `Adder` remembers of parameters that arrive together.
         n_cells: partial sums of squares of all of them.
-        taken_over: whether another wrapper has the parameters now.
+        gone: why no parameters are served any more, for good, or an empty text.
         when_taken_over: gives what is called then, or None.
     """
 
@@ -157,7 +167,7 @@ class Attached:
         self._unchanged: tuple[Any, Any] | None = None  # where all were, and how they lay
         self.groups: Sequence[dict[str, Any]] = ()
         self.n_cells = 0
-        self.taken_over = False
+        self.gone = ""
         self.when_taken_over: Callable[[], Callable[[], None] | None] = lambda: None
         self._check, self._deal = check, deal
         compiling.watch(self)
@@ -187,8 +197,7 @@ class Attached:
                 )
         check_apart([*self._named(), *named])
         for owner in owners.values():
-            owner.detach()
-            owner.taken_over = True
+            owner.detach(TAKEN_OVER)
             if (taken_over := owner.when_taken_over()) is not None:
                 taken_over()
         owners_of = self._deal.owners([param for _, param in named])
@@ -211,7 +220,12 @@ class Attached:
             self._hook(slot)
 
     def attach_groups(self, groups: Sequence[dict[str, Any]]) -> None:
-        """Attach parameters of param groups that need a gradient and have no slot yet."""
+        """Attach parameters of param groups that need a gradient and have no slot yet.
+
+        Raises:
+            RuntimeError: see `refuse_gone`.
+        """
+        self.refuse_gone()
         self.groups = groups
         compiling.show()
         if self._known is None or not self._known.holds(groups):
@@ -266,6 +280,15 @@ class Attached:
                 f"{name} of shape {tuple(param.shape)} already belongs to another "
                 f"FusedAccumOptimizer, which {why}; call {first}its detach(), or delete it, first"
             )
+
+    def refuse_gone(self) -> None:
+        """Raise if no parameters are served any more.
+
+        Raises:
+            RuntimeError: saying why, and the way out.
+        """
+        if self.gone:
+            raise RuntimeError(self.gone)
 
     def changed(self, *, memory: bool = True, layout: bool = True) -> Slot | None:
         """A parameter that is not what it was when it was attached, if there is one.
@@ -349,8 +372,12 @@ class Attached:
         slot.hook = slot.node.register_prehook(prehook)
         _owners[param] = weakref.ref(self)
 
-    def detach(self) -> None:
-        """Remove every hook and give `grad` its usual dtype again."""
+    def detach(self, gone: str = "") -> None:
+        """Remove every hook and give `grad` its usual dtype again.
+
+        Args:
+            gone: why nothing is served any more, where that is for good.
+        """
         for slot in self.slots.values():
             slot.node = None  # which a hook that was not noted here asks for
             if slot.hook is not None:
@@ -362,3 +389,4 @@ class Attached:
         self.queues.clear()
         self._left = []
         self._known = self._unchanged = None
+        self.gone = gone

@@ -181,18 +181,6 @@ def test_the_plain_optimizer_steps_where_no_wrapper_is_left(how: str) -> None:
     assert p.tolist() != [1.0] * 3
 
 
-def test_a_detached_wrapper_that_is_used_again_is_a_wrapper() -> None:
-    p = one()
-    opt = sgd(p)
-    plain = opt.detach()
-    opt.zero_grad()
-    give(p, 1.0)
-    with pytest.raises(RuntimeError, match="inside a FusedAccumOptimizer"):
-        plain.step()
-    opt.step()
-    assert p.tolist() == [0.0] * 3
-
-
 # --- backwards that cannot come out right ---
 
 
