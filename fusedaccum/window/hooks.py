@@ -23,7 +23,7 @@ from .buffers import Block
 from .deal import Deal
 from .engines import refuse_exchange
 from .shards import local_of
-from .slots import Fill, Slot, Slots, check_apart, check_param, node_of
+from .slots import Fill, Slot, Slots, check_apart, check_once, check_param, node_of
 
 # Whose live hooks are on a parameter: two owners would take each other's accumulators for
 # gradients.
@@ -236,6 +236,8 @@ class Attached:
     def _attach_new(self, groups: Sequence[dict[str, Any]]) -> None:
         refuse_exchange(self.slots, groups)
         self._known = None
+        params = list(chain.from_iterable(params_of(groups)))
+        check_once(params)
         new: list[tuple[str, Tensor]] = []
         for i, group in enumerate(groups):
             for j, param in enumerate(group["params"]):
@@ -247,7 +249,7 @@ class Attached:
                 elif slot.hook is None:  # somebody interrupted us before
                     self._hook(slot)
         self.attach(new)
-        kept = set(chain.from_iterable(params_of(groups)))
+        kept = set(params)
         self._left = [slot for param, slot in self.slots.items() if param not in kept]
         self._known = _Known(groups, self.slots)
 
