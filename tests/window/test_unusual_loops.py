@@ -70,6 +70,18 @@ def test_a_scheduler_stepped_every_micro_batch_is_told() -> None:
             scheduler.step()
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_param_group_that_comes_in_a_window_changes_no_rate() -> None:
+    p, q = one(), one()
+    opt = sgd(p, n=2)
+    give(p, 1.0)
+    opt.step()
+    opt.add_param_group({"params": [q], "lr": 2.0})
+    give(p, 1.0)
+    opt.step()
+    assert p.tolist() == [0.0] * 3
+
+
 def test_a_scheduler_stepped_every_window_is_not() -> None:
     p = one()
     opt = sgd(p, n=3)
