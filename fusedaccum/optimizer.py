@@ -137,6 +137,7 @@ class FusedAccumOptimizer(SharingOptimizer):
         self.optimizer = optimizer
         self._core, self._calls_closure = Core(optimizer, options), calls_closure(optimizer)
 
+    _changeable = "gradient_accumulation_steps", "max_grad_norm", "skip_nonfinite"
     gradient_accumulation_steps = Setting(is_changeable=True)
     max_grad_norm = Setting(is_changeable=True)
     skip_nonfinite = Setting(is_changeable=True)
