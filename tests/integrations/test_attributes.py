@@ -69,7 +69,5 @@ def test_another_optimizer_cannot_be_put_into_the_wrapper() -> None:
     """The param groups were the new one's then, and the updates the old one's."""
     p = one()
     opt = sgd(p)
-    with pytest.raises(
-        AttributeError, match=r"optimizer is fixed.* it is a SGD, got a Adam"
-    ):
+    with pytest.raises(AttributeError, match=r"optimizer is fixed.* it is a SGD, got a Adam"):
         opt.optimizer = torch.optim.Adam([p])
