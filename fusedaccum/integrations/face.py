@@ -220,7 +220,14 @@ class SharingOptimizer(FusesLinear, Measured, Optimizer):
         # Hook dicts, and whatever a subclass has; asked only for what is not ours.
         if name == "optimizer":
             raise AttributeError(name)
-        return getattr(self.optimizer, name)
+        try:
+            return getattr(self.optimizer, name)
+        except AttributeError as error:
+            if error.obj is not self.optimizer or error.name != name:
+                raise  # of something that it asks for in turn
+            both = f"neither {type(self).__name__} nor {type(self.optimizer).__name__} has an"
+            # From name and obj Python makes its "Did you mean", of our names and not of theirs.
+            raise AttributeError(f"{both} attribute {name!r}", name=name, obj=self) from None
 
 
 class OwnStep:

@@ -71,3 +71,23 @@ def test_another_optimizer_cannot_be_put_into_the_wrapper() -> None:
     opt = sgd(p)
     with pytest.raises(AttributeError, match=r"optimizer is fixed.* it is a SGD, got a Adam"):
         opt.optimizer = torch.optim.Adam([p])
+
+
+def test_a_name_that_nobody_has() -> None:
+    """The message spoke of the wrapped optimizer only, and Python suggested names of that one."""
+    opt = sgd(one())
+    with pytest.raises(AttributeError, match=r"^neither FusedA.* nor SGD has an attr") as caught:
+        opt.window_close  # noqa: B018
+    assert caught.value.obj is opt and caught.value.name == "window_close"
+    assert not hasattr(opt, "zero_grads")
+
+
+def test_an_attribute_that_fails_inside_says_why() -> None:
+    class Broken(torch.optim.SGD):
+        @property
+        def gain(self) -> float:
+            return self.missing  # type: ignore[attr-defined,no-any-return]
+
+    opt: Any = FusedAccumOptimizer(Broken([one()]))
+    with pytest.raises(AttributeError, match="'Broken' object has no attribute 'missing'"):
+        opt.gain  # noqa: B018
