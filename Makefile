@@ -1,4 +1,4 @@
-# Works on a machine with Python 3.10 or later and nothing else: what is needed goes into .venv,
+# Works on a machine with Python 3.11 or later and nothing else: what is needed goes into .venv,
 # once, at the versions in constraints.txt.
 
 PYTHON ?= python3
