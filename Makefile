@@ -1,4 +1,4 @@
-# Works on a machine with Python 3.10 or later and nothing else: what is needed goes into .venv,
+# Works on a machine with Python 3.11 or later and nothing else: what is needed goes into .venv,
 # once, at the versions in constraints.txt.
 
 PYTHON ?= python3
@@ -16,6 +16,8 @@ PY := .venv/bin/python
 PIP := $(PY) -m pip install --quiet --constraint constraints.txt $(PIP_ARGS)
 INSTALLED := .venv/.installed
 TYPED := fusedaccum benchmarks examples
+# pip would say of an older Python only that versions are in conflict.
+NEW_ENOUGH := $(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("make needs Python 3.11 or later, for the versions in constraints.txt; name one: make PYTHON=python3.12 ...")'
 
 .PHONY: help demo test fuzz deepspeed check docs gallery bench gpu wheel-test release-check clean
 .DEFAULT_GOAL := help
@@ -24,6 +26,7 @@ help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 22
 
 $(INSTALLED): pyproject.toml constraints.txt
+	@$(NEW_ENOUGH)
 	$(PYTHON) -m venv .venv
 	$(PIP) setuptools
 	$(PIP) --no-build-isolation --editable '.[dev]'
@@ -31,6 +34,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 
 # What one command needs, without linters, tests and frameworks, unless they are there already.
 .venv/.demo .venv/.docs .venv/.release: .venv/.%: pyproject.toml constraints.txt
+	@$(NEW_ENOUGH)
 	$(PYTHON) -m venv .venv
 	$(PIP) setuptools
 	$(PIP) --no-build-isolation --editable '.[$*]'

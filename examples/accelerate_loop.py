@@ -47,6 +47,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--n", type=int, default=4, help="micro-batches per update")
     parser.add_argument("--quick", action="store_true", help="a smoke test")
     args = parser.parse_args(argv)
+    for name, value in vars(args).items():
+        if type(value) in (int, float) and not value > 0:
+            parser.error(f"--{name.replace('_', '-')} must be above 0, got {value}")
     updates = 5 if args.quick else args.updates
     block, dim = (32, 32) if args.quick else (128, 128)
 

@@ -162,6 +162,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--updates", type=int, default=20)
     parser.add_argument("--quick", action="store_true", help="a smoke test")
     args = parser.parse_args(argv)
+    for name, value in vars(args).items():
+        if type(value) in (int, float) and not value > 0:
+            parser.error(f"--{name.replace('_', '-')} must be above 0, got {value}")
     updates = 4 if args.quick else args.updates
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)

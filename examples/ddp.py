@@ -86,6 +86,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--checkpoint", type=Path, help="resumed from; written at the end")
     parser.add_argument("--quick", action="store_true", help="a smoke test")
     args = parser.parse_args(argv)
+    for name, value in vars(args).items():
+        if type(value) in (int, float) and not value > 0:
+            parser.error(f"--{name.replace('_', '-')} must be above 0, got {value}")
     updates = 4 if args.quick else args.updates
     device = started()
     rank, world = dist.get_rank(), dist.get_world_size()

@@ -289,6 +289,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", "out")))
     parser.add_argument("--quick", action="store_true", help="a smoke test: nothing is learned")
     args = parser.parse_args(argv)
+    for name, value in vars(args).items():
+        if type(value) in (int, float) and not value > 0:
+            parser.error(f"--{name.replace('_', '-')} must be above 0, got {value}")
+    try:
+        torch.empty(0, device=args.device)
+    except (RuntimeError, AssertionError) as error:
+        parser.error(f"--device {args.device}: {str(error).splitlines()[0]}")
     device, began = torch.device(args.device), time.perf_counter()
     torch.manual_seed(0)
     torch.set_num_threads(1)  # a model this small gains nothing from more

@@ -111,6 +111,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quick", action="store_true", help="a smoke test: nothing is learned")
     args = parser.parse_args(argv)
+    for name, value in vars(args).items():
+        if type(value) in (int, float) and not value > 0 and name != "seed":
+            parser.error(f"--{name.replace('_', '-')} must be above 0, got {value}")
     if args.quick:
         args.epochs, args.pieces, args.dim, args.block = 1, 100, 16, 17
     return args

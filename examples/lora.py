@@ -119,6 +119,15 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quick", action="store_true", help="a smoke test: nothing is learned")
     args = parser.parse_args(argv)
+    for name, value in vars(args).items():
+        if type(value) in (int, float) and not value > 0 and name != "seed":
+            parser.error(f"--{name.replace('_', '-')} must be above 0, got {value}")
+    try:
+        torch.empty(0, device=args.device)
+    except (RuntimeError, AssertionError) as error:
+        parser.error(f"--device {args.device}: {str(error).splitlines()[0]}")
+    if args.dim % 32:
+        parser.error(f"--dim must be a multiple of 32, got {args.dim}")
     if args.quick:
         args.base_updates, args.updates, args.dim, args.block = 2, 2, 32, 16
     return args

@@ -149,10 +149,16 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--kill-at", type=int, default=-1, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
+    try:
+        torch.empty(0, device=args.device)
+    except (RuntimeError, AssertionError) as error:
+        parser.error(f"--device {args.device}: {str(error).splitlines()[0]}")
     if args.quick:
         args.steps, args.dim = 4, 16
     if args.steps < 3:
         parser.error(f"--steps {args.steps}: at least 3, to be killed twice in between")
+    if args.dim < 1:
+        parser.error(f"--dim must be above 0, got {args.dim}")
     return args
 
 

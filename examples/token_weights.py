@@ -165,11 +165,7 @@ def plot(results: dict[str, tuple[list[float], list[float]]], every: int, path: 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument(
-        "--device",
-        type=torch.device,
-        default=torch.device("cuda" if torch.cuda.is_available() else "cpu"),
-    )
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--steps", type=int, default=120, help="windows, that is, updates")
     parser.add_argument("--n", type=int, default=4, help="micro-batches per window")
     parser.add_argument("--micro-batch", type=int, default=4, help="functions per micro-batch")
@@ -181,6 +177,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", "out")))
     parser.add_argument("--quick", action="store_true", help="a smoke test: nothing is learned")
     args = parser.parse_args(argv)
+    for name, value in vars(args).items():
+        if type(value) in (int, float) and not value > 0 and name != "seed":
+            parser.error(f"--{name.replace('_', '-')} must be above 0, got {value}")
+    try:
+        torch.empty(0, device=args.device)
+    except (RuntimeError, AssertionError) as error:
+        parser.error(f"--device {args.device}: {str(error).splitlines()[0]}")
     if args.quick:
         args.steps, args.dim, args.longest, args.every = 4, 16, 200, 2
     return args

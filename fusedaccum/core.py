@@ -27,6 +27,7 @@ from .window.advice import Advice
 from .window.collector import Collector
 from .window.engines import exchanged, refuse_exchange
 from .window.grad_scaler import Scaling
+from .window.hooks import DETACHED
 from .window.linears import Linears
 from .window.shards import is_sharded
 from .window.trouble import PART
@@ -140,7 +141,7 @@ class Core:
         self.linears.unfuse()
         self.updater.states.release()
         self.collector.reduction.detach()
-        self.collector.attached.detach()
+        self.collector.attached.detach(DETACHED)
 
     # --- gradients ---
 
@@ -183,7 +184,7 @@ class Core:
         Args:
             reattach: between windows, serve those that moved from now on.
         """
-        if self.collector.attached.taken_over:
+        if self.collector.attached.gone:
             return
         if self._moving is not None:
             self._reattach()
@@ -238,7 +239,7 @@ class Core:
         if self._loading is not None:
             self.load(self._loading)
         collector, window = self.collector, self.window
-        if not collector.attached.taken_over:
+        if not collector.attached.gone:
             collector.attach_groups(self.optimizer.param_groups)
         if window.steps is not None and window.micro_batches:
             unclosed = collector.unclosed()
@@ -299,7 +300,6 @@ class Core:
         """
         if closure is None:
             raise TypeError(f"{type(self.optimizer).__name__}.step() needs a closure")
-
         self._refuse_changed()
 
         def evaluate() -> Any:

@@ -137,6 +137,7 @@ class FusedAccumOptimizer(SharingOptimizer):
         self.optimizer = optimizer
         self._core, self._calls_closure = Core(optimizer, options), calls_closure(optimizer)
 
+    _changeable = "gradient_accumulation_steps", "max_grad_norm", "skip_nonfinite"
     gradient_accumulation_steps = Setting(is_changeable=True)
     max_grad_norm = Setting(is_changeable=True)
     skip_nonfinite = Setting(is_changeable=True)
@@ -287,12 +288,15 @@ class FusedAccumOptimizer(SharingOptimizer):
         """Remove every hook and give the plain optimizer and model back.
 
         Masters are dropped; states of bf16 and fp16 parameters are rounded to the parameter's
-        dtype, as plain torch keeps them. Returns the wrapped optimizer.
+        dtype, as plain torch keeps them. Returns the wrapped optimizer. This one refuses to be used
+        after that: wrap the plain optimizer again.
 
         Raises:
             RuntimeError: inside a window, whose gradients would be lost.
         """
         core = self._core
+        if core.collector.attached.gone:
+            return self.optimizer
         core.collector.look()
         if self.shard_states and self.state:
             raise RuntimeError(

@@ -69,9 +69,9 @@ class Membership:
 
     @property
     def is_over(self) -> bool:
-        """Whether the optimizer is gone, or another one has taken its parameters over."""
+        """Whether the optimizer is gone, or serves no parameters any more."""
         member = self._member()
-        return member is None or member.collector.attached.taken_over
+        return member is None or bool(member.collector.attached.gone)
 
     @property
     def member(self) -> Member:

@@ -202,7 +202,7 @@ def _cpu_warnings() -> list[str]:
     is_compiled = path == "compiled C loops"
     if not is_compiled:
         found.append(
-            f"CPU: {because}; ATen blocks take about 1.7 times as long to accumulate bf16 and 4 "
+            f"CPU: {because}; ATen blocks take about 2.5 times as long to accumulate bf16 and 8.5 "
             "times to step. Install a C compiler (or unset FUSEDACCUM_CC)"
         )
     elif reason := store.why_not():

@@ -7,6 +7,7 @@ import inspect
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from difflib import get_close_matches
 from itertools import chain
 from multiprocessing.context import get_spawning_popen
 from typing import Any
@@ -98,6 +99,8 @@ class SharingOptimizer(FusesLinear, Measured, Optimizer):
     """
 
     optimizer: Optimizer
+    # The settings that may be assigned.
+    _changeable: tuple[str, ...] = ()
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Make a class that only looks like ours hand on what it does not do itself.
@@ -187,11 +190,44 @@ class SharingOptimizer(FusesLinear, Measured, Optimizer):
     def defaults(self, value: dict[str, Any]) -> None:
         self.optimizer.defaults = value
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set what only the wrapped optimizer has there, where its step() reads it.
+
+        Raises:
+            AttributeError: for another optimizer to wrap, and for nearly the name of a setting.
+        """
+        inner = vars(self).get("optimizer")
+        if inner is not None and name == "optimizer":
+            raise AttributeError(
+                f"optimizer is fixed by the constructor: it is a {type(inner).__name__}, got a "
+                f"{type(value).__name__}. Call detach(), and wrap the other one"
+            )
+        if inner is None or name in vars(self) or hasattr(type(self), name):
+            super().__setattr__(name, value)
+        elif name in vars(inner):
+            setattr(inner, name, value)
+        else:
+            # Attributes of others are welcome: frameworks have theirs, and so has a subclass.
+            is_ours = SharingOptimizer in type(self).__bases__ and not name.startswith("_")
+            for near in get_close_matches(name, self._changeable, 1, 0.75) if is_ours else ():
+                raise AttributeError(
+                    f"{name}={value!r} would change nothing: {type(self).__name__} has no such "
+                    f"setting. Did you mean {near}? Give an attribute of your own another name"
+                )
+            super().__setattr__(name, value)
+
     def __getattr__(self, name: str) -> Any:
         # Hook dicts, and whatever a subclass has; asked only for what is not ours.
         if name == "optimizer":
             raise AttributeError(name)
-        return getattr(self.optimizer, name)
+        try:
+            return getattr(self.optimizer, name)
+        except AttributeError as error:
+            if error.obj is not self.optimizer or error.name != name:
+                raise  # of something that it asks for in turn
+            both = f"neither {type(self).__name__} nor {type(self.optimizer).__name__} has an"
+            # From name and obj Python makes its "Did you mean", of our names and not of theirs.
+            raise AttributeError(f"{both} attribute {name!r}", name=name, obj=self) from None
 
 
 class OwnStep:

@@ -186,6 +186,8 @@ def forget_own() -> None:
 
 def select(optimizer: Optimizer, group: Group) -> Rule | None:
     """The fused rule of a param group of `optimizer`, or None where it has none."""
+    if has_step_of_its_own(optimizer):
+        return None
     kind = type(optimizer)
     for serves, rule in _entries.get(kind, _entries.get(_names(kind), [])):
         if serves(optimizer, group):
@@ -198,9 +200,20 @@ def serve(optimizer: Optimizer) -> bool:
     return all(select(optimizer, group) is not None for group in optimizer.param_groups)
 
 
+def has_step_of_its_own(optimizer: Optimizer) -> bool:
+    """Whether somebody assigned `optimizer.step`. A scheduler of torch does too: its function calls
+    the one before it."""
+    step = vars(optimizer).get("step")
+    while getattr(step, "__globals__", {}).get("__name__") == "torch.optim.lr_scheduler":
+        step = step.__wrapped__  # type: ignore[union-attr]
+    return step is not None and getattr(step, "__func__", step) is not type(optimizer).step
+
+
 def reason(optimizer: Optimizer) -> str:
     """Why `optimizer` takes its own step, in words for people."""
     kind = type(optimizer)
+    if has_step_of_its_own(optimizer):
+        return f"somebody assigned the step() of this {kind.__name__}"
     if kind in _entries and kind not in _built_in:
         return f"no registered rule of {kind.__name__} serves these options"
     known = [owner for owner in _entries if isinstance(owner, type) and owner in _built_in]

@@ -17,6 +17,8 @@ def describe(updater: Updater, options: Options, more: Sequence[str] = ()) -> st
     """A few lines for people; `more` come last."""
     backend, max_grad_norm = options.backend, options.max_grad_norm
     inner, collector = updater.optimizer, updater.collector
+    if gone := collector.attached.gone:
+        return f"FusedAccumOptimizer({type(inner).__name__})\n  {gone.partition(';')[0]}"
     window = collector.window
     device = next(p.device for g in inner.param_groups for p in g["params"])
     chosen, because = backends.why(backend, device)

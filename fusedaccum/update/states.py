@@ -170,6 +170,9 @@ class States(dict[Slot, RuleState]):
         """Make `state[param]` show the flat buffers, taking over what somebody put there.
 
         It shows all of them or none: what raises before leaves `state` as it was.
+
+        Raises:
+            ValueError: for a state of another shape.
         """
         own, state = self[slot], self._optimizer.state[slot.param]
         if own.step is not None and len(own.tensors) == len(rule.states):
@@ -191,7 +194,15 @@ class States(dict[Slot, RuleState]):
             existing = state.get(name)
             if not isinstance(existing, Tensor):
                 view.fill_(rule.start(name, group))
-            elif not same_place(part := slot.part(existing), view):
+                continue
+            part = slot.part(existing)
+            if part.shape != view.shape:
+                raise ValueError(
+                    f"optimizer.state has a {name!r} of shape {tuple(existing.shape)} for a "
+                    f"parameter of shape {tuple(slot.param.shape)}; nothing was updated. Assign "
+                    "one of the parameter's shape, or clear the parameter's state to start afresh"
+                )
+            if not same_place(part, view):
                 is_foreign = True
                 view.copy_(part)
         step = scalars.steps[slot.row]

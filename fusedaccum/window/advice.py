@@ -49,7 +49,9 @@ class Advice:
                 f"micro-batch. {_OLD_LOOP.format(steps=steps)}",
             )
         rates = [None if isinstance(g.get("lr"), Tensor) else g.get("lr") for g in groups]
-        if window.micro_batches and self._rates and rates != self._rates:
+        # A group that was added or taken away changes no rate.
+        is_changed = any(old != new for old, new in zip(self._rates, rates, strict=False))
+        if window.micro_batches and is_changed:
             self._warn(
                 "scheduler",
                 f"the learning rate changed inside a window, from {self._rates} to {rates}: is a "

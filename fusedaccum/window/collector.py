@@ -289,11 +289,7 @@ class Collector:
 
     def check(self) -> None:
         """Raise if the open window cannot be used, naming what happened and the way out."""
-        if self.attached.taken_over:
-            raise RuntimeError(
-                "another FusedAccumOptimizer was made for the parameters of this one and has "
-                "taken them over; nothing was updated. Use that one, in the scheduler too"
-            )
+        self.attached.refuse_gone()
         self.engines.note_ending()
         self.reduction.watch_hooks()
         if self.backwards.is_any_open:

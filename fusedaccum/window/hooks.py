@@ -23,7 +23,7 @@ from .buffers import Block
 from .deal import Deal
 from .engines import refuse_exchange
 from .shards import local_of
-from .slots import Fill, Slot, Slots, check_apart, check_param, node_of
+from .slots import Fill, Slot, Slots, check_apart, check_once, check_param, node_of
 
 # Whose live hooks are on a parameter: two owners would take each other's accumulators for
 # gradients.
@@ -31,6 +31,16 @@ _owners: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 _requires_grad = attrgetter("requires_grad")
+
+# Why a wrapper serves no parameters any more, and what to do instead.
+TAKEN_OVER = (
+    "another FusedAccumOptimizer was made for the parameters of this one and has taken them over; "
+    "nothing was done. Use that one, in the scheduler too"
+)
+DETACHED = (
+    "detach() was called on this FusedAccumOptimizer, so it serves no parameters any more; nothing "
+    "was done. Use the optimizer that detach() returned, or wrap that in a new FusedAccumOptimizer"
+)
 
 
 def is_owned(param: Tensor) -> bool:
@@ -134,7 +144,7 @@ class Attached:
         groups: the optimizer's param groups, as they were last seen.
         queues: what `Adder` remembers of parameters that arrive together.
         n_cells: partial sums of squares of all of them.
-        taken_over: whether another wrapper has the parameters now.
+        gone: why no parameters are served any more, for good, or an empty text.
         when_taken_over: gives what is called then, or None.
     """
 
@@ -157,7 +167,7 @@ class Attached:
         self._unchanged: tuple[Any, Any] | None = None  # where all were, and how they lay
         self.groups: Sequence[dict[str, Any]] = ()
         self.n_cells = 0
-        self.taken_over = False
+        self.gone = ""
         self.when_taken_over: Callable[[], Callable[[], None] | None] = lambda: None
         self._check, self._deal = check, deal
         compiling.watch(self)
@@ -187,8 +197,7 @@ class Attached:
                 )
         check_apart([*self._named(), *named])
         for owner in owners.values():
-            owner.detach()
-            owner.taken_over = True
+            owner.detach(TAKEN_OVER)
             if (taken_over := owner.when_taken_over()) is not None:
                 taken_over()
         owners_of = self._deal.owners([param for _, param in named])
@@ -211,7 +220,12 @@ class Attached:
             self._hook(slot)
 
     def attach_groups(self, groups: Sequence[dict[str, Any]]) -> None:
-        """Attach parameters of param groups that need a gradient and have no slot yet."""
+        """Attach parameters of param groups that need a gradient and have no slot yet.
+
+        Raises:
+            RuntimeError: see `refuse_gone`.
+        """
+        self.refuse_gone()
         self.groups = groups
         compiling.show()
         if self._known is None or not self._known.holds(groups):
@@ -222,6 +236,8 @@ class Attached:
     def _attach_new(self, groups: Sequence[dict[str, Any]]) -> None:
         refuse_exchange(self.slots, groups)
         self._known = None
+        params = list(chain.from_iterable(params_of(groups)))
+        check_once(params)
         new: list[tuple[str, Tensor]] = []
         for i, group in enumerate(groups):
             for j, param in enumerate(group["params"]):
@@ -233,7 +249,7 @@ class Attached:
                 elif slot.hook is None:  # somebody interrupted us before
                     self._hook(slot)
         self.attach(new)
-        kept = set(chain.from_iterable(params_of(groups)))
+        kept = set(params)
         self._left = [slot for param, slot in self.slots.items() if param not in kept]
         self._known = _Known(groups, self.slots)
 
@@ -266,6 +282,15 @@ class Attached:
                 f"{name} of shape {tuple(param.shape)} already belongs to another "
                 f"FusedAccumOptimizer, which {why}; call {first}its detach(), or delete it, first"
             )
+
+    def refuse_gone(self) -> None:
+        """Raise if no parameters are served any more.
+
+        Raises:
+            RuntimeError: saying why, and the way out.
+        """
+        if self.gone:
+            raise RuntimeError(self.gone)
 
     def changed(self, *, memory: bool = True, layout: bool = True) -> Slot | None:
         """A parameter that is not what it was when it was attached, if there is one.
@@ -349,8 +374,12 @@ class Attached:
         slot.hook = slot.node.register_prehook(prehook)
         _owners[param] = weakref.ref(self)
 
-    def detach(self) -> None:
-        """Remove every hook and give `grad` its usual dtype again."""
+    def detach(self, gone: str = "") -> None:
+        """Remove every hook and give `grad` its usual dtype again.
+
+        Args:
+            gone: why nothing is served any more, where that is for good.
+        """
         for slot in self.slots.values():
             slot.node = None  # which a hook that was not noted here asks for
             if slot.hook is not None:
@@ -362,3 +391,4 @@ class Attached:
         self.queues.clear()
         self._left = []
         self._known = self._unchanged = None
+        self.gone = gone

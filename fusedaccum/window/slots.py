@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from enum import IntEnum
 from operator import attrgetter, eq, is_
@@ -55,6 +56,22 @@ def check_param(name: str, param: Tensor) -> None:
             f"{name} of shape {tuple(param.shape)} has layout {param.layout} and strides "
             f"{param.stride()}; parameters must be dense: make it from tensor.contiguous()"
         )
+
+
+def check_once(params: Sequence[Tensor]) -> None:
+    """Refuse a trained parameter that stands in the param groups more than once.
+
+    Raises:
+        ValueError: naming it.
+    """
+    if len(set(params)) == len(params):
+        return
+    for param, n in Counter(params).items():
+        if n > 1 and param.requires_grad:
+            raise ValueError(
+                f"a parameter of shape {tuple(param.shape)} stands {n} times in the param groups, "
+                "and would be updated as often at the same time: let it stand in one place only"
+            )
 
 
 def check_apart(named: Sequence[tuple[str, Tensor]]) -> None:

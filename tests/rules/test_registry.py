@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import subprocess
 import sys
+import types
 import zipfile
 from collections.abc import Iterator
 from contextlib import suppress
@@ -130,6 +132,31 @@ def test_subclasses_and_unserved_groups_step_natively() -> None:
     assert "no registered rule of Signum serves these options" in repr(
         fusedaccum.FusedAccumOptimizer(Signum(params, momentum=0.0))
     )
+
+
+def test_a_step_that_was_assigned_is_taken() -> None:
+    """The fused rule of the class took its place, silently. What a scheduler assigns only looks."""
+    param = torch.nn.Parameter(torch.ones(3))
+    inner = torch.optim.SGD([param], lr=1.0)
+    torch.optim.lr_scheduler.ConstantLR(inner, 1.0)
+    opt = fusedaccum.FusedAccumOptimizer(inner)
+    assert "fused rule 'sgd'" in repr(opt)
+    before, calls = inner.step, []
+
+    @functools.wraps(before)
+    def step(closure: Any = None) -> Any:
+        calls.append(1)
+        param.grad.neg_()  # type: ignore[union-attr]
+        return before(closure)
+
+    inner.step = step  # type: ignore[method-assign]
+    torch.optim.lr_scheduler.ConstantLR(inner, 1.0)
+    assert "native step on fp32 gradients (somebody assigned the step() of this SGD)" in repr(opt)
+    param.sum().backward()
+    opt.step()
+    assert calls and param.tolist() == [2.0] * 3
+    inner.step = types.MethodType(torch.optim.SGD.step, inner)  # type: ignore[method-assign]
+    assert "fused rule 'sgd'" in repr(opt)
 
 
 def test_unregistering_gives_the_native_step_back() -> None:

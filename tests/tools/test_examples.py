@@ -44,6 +44,32 @@ def needs(*modules: str) -> None:
         pytest.skip(f"{', '.join(missing)} is not installed")
 
 
+WRONG = [
+    *((name, "--updates 0") for name in ("accelerate_loop", "custom_rule", "ddp", "finetune")),
+    *((name, "--n -2") for name in ("fsdp2", "lightning_module", "token_weights", "trainer")),
+    *(("finetune", "--lr nan"), ("resume", "--dim 0"), ("lora", "--rank 0"), ("lora", "--dim 48")),
+    *((name, "--device mars") for name in ("finetune", "lora", "resume", "token_weights")),
+]
+NEEDS = {
+    "accelerate_loop": ["accelerate", "transformers"],
+    "lightning_module": ["lightning"],
+    "lora": ["transformers", "peft"],
+    "trainer": ["transformers", "accelerate"],
+}
+
+
+@pytest.mark.parametrize(("name", "options"), WRONG, ids=[" ".join(pair) for pair in WRONG])
+def test_a_wrong_option_is_a_sentence(name: str, options: str, tmp_path: Path) -> None:
+    needs(*NEEDS.get(name, []))
+    program = SEVERAL.format(
+        cwd=str(tmp_path), path=str(EXAMPLES / f"{name}.py"), runs=[options.split()]
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    (done,) = forked.shared().run(program, environment | {"PYTHONPATH": str(ROOT)})
+    assert f"{name}.py: error: {options.split()[0]}" in done.output
+    assert done.output.endswith("SystemExit: 2\n"), done.output  # which the runner prints
+
+
 def test_lora(tmp_path: Path) -> None:
     needs("transformers", "peft")
     out, other = run("lora", tmp_path, "", "--adapters bfloat16")

@@ -215,7 +215,7 @@ def test_what_people_see(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_what_the_page_shows(capsys: pytest.CaptureFixture[str]) -> None:
-    text = (ROOT / "docs" / "how_it_works.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs" / "memory.md").read_text(encoding="utf-8")
     (command, shown), *_ = re.findall(r"```\n\$ python -m fusedaccum (.*?)\n(.*?)```", text, re.S)
     assert cli.main(command.split()) == 0
     assert capsys.readouterr().out.startswith(shown)

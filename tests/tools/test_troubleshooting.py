@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "troubleshooting.md"
 HOLE = "…"
 # Calls that take a message, beside those of exceptions, and which argument it is.
-TAKERS = {"warn": 0, "_warn": -1, "note": 0, "fail": 0, "_fail": 0, "unless_done": 0}
+TAKERS = {"warn": 0, "_warn": -1, "note": 0, "fail": 0, "_fail": 0, "unless_done": 0, "detach": 0}
 # Functions that return messages, or the end of one.
 GIVERS = {
     *("_refusal", "refusal", "disagreement", "_unsupported", "_hangs", "_engine", "_engines"),

@@ -206,6 +206,26 @@ def test_options_that_make_it_another_algorithm_take_the_native_step() -> None:
     assert "native step" in repr(odd)
 
 
+@pytest.mark.parametrize("shape", [(3,), (1, 3), ()], ids=str)
+def test_a_state_of_another_shape_is_refused(shape: tuple[int, ...]) -> None:
+    """It was broadcast, where torch's own step() refuses it."""
+    p = torch.nn.Parameter(torch.ones(2, 3))
+    opt = FusedAccumOptimizer(torch.optim.Adam([p], lr=0.1))
+    for _ in range(2):
+        p.sum().backward()
+        opt.step()
+        opt.zero_grad()
+    opt.state[p]["exp_avg"] = torch.full(shape, 5.0)
+    before = p.detach().clone()
+    p.sum().backward()
+    with pytest.raises(ValueError, match=r"a 'exp_avg' of shape .* parameter of shape \(2, 3\)"):
+        opt.step()
+    assert torch.equal(p, before)
+    del opt.state[p]
+    opt.step()
+    assert float(opt.state[p]["step"]) == 1
+
+
 def test_detach_gives_everything_back() -> None:
     model = small_model(torch.bfloat16)
     inner = torch.optim.AdamW(model.parameters(), lr=0.1)

@@ -64,6 +64,29 @@ def test_a_parameter_that_took_the_place_of_one_with_its_memory() -> None:
     assert flat.tolist() == [-2.0] * 12
 
 
+@pytest.mark.parametrize("later", [False, True], ids=["at once", "later"])
+@pytest.mark.parametrize("where", ["same group", "another group"])
+def test_a_parameter_that_stands_twice_in_the_groups(where: str, later: bool) -> None:
+    """torch lets that be done by hand. One launch updated it twice at the same time."""
+    p = torch.nn.Parameter(torch.ones(3))
+    inner = torch.optim.SGD([p], lr=1.0)
+    opt = FusedAccumOptimizer(inner) if later else None
+    group = inner.param_groups[0]
+    if where == "same group":
+        group["params"].append(p)
+    else:
+        inner.param_groups.append({**group, "params": [p]})
+    with pytest.raises(ValueError, match=r"of shape \(3,\) stands 2 times in the param groups"):
+        FusedAccumOptimizer(inner) if opt is None else p.sum().backward()
+    assert p.tolist() == [1.0] * 3
+    inner.param_groups[-1]["params"].pop()
+    opt = opt or FusedAccumOptimizer(inner)
+    opt.zero_grad()
+    p.sum().backward()
+    opt.step()
+    assert p.tolist() == [0.0] * 3
+
+
 @pytest.mark.parametrize("dtype", [torch.complex64, torch.float64])
 def test_dtypes_that_cannot_be_accumulated(dtype: torch.dtype) -> None:
     """All parameters are checked before any is touched."""
