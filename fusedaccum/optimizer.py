@@ -187,11 +187,11 @@ class FusedAccumOptimizer(SharingOptimizer):
         window, leaving the context does.
 
         Args:
-            weight: positive and finite. A device tensor is read, which waits for it: count tokens
+            weight: from 1e-18 to 1e18. A device tensor is read, which waits for it: count tokens
                 on the CPU where you can.
 
         Raises:
-            TypeError, ValueError: for a weight that is not a positive finite number.
+            TypeError, ValueError: for a weight that is no such number.
             RuntimeError: if the micro-batch before is still open; and from the block's backward, if
                 micro-batches of this window had no weight.
 
