@@ -150,6 +150,16 @@ def test_unregistering_gives_the_native_step_back() -> None:
         ({"kernels": "no.such.module"}, LookupError, "has no source file"),
         ({"family": "other"}, LookupError, "no function 'other_scalars'"),
         ({"states": ()}, ValueError, "unpacks 1 states and returns 1, but 0 are named"),
+        ({"states": "m"}, TypeError, "states must be a sequence of names.*got 'm'"),
+        ({"states": None}, TypeError, "states must be a sequence of names.*got None"),
+        ({"states": {"momentum_buffer": "x"}}, TypeError, "starts as a number.*got 'x'"),
+        ({"hyper": "abc"}, TypeError, "hyper must be a sequence of names.*got 'abc'"),
+        ({"hyper": (1, 2, 3)}, TypeError, "hyper must be a sequence of names"),
+        ({"hyper": None}, TypeError, "hyper must be a sequence of names"),
+        ({"memory": ["mu"]}, TypeError, "memory must map each name"),
+        ({"memory": {"mu": None}}, TypeError, "starts as a number.*got None"),
+        ({"kernels": None}, TypeError, "kernels must be a module or its name, got None"),
+        ({"when": True}, TypeError, "when must be a function"),
         ({"hyper": ("lr",)}, ValueError, "cannot take 1 hyper-parameters"),
         (
             {"family": "indexed", "hyper": lambda group: (1.0,)},
@@ -173,6 +183,18 @@ def test_rules_that_do_not_fit_are_refused(
         register(**changes)
     with pytest.raises(KeyError):
         fusedaccum.unregister_rules(Signum)
+
+
+def test_a_key_that_no_param_group_has_is_named() -> None:
+    register(hyper=("lr", "momentum", "decay"))
+    model = Gradients([torch.ones(3)])
+    opt = fusedaccum.FusedAccumOptimizer(Signum(model.parameters(), momentum=0.9))
+    model.backward([torch.ones(3)])
+    with pytest.raises(KeyError, match="rule signum_soft: hyper names 'decay', no key of a group"):
+        opt.step()
+    opt.param_groups[0]["decay"] = 0.0
+    opt.step()
+    assert not torch.equal(model.params[0], torch.ones(3))
 
 
 def test_a_class_has_one_family_and_each_rule_once() -> None:
