@@ -174,6 +174,16 @@ def test_unregistering_gives_the_native_step_back() -> None:
             ValueError,
             "cannot be translated",
         ),
+        (
+            {"name": "swapped", "family": "swapped", "hyper": ("lr",), "states": (), "memory": {}},
+            ValueError,
+            "'grad, param, states, scalars' cannot be translated",
+        ),
+        (
+            {"name": "named", "family": "named", "hyper": ("lr",), "states": (), "memory": {}},
+            ValueError,
+            "propagate_nan=tl.PropagateNan.ALL.* cannot be translated",
+        ),
     ],
 )
 def test_rules_that_do_not_fit_are_refused(
@@ -183,6 +193,38 @@ def test_rules_that_do_not_fit_are_refused(
         register(**changes)
     with pytest.raises(KeyError):
         fusedaccum.unregister_rules(Signum)
+
+
+@pytest.mark.parametrize("mode", ["split", "none", "stochastic"])
+@pytest.mark.parametrize("backend", ["torch", "triton", "without-compiler"])
+def test_a_rule_may_use_any_names(
+    backend: str, mode: str, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    """`i` was the loop's in C, so that its number was the element's index."""
+    if backend == "without-compiler":
+        WithoutCompiler(monkeypatch)
+    register("hidden", family="hidden", hyper=("lr",), states=("a", "b"), memory={}, when=None)
+    name, is_stochastic = "triton" if backend == "triton" else "torch", mode == "stochastic"
+    ends = []
+    for rule in (True, False):
+        model = Gradients([torch.ones(300, dtype=torch.bfloat16)])
+        opt = fusedaccum.FusedAccumOptimizer(
+            Signum(model.parameters(), 0.25)
+            if rule
+            else torch.optim.SGD(model.parameters(), 0.25, 0.5),
+            backend=name,
+            master_weights="none" if is_stochastic else mode,
+            stochastic_rounding=is_stochastic,
+        )
+        for i in range(3):
+            model.backward([torch.linspace(-1, 1, 300) + i])
+            opt.step()
+            opt.zero_grad()
+        ends.append(model.params[0].detach())
+        if rule:
+            assert opt.state[model.params[0]]["b"].tolist() == [12.0] * 300
+    torch.testing.assert_close(*ends, rtol=2**-7 if is_stochastic else 2**-8, atol=1e-3)
+    assert "falls back" not in str([str(w.message) for w in recwarn] * (backend == "torch"))
 
 
 def test_a_key_that_no_param_group_has_is_named() -> None:
