@@ -1,4 +1,4 @@
-"""Calls inside `torch.inference_mode()`, as an evaluation makes them that loads, logs or flushes."""
+"""Calls inside `torch.inference_mode()`: an evaluation that loads, logs or flushes makes them."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The elements' function of a rule as C, translated from its Triton text, statement by statement.
 
-Operations stay in their order. The loop around them is `backends/compiled/source.py`. All names of a
-rule but its arguments get a `_` at their end, so that none is a word of C or a name of the loop's.
+Operations stay in their order. The loop around them is `backends/compiled/source.py`. All names of
+a rule but its arguments get a `_` at their end, so that none is a word of C or a name of the loop.
 """
 
 from __future__ import annotations

@@ -145,7 +145,7 @@ def test_a_hyper_parameter_that_is_no_number(backend: str, value: Any) -> None:
     opt = FusedAccumOptimizer(torch.optim.SGD([weight], lr=0.1), 1, backend=backend)
     opt.param_groups[0]["weight_decay"] = value
     weight.sum().backward()
-    with pytest.raises(TypeError, match="param group 0: a hyper-parameter must be a number.* got"):
+    with pytest.raises(TypeError, match=r"param group 0: a hyper-parameter must be a number.* got"):
         opt.step()
     assert weight.tolist() == [1.0] * 3
     opt.param_groups[0]["weight_decay"] = np.float32(0.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -204,13 +205,13 @@ def test_a_first_call_in_inference_mode(kind: Any, first: str) -> None:
             give(other, 1.0)
             before.step()
         calls = {
-            "clip": lambda opt=opt: opt.clip_grad_norm_(0.5),
-            "load": lambda opt=opt, state=before.state_dict(): opt.load_state_dict(state),
-            "skipped_steps": lambda opt=opt: opt.skipped_steps.item(),
+            "clip": partial(opt.clip_grad_norm_, 0.5),
+            "load": partial(opt.load_state_dict, before.state_dict()),
+            "skipped_steps": partial(getattr, opt, "skipped_steps"),
         }
         give(p, 2.0)
         with torch.inference_mode() if is_inside else torch.no_grad():
-            calls.get(first, getattr(opt, first, None))()
+            (calls.get(first) or getattr(opt, first))()
         for i in range(4):
             if i or first in ("step", "flush"):
                 give(p, 1.0 + i)
