@@ -15,6 +15,7 @@ from .core import Core
 from .integrations import checkpoint
 from .integrations.dcp import only_initialises
 from .integrations.face import HandedOver, SharingOptimizer, step_hooks
+from .integrations.inference import leaves_inference
 from .options import Options, calls_closure, check_positive, check_weight
 from .update import describe
 
@@ -176,6 +177,7 @@ class FusedAccumOptimizer(SharingOptimizer):
         return self._core.updater.grad_norm
 
     @property
+    @leaves_inference
     def skipped_steps(self) -> Tensor:
         """Updates skipped because of NaN or Inf, 0-d int64 on the device."""
         return self._core.updater.states.scalars.skipped
@@ -188,11 +190,11 @@ class FusedAccumOptimizer(SharingOptimizer):
         window, leaving the context does.
 
         Args:
-            weight: positive and finite. A device tensor is read, which waits for it: count tokens
+            weight: from 1e-18 to 1e18. A device tensor is read, which waits for it: count tokens
                 on the CPU where you can.
 
         Raises:
-            TypeError, ValueError: for a weight that is not a positive finite number.
+            TypeError, ValueError: for a weight that is no such number.
             RuntimeError: if the micro-batch before is still open; and from the block's backward, if
                 micro-batches of this window had no weight.
 
@@ -206,6 +208,7 @@ class FusedAccumOptimizer(SharingOptimizer):
         """
         return self._core.micro_batch(lambda: check_weight(weight))
 
+    @leaves_inference
     def step(self, closure: Closure | None = None) -> Any:
         """Close the micro-batch; update if that ends the window.
 
@@ -239,6 +242,7 @@ class FusedAccumOptimizer(SharingOptimizer):
     # update.
     step.hooked = True  # type: ignore[attr-defined]
 
+    @leaves_inference
     def flush(self) -> None:
         """Update now with a partial window, divided by what really arrived. No window: no effect.
 
@@ -262,6 +266,7 @@ class FusedAccumOptimizer(SharingOptimizer):
             has_gradient = core.update(closes=is_open, hooks=self._hooks())
             core.window_closed = has_any or has_gradient
 
+    @leaves_inference
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Start afresh; inside a window of N micro-batches keep what was accumulated.
 
@@ -272,6 +277,7 @@ class FusedAccumOptimizer(SharingOptimizer):
         del self.found_inf, self.grad_scale  # of a step() that was interrupted
         self._core.zero_grad(set_to_none)
 
+    @leaves_inference
     @torch.no_grad()
     def clip_grad_norm_(self, max_norm: float) -> Tensor:
         """Clip the coming update to `max_norm`, inside the step: no pass over the gradients.
@@ -312,6 +318,7 @@ class FusedAccumOptimizer(SharingOptimizer):
         core.detach()
         return self.optimizer
 
+    @leaves_inference
     def state_dict(self) -> dict[str, Any]:
         """The wrapped optimizer's state dict plus the key "fusedaccum".
 
@@ -325,6 +332,7 @@ class FusedAccumOptimizer(SharingOptimizer):
         self._core.prepare_save()
         return checkpoint.save(self.optimizer.state_dict(), self._core.updater)
 
+    @leaves_inference
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict of this class or of the plain optimizer; states stay fp32.
 

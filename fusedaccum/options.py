@@ -12,12 +12,15 @@ import torch
 from torch.optim import Optimizer
 
 from .rules import packages
+from .rules.number import number
 
 if TYPE_CHECKING:  # not every build of torch has it
     from torch.distributed import ProcessGroup
 
 # What of a GradScaler the linked way reads and replaces.
 OF_SCALER = "_scale _growth_tracker _unscale_grads_"
+# Of a micro-batch: two of a window are then no further apart than fp32 reaches.
+LEAST_WEIGHT = 1e-18
 
 
 @dataclass(frozen=True)
@@ -129,32 +132,32 @@ def check_steps(steps: object) -> int | None:
 
 def check_weight(weight: object) -> float:
     """Validate the weight of a micro-batch."""
-    try:
-        if isinstance(weight, bool):
-            raise TypeError
-        value = float(weight)  # type: ignore[arg-type]
-    except (TypeError, ValueError, OverflowError):
+    value = number(weight)
+    if value is None:
         raise TypeError(
             f"weight must be a positive number (the micro-batch's token count, say), "
             f"got {weight!r} of type {type(weight).__name__}"
-        ) from None
+        )
     if not (math.isfinite(value) and value > 0):
         raise ValueError(
             f"weight must be positive and finite, got {value!r}; a micro-batch that counts for "
             "nothing (no tokens left after masking) is skipped by not running it"
+        )
+    if not LEAST_WEIGHT <= value <= 1 / LEAST_WEIGHT:
+        raise ValueError(
+            f"weight must be from {LEAST_WEIGHT} to {1 / LEAST_WEIGHT}, got {value!r}: sums in "
+            "fp32 hold no more. Only what weights are to each other counts, so multiply all of "
+            "them by one number"
         )
     return value
 
 
 def check_positive(name: str, value: object) -> float:
     """Validate a positive number."""
-    try:
-        number = float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError, OverflowError):
-        number = math.nan
-    if isinstance(value, bool) or not number > 0:
+    found = number(value)
+    if found is None or not found > 0:
         raise ValueError(f"{name} must be a positive number, got {value!r}")
-    return number
+    return found
 
 
 def check_bool(name: str, value: object) -> bool:
@@ -166,13 +169,13 @@ def check_bool(name: str, value: object) -> bool:
 
 def check_bucket(value: object) -> float:
     """Validate `bucket_cap_mb`."""
-    number = check_positive("bucket_cap_mb", value)
-    if not math.isfinite(number):
+    size = check_positive("bucket_cap_mb", value)
+    if not math.isfinite(size):
         raise ValueError(
             f"bucket_cap_mb must be a finite number of MiB, got {value!r}; leave it None for the "
             "default, or give what may wait beside the accumulators"
         )
-    return number
+    return size
 
 
 def check_rounding(stochastic_rounding: object, seed: object, master_weights: str | None) -> None:

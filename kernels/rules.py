@@ -214,14 +214,15 @@ def rmsprop_momentum(param, grad, states, scalars):
 def rmsprop_centered(param, grad, states, scalars):
     """Graves 2013, as torch.optim.RMSprop(centered=True).
 
-    The variance estimate is not let below zero, where rounding may take it.
+    The variance estimate is not let below zero, where rounding may take it; a NaN stays one.
     """
     square_avg, grad_avg = states
     lr, alpha, weight, eps, l2, momentum = scalars
     grad = grad + tl.where(l2 == 0.0, 0.0, l2 * param)
     square_avg = alpha * square_avg + weight * grad * grad
     grad_avg = grad_avg + weight * (grad - grad_avg)
-    variance = tl.maximum(square_avg - grad_avg * grad_avg, 0.0)
+    variance = square_avg - grad_avg * grad_avg
+    variance = tl.where(variance < 0.0, 0.0, variance)
     param = param - lr * (grad / (tl.sqrt(variance) + eps))
     return param, (square_avg, grad_avg)
 
@@ -234,7 +235,8 @@ def rmsprop_centered_momentum(param, grad, states, scalars):
     grad = grad + tl.where(l2 == 0.0, 0.0, l2 * param)
     square_avg = alpha * square_avg + weight * grad * grad
     grad_avg = grad_avg + weight * (grad - grad_avg)
-    variance = tl.maximum(square_avg - grad_avg * grad_avg, 0.0)
+    variance = square_avg - grad_avg * grad_avg
+    variance = tl.where(variance < 0.0, 0.0, variance)
     momentum_buffer = momentum * momentum_buffer + grad / (tl.sqrt(variance) + eps)
     param = param - lr * momentum_buffer
     return param, (square_avg, grad_avg, momentum_buffer)
@@ -297,7 +299,7 @@ def rprop(param, grad, states, scalars):
     factor = tl.where(product > 0.0, eta_plus, tl.where(product < 0.0, eta_minus, 1.0))
     step_size = tl.minimum(tl.maximum(step_size * factor, step_size_min), step_size_max)
     grad = tl.where(product < 0.0, 0.0, grad)
-    direction = tl.where(grad > 0.0, 1.0, tl.where(grad < 0.0, -1.0, grad))
+    direction = tl.where(grad > 0.0, 1.0, tl.where(grad < 0.0, -1.0, 0.0))
     param = param - direction * step_size
     return param, (grad, step_size)
 

@@ -51,3 +51,49 @@ def loops(param, grad, states, scalars):
     for _ in range(3):
         param = param - lr * grad
     return param, states
+
+
+@triton.jit
+def hidden_scalars(hyper, step, memory):
+    (lr,) = hyper
+    return (lr, lr, lr, 16.0 * lr), memory
+
+
+@triton.jit
+def hidden(param, grad, states, scalars):
+    """Names that the loops in C have, too, names that C keeps, and one that is not read."""
+    key, n = states
+    _, i, _, int = scalars
+    params = i * grad
+    key = 0.5 * key + params
+    n = n + int
+    param = param - key
+    return param, (key, n)
+
+
+@triton.jit
+def swapped_scalars(hyper, step, memory):
+    (lr,) = hyper
+    return (lr,), memory
+
+
+@triton.jit
+def swapped(grad, param, states, scalars):
+    """Arguments in another order."""
+    (lr,) = scalars
+    param = param - lr * grad
+    return param, states
+
+
+@triton.jit
+def named_scalars(hyper, step, memory):
+    (lr,) = hyper
+    return (lr,), memory
+
+
+@triton.jit
+def named(param, grad, states, scalars):
+    """An argument by name, which would be dropped."""
+    (lr,) = scalars
+    param = param - lr * tl.maximum(grad, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    return param, states

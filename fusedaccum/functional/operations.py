@@ -16,6 +16,7 @@ from ..backends.operations import GRAD_DTYPES
 from ..backends.tables import count_chunks
 from ..backends.tensors import is_dense, laid_out_like
 from ..backends.untraced import untraced
+from .numbers import check_number
 from .run import backend_for, check, check_apart, check_shapes, check_written
 
 
@@ -42,7 +43,7 @@ def accumulate_(
         backend: None (automatic), "triton" or "torch".
 
     Raises:
-        TypeError: for another dtype.
+        TypeError: for another dtype, and a scale that is no number.
         ValueError: for lists, shapes or devices that do not match.
 
     Example:
@@ -54,6 +55,7 @@ def accumulate_(
     """
     check("accumulators", accumulators, (torch.float32,))
     check("grads", grads, GRAD_DTYPES)
+    check_number("scale", scale)
     check_written("accumulators", accumulators, accumulators)
     if len(accumulators) != len(grads):
         raise ValueError(f"{len(accumulators)} accumulators but {len(grads)} grads")
@@ -63,7 +65,7 @@ def accumulate_(
     laid_out = [laid_out_like(g, a) for g, a in zip(grads, accumulators, strict=True)]
     check_apart({"accumulators": accumulators}, {"grads": laid_out})
     pairs = list(zip(accumulators, laid_out, strict=True))
-    backend_for(backend, accumulators[0].device).accumulate(Add(pairs, scale, first))
+    backend_for(backend, accumulators[0].device).accumulate(Add(pairs, float(scale), first))
     torch.autograd.graph.increment_version(list(accumulators))
 
 

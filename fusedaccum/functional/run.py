@@ -18,6 +18,7 @@ from ..backends.tensors import is_dense, laid_out_like, refuse_tensor, same_orde
 from ..kernels.layout import ScalarsRow
 from ..rules.builtin import RULES
 from ..rules.rule import Family
+from .numbers import check_number
 
 Tensors = Sequence[Tensor]
 Lists = Mapping[str, Tensors]
@@ -133,27 +134,6 @@ def _check_numbers(name: str, numbers: Tensor, shape: tuple[int, ...], like: Ten
         )
 
 
-def _check_hyper(name: str, family: Family, hyper: tuple[Any, ...], grad_scale: object) -> None:
-    """Hyper-parameters that every backend takes: as many as the rule has, each one number."""
-    for value in (*hyper, grad_scale):
-        try:
-            is_number = (
-                value.numel() == 1 if isinstance(value, Tensor) else float(value) is not None
-            )
-        except (TypeError, ValueError, OverflowError):
-            is_number = False
-        if not is_number:
-            raise TypeError(
-                f"{name}: lr, grad_scale and all other hyper-parameters must be numbers, or "
-                f"tensors of one element; got {value!r:.60}"
-            )
-    if len(hyper) != family.n_hyper:
-        raise ValueError(
-            f"{name}: betas, etas and step_size_limits must be pairs of numbers; got "
-            f"{len(hyper)} hyper-parameters where there are {family.n_hyper}: {hyper!r:.200}"
-        )
-
-
 @dataclass(frozen=True)
 class Operands:
     """The tensors of one update, by the names that its caller has for them.
@@ -206,7 +186,8 @@ def apply(
     check("params", params, GRAD_DTYPES)
     check("grads", operands.grads, (torch.float32,))
     check_written("params", params, params)
-    _check_hyper(rule_name, rule.family, hyper, grad_scale)
+    for value in (*hyper, grad_scale):
+        check_number(f"{rule_name}: a hyper-parameter (or grad_scale)", value)
     check_shapes("grads", operands.grads, params)
     for name, tensors in operands.states.items():
         check(name, tensors, (torch.float32,))

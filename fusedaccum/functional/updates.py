@@ -17,6 +17,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from ..backends.untraced import untraced
+from .numbers import check_ranges
 from .run import Common, Operands, Tensors, apply
 
 P = ParamSpec("P")
@@ -34,6 +35,7 @@ def _update(function: Callable[P, None]) -> Callable[P, None]:
     def update(*args: P.args, **kwargs: P.kwargs) -> None:
         for name in kwargs.keys() - known:
             raise TypeError(f"{function.__name__}() got an unexpected keyword argument {name!r}")
+        check_ranges(function.__name__, kwargs)
         with torch.no_grad():
             function(*args, **kwargs)
 
@@ -80,9 +82,10 @@ def adamw_(
         backend: None (automatic), "triton" or "torch".
 
     Raises:
-        TypeError: for another dtype.
-        ValueError: for lists, shapes, layouts or devices that do not match, and for a tensor that
-            is written and shares memory with another one of the call.
+        TypeError: for another dtype, and for what is no number.
+        ValueError: for lists, shapes, layouts or devices that do not match, for a tensor that is
+            written and shares memory with another one of the call, and for hyper-parameters that
+            torch's class refuses.
 
     Example:
         >>> p, g = [torch.ones(2)], [torch.ones(2)]

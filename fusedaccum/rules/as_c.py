@@ -1,6 +1,7 @@
 """The elements' function of a rule as C, translated from its Triton text, statement by statement.
 
-Operations stay in their order. The loop around them is `backends/compiled/source.py`.
+Operations stay in their order. The loop around them is `backends/compiled/source.py`. All names of
+a rule but its arguments get a `_` at their end, so that none is a word of C or a name of the loop.
 """
 
 from __future__ import annotations
@@ -8,7 +9,9 @@ from __future__ import annotations
 import ast
 from typing import NamedTuple
 
+ARGUMENTS = ("param", "grad", "states", "scalars")
 _CALLS = {"sqrt": "sqrtf", "abs": "fabsf"}
+_N_ARGUMENTS = {"sqrt": 1, "abs": 1, "where": 3, "maximum": 2, "minimum": 2}
 _OPERATORS = {ast.Add: "+", ast.Sub: "-", ast.Mult: "*", ast.Div: "/"}
 _COMPARISONS = {
     ast.Lt: "<",
@@ -24,7 +27,7 @@ class Loop(NamedTuple):
     """The inside of a loop over elements, where `param` and `grad` are there.
 
     Attributes:
-        states, scalars: names under which the body finds them.
+        states, scalars: names under which the body finds them; one that comes twice is the last.
         body: statements that leave the new parameter in `param`.
         results: an expression for each new state.
     """
@@ -41,6 +44,8 @@ def translate(function: ast.FunctionDef) -> Loop:
     Raises:
         ValueError: naming what is no straight-line arithmetic.
     """
+    if tuple(argument.arg for argument in function.args.args) != ARGUMENTS:
+        raise _unsupported(function, function.args)
     unpacked: dict[str, list[str]] = {"states": [], "scalars": []}
     declared = {"param", "grad"}
     body: list[str] = []
@@ -57,14 +62,15 @@ def translate(function: ast.FunctionDef) -> Loop:
         if not isinstance(statement, ast.Assign) or len(statement.targets) != 1:
             raise _unsupported(function, statement)
         target, value = statement.targets[0], statement.value
-        if isinstance(target, ast.Tuple) and isinstance(value, ast.Name):
-            names = [element.id for element in target.elts if isinstance(element, ast.Name)]
+        if isinstance(target, ast.Tuple) and isinstance(value, ast.Name) and value.id in unpacked:
+            names = [_name(element) for element in target.elts if isinstance(element, ast.Name)]
             unpacked[value.id] = names
             declared.update(names)
         elif isinstance(target, ast.Name):
-            kind = "" if target.id in declared else "float "
-            declared.add(target.id)
-            body.append(f"{kind}{target.id} = {_expression(function, value)};")
+            name = _name(target)
+            kind = "" if name in declared else "float "
+            declared.add(name)
+            body.append(f"{kind}{name} = {_expression(function, value)};")
         else:
             raise _unsupported(function, statement)
     raise _unsupported(function, function)
@@ -77,7 +83,7 @@ def _expression(function: ast.FunctionDef, node: ast.expr) -> str:
         return _expression(function, child)
 
     if isinstance(node, ast.Name):
-        return node.id
+        return _name(node)
     if isinstance(node, ast.Constant) and isinstance(node.value, (int, float)):
         return f"{float(node.value)!r}f"
     if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
@@ -88,6 +94,8 @@ def _expression(function: ast.FunctionDef, node: ast.expr) -> str:
         return f"({c(node.left)} {_COMPARISONS[type(node.ops[0])]} {c(node.comparators[0])})"
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
         name, arguments = node.func.attr, [c(a) for a in node.args]
+        if node.keywords or len(arguments) != _N_ARGUMENTS.get(name):
+            raise _unsupported(function, node)
         if name in _CALLS:
             return f"{_CALLS[name]}({arguments[0]})"
         if name == "where":
@@ -97,6 +105,10 @@ def _expression(function: ast.FunctionDef, node: ast.expr) -> str:
             a, b = arguments
             return f"({a} {sign} {b} ? {a} : {b})"
     raise _unsupported(function, node)
+
+
+def _name(node: ast.Name) -> str:
+    return node.id if node.id in ARGUMENTS else f"{node.id}_"
 
 
 def _unsupported(function: ast.FunctionDef, node: ast.AST) -> ValueError:

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from . import as_c, text
 from .as_torch import as_torch
+from .number import number
 from .rule import Family, Group, Rule
 
 Start = float | Callable[[Group], float]
@@ -73,7 +74,7 @@ def register_rule(
         The rule.
 
     Raises:
-        TypeError: for a class that is no optimizer.
+        TypeError: for a class that is no optimizer, and for arguments of another kind than these.
         LookupError: for a module or function that is not there.
         ValueError: for functions that do not fit together or are no straight-line arithmetic, and
             for a class that this package serves already. Nothing is registered then.
@@ -90,6 +91,8 @@ def register_rule(
             f"{optimizer_class.__name__} has a fused rule in fusedaccum already; register a "
             "subclass of your own"
         )
+    if when is not None and not callable(when):
+        raise TypeError(f"when must be a function of an optimizer and a param group, got {when!r}")
     rule = make_rule(
         name,
         kernels=kernels,
@@ -127,9 +130,17 @@ def make_rule(
     family: str | None = None,
 ) -> Rule:
     """A rule; see `register_rule`, which takes the same and also runs the scalars function once."""
+    if not isinstance(kernels, (str, ModuleType)):
+        raise TypeError(f"kernels must be a module or its name, got {kernels!r}")
     module = kernels if isinstance(kernels, str) else kernels.__name__
+    _check_keys("states", states)
     starts = dict.fromkeys(states, 0.0) if not isinstance(states, Mapping) else dict(states)
-    memory = memory or {}
+    memory = {} if memory is None else memory
+    if not isinstance(memory, Mapping):
+        raise TypeError(f"memory must map each name to what it starts as, got {memory!r}")
+    _check_keys("memory", memory)
+    if not callable(hyper):
+        _check_keys("hyper", hyper)
     prefix = family or name
     n_scalars = _n_scalars(module, name, len(starts))
     _check_names(name, [*states, *memory, *([] if step_key is None else [step_key])])
@@ -223,6 +234,13 @@ def reason(optimizer: Optimizer) -> str:
     return f"no fused rule for {kind.__name__}"
 
 
+def _check_keys(argument: str, keys: Any) -> None:
+    """Names in a sequence; one name alone would be taken letter by letter."""
+    is_one = isinstance(keys, str) or not hasattr(keys, "__iter__")
+    if is_one or not all(isinstance(key, str) for key in keys):
+        raise TypeError(f'{argument} must be a sequence of names, as ("lr",) is; got {keys!r}')
+
+
 def _check_names(name: str, keys: Sequence[str]) -> None:
     """What a rule keeps in `optimizer.state[p]` has a place of its own there."""
     twice = [key for i, key in enumerate(keys) if key in keys[:i]]
@@ -244,8 +262,10 @@ def _always(optimizer: Any, group: Group) -> bool:
 def _start(value: Start) -> Callable[[Group], float]:
     if callable(value):
         return value
-    number = float(value)
-    return lambda group: number
+    start = number(value)
+    if start is None:
+        raise TypeError(f"a state starts as a number, or as what a function returns; got {value!r}")
+    return lambda group: start
 
 
 def _n_hyper(scalars: ast.FunctionDef, hyper: Any, n_hyper: int | None) -> int:
@@ -261,7 +281,14 @@ def _n_hyper(scalars: ast.FunctionDef, hyper: Any, n_hyper: int | None) -> int:
 def _reader(name: str, hyper: Any, n_hyper: int) -> Callable[[Group], tuple[Any, ...]]:
     if not callable(hyper):
         keys = tuple(hyper)
-        return lambda group: tuple(group[key] for key in keys)
+
+        def read_keys(group: Group) -> tuple[Any, ...]:
+            try:
+                return tuple(map(group.__getitem__, keys))
+            except KeyError as error:
+                raise KeyError(f"rule {name}: hyper names {error}, no key of a group") from error
+
+        return read_keys
 
     def read(group: Group) -> tuple[Any, ...]:
         values = tuple(hyper(group))

@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from ..backends import Correction, Finalize, Keep, Launch, Step, StepTensor, UpdateScalars
 from ..backends.rounding import tensor_key
 from ..rules import registry
+from ..rules.number import number
 from ..rules.rule import Rule, sign
 from ..window.collector import Collector
 from ..window.hooks import have_params, params_of
@@ -29,6 +30,18 @@ Apply = Callable[[Correction], None]
 
 _keep, _tensor = attrgetter("keep"), attrgetter("tensor")
 _loaded, _step = attrgetter("loaded"), attrgetter("step")
+# What hyper-parameters nearly always are; others are looked at.
+_NUMBERS = frozenset({float, int, Tensor})
+
+
+def _check_numbers(group: int, row: tuple[Any, ...]) -> None:
+    """Raise for a hyper-parameter that is no number, before the update begins."""
+    for value in row:
+        if not isinstance(value, (Tensor, bool)) and number(value) is None:
+            raise TypeError(
+                f"param group {group}: a hyper-parameter must be a number, or a tensor of one "
+                f"element; got {value!r:.60}; nothing was updated"
+            )
 
 
 class _Prepared:
@@ -145,6 +158,9 @@ class FusedStep:
             return None
         family = requests[0].rule.family
         hyper = [(sign(group), *family.hyper(group)) for group in groups]
+        for i, row in enumerate(hyper):
+            if not _NUMBERS.issuperset(map(type, row)):
+                _check_numbers(i, row)
         backend = self._collector.backend
 
         @torch.no_grad()

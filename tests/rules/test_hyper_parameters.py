@@ -6,6 +6,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -135,12 +136,18 @@ def test_a_rate_that_is_a_tensor_of_one_element(backend: str) -> None:
     assert torch.equal(weights[2], weights[1])
 
 
-def test_a_hyper_parameter_that_is_none_does_not_become_nan() -> None:
-    """It did in the kernels' table; torch's own step() raises too."""
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("value", [None, "1e-3", [0.1]])
+def test_a_hyper_parameter_that_is_no_number(backend: str, value: Any) -> None:
+    """None became NaN in the kernels' table; text, as a YAML file has 1e-3, was read. torch raises,
+    too. The window is whole, and goes on with a number."""
     weight = torch.nn.Parameter(torch.ones(3))
-    opt = FusedAccumOptimizer(torch.optim.SGD([weight], lr=0.1), 1, backend="triton")
-    opt.param_groups[0]["weight_decay"] = None
+    opt = FusedAccumOptimizer(torch.optim.SGD([weight], lr=0.1), 1, backend=backend)
+    opt.param_groups[0]["weight_decay"] = value
     weight.sum().backward()
-    with pytest.raises(TypeError, match="NoneType"):
+    with pytest.raises(TypeError, match=r"param group 0: a hyper-parameter must be a number.* got"):
         opt.step()
     assert weight.tolist() == [1.0] * 3
+    opt.param_groups[0]["weight_decay"] = np.float32(0.0)
+    opt.step()
+    torch.testing.assert_close(weight, torch.full((3,), 0.9))

@@ -177,6 +177,16 @@ def test_unregistering_gives_the_native_step_back() -> None:
         ({"kernels": "no.such.module"}, LookupError, "has no source file"),
         ({"family": "other"}, LookupError, "no function 'other_scalars'"),
         ({"states": ()}, ValueError, "unpacks 1 states and returns 1, but 0 are named"),
+        ({"states": "m"}, TypeError, "states must be a sequence of names.*got 'm'"),
+        ({"states": None}, TypeError, "states must be a sequence of names.*got None"),
+        ({"states": {"momentum_buffer": "x"}}, TypeError, "starts as a number.*got 'x'"),
+        ({"hyper": "abc"}, TypeError, "hyper must be a sequence of names.*got 'abc'"),
+        ({"hyper": (1, 2, 3)}, TypeError, "hyper must be a sequence of names"),
+        ({"hyper": None}, TypeError, "hyper must be a sequence of names"),
+        ({"memory": ["mu"]}, TypeError, "memory must map each name"),
+        ({"memory": {"mu": None}}, TypeError, "starts as a number.*got None"),
+        ({"kernels": None}, TypeError, "kernels must be a module or its name, got None"),
+        ({"when": True}, TypeError, "when must be a function"),
         ({"hyper": ("lr",)}, ValueError, "cannot take 1 hyper-parameters"),
         (
             {"family": "indexed", "hyper": lambda group: (1.0,)},
@@ -191,6 +201,16 @@ def test_unregistering_gives_the_native_step_back() -> None:
             ValueError,
             "cannot be translated",
         ),
+        (
+            {"name": "swapped", "family": "swapped", "hyper": ("lr",), "states": (), "memory": {}},
+            ValueError,
+            "'grad, param, states, scalars' cannot be translated",
+        ),
+        (
+            {"name": "named", "family": "named", "hyper": ("lr",), "states": (), "memory": {}},
+            ValueError,
+            "propagate_nan=tl.PropagateNan.ALL.* cannot be translated",
+        ),
     ],
 )
 def test_rules_that_do_not_fit_are_refused(
@@ -200,6 +220,50 @@ def test_rules_that_do_not_fit_are_refused(
         register(**changes)
     with pytest.raises(KeyError):
         fusedaccum.unregister_rules(Signum)
+
+
+@pytest.mark.parametrize("mode", ["split", "none", "stochastic"])
+@pytest.mark.parametrize("backend", ["torch", "triton", "without-compiler"])
+def test_a_rule_may_use_any_names(
+    backend: str, mode: str, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    """`i` was the loop's in C, so that its number was the element's index."""
+    if backend == "without-compiler":
+        WithoutCompiler(monkeypatch)
+    register("hidden", family="hidden", hyper=("lr",), states=("a", "b"), memory={}, when=None)
+    name, is_stochastic = "triton" if backend == "triton" else "torch", mode == "stochastic"
+    ends = []
+    for rule in (True, False):
+        model = Gradients([torch.ones(300, dtype=torch.bfloat16)])
+        opt = fusedaccum.FusedAccumOptimizer(
+            Signum(model.parameters(), 0.25)
+            if rule
+            else torch.optim.SGD(model.parameters(), 0.25, 0.5),
+            backend=name,
+            master_weights="none" if is_stochastic else mode,
+            stochastic_rounding=is_stochastic,
+        )
+        for i in range(3):
+            model.backward([torch.linspace(-1, 1, 300) + i])
+            opt.step()
+            opt.zero_grad()
+        ends.append(model.params[0].detach())
+        if rule:
+            assert opt.state[model.params[0]]["b"].tolist() == [12.0] * 300
+    torch.testing.assert_close(*ends, rtol=2**-7 if is_stochastic else 2**-8, atol=1e-3)
+    assert "falls back" not in str([str(w.message) for w in recwarn] * (backend == "torch"))
+
+
+def test_a_key_that_no_param_group_has_is_named() -> None:
+    register(hyper=("lr", "momentum", "decay"))
+    model = Gradients([torch.ones(3)])
+    opt = fusedaccum.FusedAccumOptimizer(Signum(model.parameters(), momentum=0.9))
+    model.backward([torch.ones(3)])
+    with pytest.raises(KeyError, match="rule signum_soft: hyper names 'decay', no key of a group"):
+        opt.step()
+    opt.param_groups[0]["decay"] = 0.0
+    opt.step()
+    assert not torch.equal(model.params[0], torch.ones(3))
 
 
 def test_a_class_has_one_family_and_each_rule_once() -> None:

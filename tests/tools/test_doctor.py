@@ -213,7 +213,7 @@ FAULTS = {
     "a square root off by 1e-5": (
         text_of_rules("sqrtf(", "1.00001f * sqrtf("), "step adam, fp32", "element"
     ),
-    "a forgotten decay": (text_of_rules("(param * decay)", "param"), "step adam,", "element"),
+    "a forgotten decay": (text_of_rules("(param * decay_)", "param"), "step adam,", "element"),
     "truncation to bf16": (text_of_rules("+ 0x7FFFu", ""), "step lion, bf16$", "parameter"),
     "rounding that is not random": (
         text_of_rules("mix_bits(key + i *", "mix_bits(key + 0 *"), "stochastic", "parameter"

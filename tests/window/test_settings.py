@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
 import pytest
 import torch
 
@@ -188,6 +191,33 @@ def test_a_wrapper_that_is_made_in_inference_mode() -> None:
         give(p, 1.0)
         opt.step()
     assert p.tolist() == [-1.0] * 3
+
+
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.Adafactor])
+@pytest.mark.parametrize("first", ["step", "flush", "skipped_steps", "clip", "load", "state_dict"])
+def test_a_first_call_in_inference_mode(kind: Any, first: str) -> None:
+    """Buffers that it made were torch's inference tensors: the next update raised at them."""
+    ends, n = [], 1 if first == "step" else 2
+    for is_inside in (False, True):
+        p, other = one(1.0, torch.bfloat16), one(1.0, torch.bfloat16)
+        opt, before = (FusedAccumOptimizer(kind([q], lr=0.1), n) for q in (p, other))
+        for _ in range(3):
+            give(other, 1.0)
+            before.step()
+        calls = {
+            "clip": partial(opt.clip_grad_norm_, 0.5),
+            "load": partial(opt.load_state_dict, before.state_dict()),
+            "skipped_steps": partial(getattr, opt, "skipped_steps"),
+        }
+        give(p, 2.0)
+        with torch.inference_mode() if is_inside else torch.no_grad():
+            (calls.get(first) or getattr(opt, first))()
+        for i in range(4):
+            if i or first in ("step", "flush"):
+                give(p, 1.0 + i)
+            opt.step()
+        ends.append(p.tolist())
+    assert ends[0] == ends[1] != [1.0] * 3
 
 
 @pytest.mark.parametrize("n", [None, 2])

@@ -246,13 +246,18 @@ def step_source(rule: Rule, dtype: torch.dtype, keep: Keep) -> str:
         "scalar_columns": ScalarsRow.OWN + rule.family.n_scalars,
         "scalar_values": "\n    ".join(
             f"const float {name} = scalars[{ScalarsRow.OWN + i}];"
-            for i, name in enumerate(loop.scalars)
+            for name, i in _places(loop.scalars)
         ),
         "load_param": _LOAD_PARAM[keep] % {"load": load, "store": store},
-        "load_states": " ".join(f"float {s} = state{i}[i];" for i, s in enumerate(loop.states)),
+        "load_states": " ".join(f"float {s} = state{i}[i];" for s, i in _places(loop.states)),
         "body": "\n      ".join(loop.body),
         "store_param": _STORE_PARAM[keep] % {"load": load, "store": store},
         "store_states": " ".join(
             f"state{i}[i] = {result};" for i, result in enumerate(loop.results)
         ),
     }
+
+
+def _places(names: list[str]) -> list[tuple[str, int]]:
+    """Each name once, with its place: Python's `_, x, _ = scalars` leaves the last."""
+    return list({name: i for i, name in enumerate(names)}.items())
