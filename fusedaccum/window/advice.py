@@ -49,7 +49,8 @@ class Advice:
                 f"micro-batch. {_OLD_LOOP.format(steps=steps)}",
             )
         rates = [None if isinstance(g.get("lr"), Tensor) else g.get("lr") for g in groups]
-        if window.micro_batches and self._rates and rates != self._rates:
+        is_same_groups = len(rates) == len(self._rates)  # else one was added
+        if window.micro_batches and is_same_groups and rates != self._rates:
             self._warn(
                 "scheduler",
                 f"the learning rate changed inside a window, from {self._rates} to {rates}: is a "
