@@ -134,6 +134,7 @@ class Attached:
         groups: the optimizer's param groups, as they were last seen.
         queues: what `Adder` remembers of parameters that arrive together.
         n_cells: partial sums of squares of all of them.
+        stray: a parameter that was taken out of the groups, and has got a gradient since.
         taken_over: whether another wrapper has the parameters now.
         when_taken_over: gives what is called then, or None.
     """
@@ -154,6 +155,7 @@ class Attached:
         self._known: _Known | None = None
         # Of parameters that somebody took out of the groups: no update and no norm has them.
         self._left: list[Slot] = []
+        self.stray: Slot | None = None
         self._unchanged: tuple[Any, Any] | None = None  # where all were, and how they lay
         self.groups: Sequence[dict[str, Any]] = ()
         self.n_cells = 0
@@ -214,6 +216,7 @@ class Attached:
         """Attach parameters of param groups that need a gradient and have no slot yet."""
         self.groups = groups
         compiling.show()
+        self.stray = next((slot for slot in self._left if slot.fill), self.stray)
         if self._known is None or not self._known.holds(groups):
             self._attach_new(groups)
         for slot in self._left:
@@ -266,6 +269,16 @@ class Attached:
                 f"{name} of shape {tuple(param.shape)} already belongs to another "
                 f"FusedAccumOptimizer, which {why}; call {first}its detach(), or delete it, first"
             )
+
+    def is_outdated(self, state: Mapping[Tensor, Any]) -> bool:
+        """Whether a parameter moved, or those that were taken out of the groups may be let go.
+
+        Args:
+            state: the optimizer's. One that is still there may come back, with its master.
+        """
+        may_return = not self.updates_all or any(slot.param in state for slot in self._left)
+        is_freed = bool(self._left) and not may_return
+        return is_freed or self.changed(layout=False) is not None
 
     def changed(self, *, memory: bool = True, layout: bool = True) -> Slot | None:
         """A parameter that is not what it was when it was attached, if there is one.
