@@ -12,10 +12,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain
 from operator import attrgetter, is_
 from typing import Any, Protocol
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..backends.private import current_task
 from . import compiling
@@ -27,7 +27,8 @@ from .slots import Fill, Slot, Slots, check_apart, check_param, node_of
 
 # Whose live hooks are on a parameter: two owners would take each other's accumulators for
 # gradients.
-_owners: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+# By id, since torch.utils.swap_tensors() refuses tensors with a weak reference.
+_owners: WeakValueDictionary[int, Attached] = WeakValueDictionary()
 
 
 _requires_grad = attrgetter("requires_grad")
@@ -35,7 +36,12 @@ _requires_grad = attrgetter("requires_grad")
 
 def is_owned(param: Tensor) -> bool:
     """Whether some FusedAccumOptimizer has a hook on it."""
-    return _owners.get(param, lambda: None)() is not None
+    return _owner_of(param) is not None
+
+
+def _owner_of(param: Tensor) -> Attached | None:
+    owner = _owners.get(id(param))
+    return owner if owner is not None and param in owner.slots else None
 
 
 class Waiting:
@@ -178,7 +184,7 @@ class Attached:
         for name, param in named:
             check_param(name, param)
             self._check(param.dtype)
-            owner = _owners.get(param, lambda: None)()
+            owner = _owner_of(param)
             if owner is not None and owner is not self:
                 owner.refuse_take_over(name, param, named)
                 owners[id(owner)] = owner
@@ -290,7 +296,7 @@ class Attached:
         slots, known = self.slots, self._unchanged
         suspects = slots.suspects() if memory else ()
         for slot in suspects:
-            slot.address = 0  # as if it had moved: it may have moved, and back
+            slot.seen_at = None  # as if it had moved: it may have moved, and back
         if (
             known is not None
             and not suspects
@@ -326,7 +332,7 @@ class Attached:
             # A node runs on the stream that it was made on. All on one: a launch adds gradients of
             # many, and must not read those that another stream still writes.
             with torch.cuda.stream(self._stream):
-                slot.node, slot.address = node_of(param), param.data_ptr()
+                slot.node, slot.seen_at = node_of(param), slot.place
         finally:
             param.requires_grad_(is_trained)
         # The node holds the hook and the slot the node: a strong reference back would be a
@@ -360,7 +366,7 @@ class Attached:
             return None
 
         slot.hook = slot.node.register_prehook(prehook)
-        _owners[param] = weakref.ref(self)
+        _owners[id(param)] = self
 
     def detach(self) -> None:
         """Remove every hook and give `grad` its usual dtype again."""
@@ -368,7 +374,7 @@ class Attached:
             slot.node = None  # which a hook that was not noted here asks for
             if slot.hook is not None:
                 slot.hook.remove()
-            _owners.pop(slot.param, None)
+            _owners.pop(id(slot.param), None)
             slot.param.grad = None
             slot.param.grad_dtype = slot.param.dtype
         self.slots.clear()
