@@ -182,7 +182,7 @@ class Core:
         """Notice parameters that were added, unfrozen, or moved by `model.to()` and the like.
 
         Args:
-            reattach: between windows, serve those that moved from now on.
+            reattach: between windows, serve those that moved, and let go of those that left.
         """
         if self.collector.attached.gone:
             return
@@ -190,11 +190,10 @@ class Core:
             self._reattach()
         self._follow_exchange()
         self.collector.attach_groups(self.optimizer.param_groups)
-        if self.collector.attached.changed(layout=False) is None:
-            return
-        if reattach and not self.window.micro_batches:
+        attached, may_move = self.collector.attached, reattach and not self.window.micro_batches
+        if may_move and attached.is_outdated(self.optimizer.state):
             self._reattach()
-        else:
+        elif not may_move and attached.changed(layout=False) is not None:
             self._refuse_changed()
 
     def _refuse_changed(self, *, memory: bool = True) -> None:

@@ -16,6 +16,7 @@ from .integrations import checkpoint
 from .integrations.dcp import only_initialises
 from .integrations.face import HandedOver, SharingOptimizer, step_hooks
 from .integrations.inference import leaves_inference
+from .integrations.load_hooks import adapted
 from .options import Options, calls_closure, check_positive, check_weight
 from .update import describe
 
@@ -340,7 +341,7 @@ class FusedAccumOptimizer(SharingOptimizer):
             ValueError: for other groups, other shapes or another format version, naming the
                 difference; nothing is loaded then.
         """
-        self._core.load(state_dict)
+        self._core.load(adapted(state_dict, self.optimizer))
 
     def __repr__(self) -> str:
         core = self._core

@@ -27,6 +27,7 @@ from ..window.saved import go_on, open_accumulators, places, window_numbers, zer
 from ..window.shards import is_sharded
 from ..window.slots import PARAM_DTYPES, Fill, Slot
 from ..window.watch import place
+from . import load_hooks
 from .entries import (
     IS_OPEN,
     KEY,
@@ -319,7 +320,7 @@ def load(state_dict: StateDict, updater: Updater) -> None:
     plain = {k: v for k, v in state_dict.items() if k != KEY}
     plain["state"] = without_ours(state_dict)
     stand_ins = _fp32_stand_ins(updater)
-    with updater.wrapped.swap.of(stand_ins, with_states=False):
+    with load_hooks.without(optimizer), updater.wrapped.swap.of(stand_ins, with_states=False):
         optimizer.load_state_dict(plain)
     updater.wrapped.has_own_states = {
         collector.slots[param] for param in stand_ins if param in optimizer.state

@@ -40,6 +40,16 @@ class Advice:
                     else "The empty micro-batch counts, with a gradient of zero."
                 ),
             )
+        stray = collector.attached.stray
+        if stray is not None:
+            self._warn(
+                "stray",
+                f"a parameter of shape {tuple(stray.shape)} got a gradient, and was taken out of "
+                "the param groups before. Its hook is still there, so that p.grad holds one "
+                "micro-batch, with the factor of this window, and no update uses it. Freeze it "
+                "(requires_grad_(False)). For another optimizer, or to free its memory, take its "
+                "states out too (opt.state.pop(p, None)), and then call zero_grad()",
+            )
         if steps is None:
             return
         if steps > 1 and count >= steps:

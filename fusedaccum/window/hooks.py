@@ -12,10 +12,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain
 from operator import attrgetter, is_
 from typing import Any, Protocol
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..backends.private import current_task
 from . import compiling
@@ -27,7 +27,8 @@ from .slots import Fill, Slot, Slots, check_apart, check_once, check_param, node
 
 # Whose live hooks are on a parameter: two owners would take each other's accumulators for
 # gradients.
-_owners: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+# By id, since torch.utils.swap_tensors() refuses tensors with a weak reference.
+_owners: WeakValueDictionary[int, Attached] = WeakValueDictionary()
 
 
 _requires_grad = attrgetter("requires_grad")
@@ -45,7 +46,12 @@ DETACHED = (
 
 def is_owned(param: Tensor) -> bool:
     """Whether some FusedAccumOptimizer has a hook on it."""
-    return _owners.get(param, lambda: None)() is not None
+    return _owner_of(param) is not None
+
+
+def _owner_of(param: Tensor) -> Attached | None:
+    owner = _owners.get(id(param))
+    return owner if owner is not None and param in owner.slots else None
 
 
 class Waiting:
@@ -145,6 +151,7 @@ class Attached:
         queues: what `Adder` remembers of parameters that arrive together.
         n_cells: partial sums of squares of all of them.
         gone: why no parameters are served any more, for good, or an empty text.
+        stray: a parameter that was taken out of the groups, and has got a gradient since.
         when_taken_over: gives what is called then, or None.
     """
 
@@ -164,6 +171,7 @@ class Attached:
         self._known: _Known | None = None
         # Of parameters that somebody took out of the groups: no update and no norm has them.
         self._left: list[Slot] = []
+        self.stray: Slot | None = None
         self._unchanged: tuple[Any, Any] | None = None  # where all were, and how they lay
         self.groups: Sequence[dict[str, Any]] = ()
         self.n_cells = 0
@@ -186,7 +194,7 @@ class Attached:
         for name, param in named:
             check_param(name, param)
             self._check(param.dtype)
-            owner = _owners.get(param, lambda: None)()
+            owner = _owner_of(param)
             if owner is not None and owner is not self:
                 owner.refuse_take_over(name, param, named)
                 owners[id(owner)] = owner
@@ -228,6 +236,7 @@ class Attached:
         self.refuse_gone()
         self.groups = groups
         compiling.show()
+        self.stray = next((slot for slot in self._left if slot.fill), self.stray)
         if self._known is None or not self._known.holds(groups):
             self._attach_new(groups)
         for slot in self._left:
@@ -292,6 +301,16 @@ class Attached:
         if self.gone:
             raise RuntimeError(self.gone)
 
+    def is_outdated(self, state: Mapping[Tensor, Any]) -> bool:
+        """Whether a parameter moved, or those that were taken out of the groups may be let go.
+
+        Args:
+            state: the optimizer's. One that is still there may come back, with its master.
+        """
+        may_return = not self.updates_all or any(slot.param in state for slot in self._left)
+        is_freed = bool(self._left) and not may_return
+        return is_freed or self.changed(layout=False) is not None
+
     def changed(self, *, memory: bool = True, layout: bool = True) -> Slot | None:
         """A parameter that is not what it was when it was attached, if there is one.
 
@@ -302,7 +321,7 @@ class Attached:
         slots, known = self.slots, self._unchanged
         suspects = slots.suspects() if memory else ()
         for slot in suspects:
-            slot.address = 0  # as if it had moved: it may have moved, and back
+            slot.seen_at = None  # as if it had moved: it may have moved, and back
         if (
             known is not None
             and not suspects
@@ -338,7 +357,7 @@ class Attached:
             # A node runs on the stream that it was made on. All on one: a launch adds gradients of
             # many, and must not read those that another stream still writes.
             with torch.cuda.stream(self._stream):
-                slot.node, slot.address = node_of(param), param.data_ptr()
+                slot.node, slot.seen_at = node_of(param), slot.place
         finally:
             param.requires_grad_(is_trained)
         # The node holds the hook and the slot the node: a strong reference back would be a
@@ -372,7 +391,7 @@ class Attached:
             return None
 
         slot.hook = slot.node.register_prehook(prehook)
-        _owners[param] = weakref.ref(self)
+        _owners[id(param)] = self
 
     def detach(self, gone: str = "") -> None:
         """Remove every hook and give `grad` its usual dtype again.
@@ -384,7 +403,7 @@ class Attached:
             slot.node = None  # which a hook that was not noted here asks for
             if slot.hook is not None:
                 slot.hook.remove()
-            _owners.pop(slot.param, None)
+            _owners.pop(id(slot.param), None)
             slot.param.grad = None
             slot.param.grad_dtype = slot.param.dtype
         self.slots.clear()

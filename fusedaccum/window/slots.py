@@ -122,15 +122,15 @@ class Slot:
         sums_version: version of `grad` that the partial sums belong to, None if they do not.
         has_sums: whether its cells may hold something other than zero.
         node: the AccumulateGrad node, which autograd itself holds only weakly.
-        address: where the parameter was when it was last seen to have that node.
+        seen_at: its `place` when it was last seen to have that node.
         hook: the handle of the hook on it.
     """
 
     __slots__ = (
-        "__weakref__", "acc", "address", "block", "cell", "closed_version", "device", "dtype",
+        "__weakref__", "acc", "block", "cell", "closed_version", "device", "dtype",
         "fill", "grad", "has_sums", "hook", "is_contiguous", "is_due", "is_own", "is_zero",
-        "n_cells", "nbytes", "node", "numel", "param", "pending", "position", "row", "shape",
-        "shard", "stride", "sums_version", "takes_products", "updater",
+        "n_cells", "nbytes", "node", "numel", "param", "pending", "position", "row", "seen_at",
+        "shape", "shard", "stride", "sums_version", "takes_products", "updater",
     )  # fmt: skip
 
     def __init__(
@@ -161,7 +161,7 @@ class Slot:
         self.closed_version = 0
         self.sums_version: int | None = None
         self.node: Any = None
-        self.address = 0
+        self.seen_at: Any = None
         self.hook: Any = None
 
     @property
@@ -244,23 +244,32 @@ class Slot:
             return f"strides changed from {self.stride} to {param.stride()}"
         return None
 
+    @property
+    def place(self) -> Any:
+        """Where the parameter is; of a DTensor, which has no address, its attributes, that are
+        others once `torch.utils.swap_tensors()` was there."""
+        return self.param.data_ptr() if self.shard is None else vars(self.param)
+
     def change(self) -> str | None:
         """`difference`, or that the parameter has another node than the one with the hook.
 
-        `set_()` has autograd make it another one, and so has a conversion there and back.
+        `set_()` has autograd make it another one, and so have a conversion there and back and
+        `torch.utils.swap_tensors()`, by which `model.to()` replaces shards.
         `p.data = ...` of the same kind does not.
         """
-        if (difference := self.difference()) or self.shard is not None or self.node is None:
+        if (difference := self.difference()) or self.node is None:
             return difference
-        address = self.param.data_ptr()
-        if address == self.address or not self.param.requires_grad:
+        place = self.place
+        is_there = place is self.seen_at if self.shard is not None else place == self.seen_at
+        if is_there or not self.param.requires_grad:
             return None
         if node_of(self.param) is not self.node:
             return (
-                "its memory was replaced, by set_() as in register_parametrization(), or by a "
-                "conversion there and back"
+                "its memory was replaced, by set_() as in register_parametrization(), by "
+                "swap_tensors() as in to() of a model with DTensors, or by a conversion there and "
+                "back"
             )
-        self.address = address
+        self.seen_at = place
         return None
 
 

@@ -128,7 +128,8 @@ def train(case: str) -> Report:
 
     mesh: flat, hsdp, tp, both; dtype: of the parameters; compute: of forward and backward; net:
     "" or odd; n: micro-batches; owner: n or loop; weights: whether each has another; clip: the
-    norm; by: whether the loop clips, with our method or with torch's; master: master_weights.
+    norm; by: whether the loop clips, with our method or with torch's; master: master_weights;
+    moves: whether the model is converted there and back between windows.
     """
     options = dict(pair.split("=") for pair in case.split(","))
     dtype = DTYPES[options.get("dtype", "fp32")]
@@ -185,6 +186,8 @@ def train(case: str) -> Report:
         with torch.no_grad():
             for p, q in zip(doubles, precise, strict=True):
                 p.copy_(q)
+        if "moves" in options:
+            model.to(torch.float64).to(dtype)
         opt.zero_grad()
     report["same"] = is_same_everywhere([whole(p) for p in model.parameters()])
     return report

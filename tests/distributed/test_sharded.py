@@ -25,6 +25,8 @@ CASES = {
         "train:weights=1,dtype=bf16,owner=loop,clip=0.1,by=ours",
         "train:mesh=tp,clip=0.1",
         "train:mesh=tp,dtype=bf16,clip=0.1",
+        "train:mesh=tp,moves=1",  # torch swaps DTensors
+        "train:moves=1,clip=0.1",
     ],
     4: [
         "train:net=odd,clip=0.1",  # some have no part of the last layer

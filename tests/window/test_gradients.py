@@ -217,11 +217,17 @@ def there_and_back(layer: Any) -> None:
     layer.weight.data = memory  # where it was, as an allocator may have it
 
 
+def swap(layer: Any) -> None:
+    """As `model.to()` does with DTensors, and with all after
+    `torch.__future__.set_swap_module_params_on_conversion(True)`."""
+    torch.utils.swap_tensors(layer.weight, torch.nn.Parameter(layer.weight.detach().clone()))
+
+
 def swap_data(layer: Any) -> None:
     layer.weight.data = layer.weight.detach().clone()
 
 
-@pytest.mark.parametrize("change", [convert, parametrize, replace, there_and_back])
+@pytest.mark.parametrize("change", [convert, parametrize, replace, there_and_back, swap])
 @pytest.mark.parametrize("n", [None, 2])
 @pytest.mark.parametrize("at", [0, 1, 2])
 def test_a_parameter_that_lost_its_hook(at: int, n: int | None, change: Any) -> None:
@@ -251,7 +257,7 @@ def test_a_parameter_that_lost_its_hook(at: int, n: int | None, change: Any) -> 
     assert opt.window_closed and torch.equal(layer.weight, before - 1.0)
 
 
-@pytest.mark.parametrize("change", [parametrize, replace, swap_data])
+@pytest.mark.parametrize("change", [parametrize, replace, swap, swap_data])
 def test_a_parameter_that_is_hooked_again_in_time(change: Any) -> None:
     """zero_grad() between windows takes it up; new data leaves the hook where it is."""
     layer = eights()

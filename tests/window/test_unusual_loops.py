@@ -96,6 +96,19 @@ def test_a_scheduler_stepped_every_window_is_not() -> None:
                 scheduler.step()
 
 
+def test_a_group_with_a_rate_of_its_own_that_joins_inside_a_window_is_no_scheduler() -> None:
+    p = one()
+    opt = sgd(p, n=3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        give(p, 1.0)
+        opt.step()
+        opt.add_param_group({"params": [one()], "lr": 0.25})
+        for _ in range(2):
+            give(p, 1.0)
+            opt.step()
+
+
 def test_a_gan_is_told_why_its_discriminator_never_updates() -> None:
     d, g = one(), one()
     opt_d, opt_g = sgd(d, n=2), sgd(g, n=2)
