@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from fusedaccum import FusedAccumOptimizer
-from fusedaccum.window.watch import fsdp2_groups
+from fusedaccum.window.fsdp2 import fsdp2_groups
 from tests.distributed.ddp_cases import Report, flat, is_same_everywhere, loss_of, off, whole
 from tests.distributed.sharded_cases import Odd, sharded
 from tests.distributed.sharded_serving_cases import N, adamw, build, precise, train, values, x_of

@@ -28,6 +28,7 @@ CASES: dict[str, dict[int, list[str]]] = {
             *(f"ways:{how}" for how in WAYS), *(f"against_one_process:{case}" for case in ONE),
             *BYTES, "beside_stock:muon", "placed", "two_optimizers", "stochastic", "compiled",
             "comes_back", "exchanged:at once", "exchanged:late", "refused",
+            "lacks",
             "fused_linears:before", "fused_linears:after",
         ],
         4: BYTES,
@@ -117,6 +118,13 @@ def test_shards_that_take_the_place_of_parameters(results: Results) -> None:
     late = results(SERVING, 2, "exchanged:late")["step"]
     assert "replaced in param_groups by shards (DTensors, the first of shape (5, 16))" in late
     assert "load a checkpoint after it" in late
+
+
+def test_a_name_that_fsdp2_has_no_more(results: Results) -> None:
+    result = results(SERVING, 2, "lacks")
+    for name, of in (("_get_fsdp_state", "FSDPModule"), ("all_states", "FSDPStateContext")):
+        needed = f"ValueError: fusedaccum needs {of}.{name}, which is private to torch"
+        assert result[name].startswith(needed)
 
 
 def test_refused(results: Results) -> None:
