@@ -38,7 +38,8 @@ CASES: dict[str, dict[int, list[str]]] = {
             "one_overflows:data", "one_overflows:shard", "hooks_of_users", "loop_goes_on",
             "by_hand", "synchronises:gradient", *(f"held_back:{how}" for how in HELD),
             "roots:plain", "roots:weighted", "late_hooks:hook", "late_hooks:scatter",
-            "outside", "goes_back", "other_grad_dtype", *(["reduces_unused"] if HAS_UNUSED else []),
+            "counts_for_nothing", "outside", "goes_back", "other_grad_dtype",
+            *(["reduces_unused"] if HAS_UNUSED else []),
             *(["raises"] if CAN_RESET else []),
         ],
         4: ["synchronises:reduce", "synchronises:reduce-weighted"],
@@ -183,6 +184,10 @@ def test_a_loop_that_does_not_zero_goes_on(results: Results) -> None:
 
 def test_gradients_written_by_hand(results: Results) -> None:
     assert results(GRADIENTS, 2, "by_hand")["off"] < 1e-6
+
+
+def test_a_micro_batch_without_tokens_is_run_as_its_message_says(results: Results) -> None:
+    assert results(GRADIENTS, 2, "counts_for_nothing")["off"] < 1e-6
 
 
 @pytest.mark.parametrize(("world", "how"), [(2, "gradient"), (4, "reduce"), (4, "reduce-weighted")])
