@@ -132,7 +132,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     dist.all_gather(sums, total)
     if rank == 0:
         same = "the same" if all(bool(s == total) for s in sums) else "NOT the same"
-        print(f"{world} processes, {updates} updates, weights are {same} in all of them")
+        count = f"{world} process{'es' if world > 1 else ''}"
+        print(f"{count}, {updates} updates, weights are {same} in all of them")
     dist.destroy_process_group()
 
 

@@ -141,7 +141,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     held = sum(p.to_local().numel() for p in model.parameters())  # type: ignore[attr-defined]
     n = sum(p.numel() for p in model.parameters())
     if rank == 0:
-        print(f"{world} processes, {updates} updates, rank 0 holds {held} of {n} parameters")
+        count = f"{world} process{'es' if world > 1 else ''}"
+        print(f"{count}, {updates} updates, rank 0 holds {held} of {n} parameters")
     dist.destroy_process_group()
 
 

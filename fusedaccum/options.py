@@ -141,7 +141,9 @@ def check_weight(weight: object) -> float:
     if not (math.isfinite(value) and value > 0):
         raise ValueError(
             f"weight must be positive and finite, got {value!r}; a micro-batch that counts for "
-            "nothing (no tokens left after masking) is skipped by not running it"
+            "nothing (no tokens left after masking) is skipped by not running it. Where other "
+            "processes would wait for it (FSDP2), run it with a loss of zero (0 * output.sum()) "
+            "and a weight of 1e-6"
         )
     if not LEAST_WEIGHT <= value <= 1 / LEAST_WEIGHT:
         raise ValueError(

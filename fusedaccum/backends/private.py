@@ -1,7 +1,8 @@
 """Private names of torch, which another version of torch may not have.
 
 What every training step needs raises here, as the package is imported. A name that only
-`fuse_linear_wgrad()` needs is None where it is missing, and `why_no_products` says so.
+`fuse_linear_wgrad()` needs is None where it is missing, and `why_no_products` says so. Those of
+torch.distributed's engines are asked for by `check`, before an engine is served.
 """
 
 from __future__ import annotations
@@ -9,6 +10,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+
+_LACKING = (
+    "fusedaccum needs {}, which is private to torch and is not in torch {}. Install a version of "
+    "torch that has it (2.11 to 2.15 do), or a newer fusedaccum"
+)
 
 
 def found(name: str) -> Any:
@@ -27,12 +33,25 @@ def needed(name: str) -> Any:
     """
     value = found(name)
     if value is None:
-        raise ImportError(
-            f"fusedaccum needs torch.{name}, which is private to torch and is not in torch "
-            f"{torch.__version__}. Install a version of torch that has it (2.11 to 2.15 do), or a "
-            "newer fusedaccum"
-        )
+        raise ImportError(_LACKING.format(f"torch.{name}", torch.__version__))
     return value
+
+
+def check(kind: str, owner: object, *names: str) -> None:
+    """See that an object of torch has what is private to torch.
+
+    Args:
+        kind: what people call it.
+        owner: the object.
+        names: of its attributes, which may be ones that its class only declares.
+
+    Raises:
+        ValueError: naming the first that it has not, and the version of torch.
+    """
+    declared = getattr(type(owner), "__annotations__", {})
+    for name in names:
+        if not hasattr(owner, name) and name not in declared:
+            raise ValueError(_LACKING.format(f"{kind}.{name}", torch.__version__))
 
 
 # The number of the backward that is running in this thread: its graph task.

@@ -18,6 +18,7 @@ from torch.nn import Module
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.weak import WeakIdKeyDictionary
 
+from ..backends.private import check
 from ..window.hooks import is_owned
 from ..window.reducing import Parts, Reducing
 from .agreement import Settings
@@ -32,6 +33,17 @@ _ONE = (
     "Use one of each; or leave Join, and let that process call flush(), which may close a window "
     "early, also an empty one"
 )
+# Of a DDP module, also for detach() and Join: missed there, DDP would rest for good, and other
+# processes would wait.
+_NAMES = (
+    "_build_debug_param_to_name_mapping", "_build_params_for_reducer", "_comm_hooks",
+    "_check_and_sync_module_buffers", "_check_global_requires_backward_grad_sync",
+    "_ddp_init_helper", "_delay_all_reduce_all_params", "_has_rebuilt_buckets", "_join_config",
+    "_remove_autograd_hooks", "_sync_final_model", "_use_python_reducer", "join_hook", "logger",
+    "parameters_to_ignore", "reducer", "require_backward_grad_sync", "require_forward_param_sync",
+    "static_graph",
+)  # fmt: skip
+_STATIC = "_static_graph_delay_allreduce_enqueued"  # of one with a static graph
 # Who averages instead of each DDP's reducer: tokens, and what takes part in Join for each.
 _served: WeakIdKeyDictionary = WeakIdKeyDictionary()
 # DDP modules whose reducer sees nothing.
@@ -121,6 +133,10 @@ def serve(
         ValueError: for a DDP that does more than averaging, naming what, and the way round.
     """
     for module in modules:
+        check("DistributedDataParallel", module, *_NAMES)
+        if module.static_graph:
+            check("DistributedDataParallel", module, _STATIC)
+        check("Reducer", module.reducer, "_rebuild_buckets", "_set_static_graph")
         if reason := _refusal(module, parts):
             raise ValueError(
                 f"DistributedDataParallel (DDP) wraps parameters of this optimizer, {reason}"
@@ -184,7 +200,7 @@ def _refusal(module: DistributedDataParallel, parts: Parts) -> str | None:
             "and met it inside Join (DDP knows no end of a Join block): make the "
             "FusedAccumOptimizer after DDP, and before Join"
         )
-    if getattr(module, "_use_python_reducer", False):
+    if module._use_python_reducer:
         return (
             'with torch._dynamo.config.optimize_ddp="python_reducer", which averages in the '
             'compiled graph: set it to "ddp_optimizer", which is the default'
@@ -197,7 +213,7 @@ def _refusal(module: DistributedDataParallel, parts: Parts) -> str | None:
             "that cannot be stopped any more. Call zero_grad() and go on, as from now on it is "
             "served; or make DDP before the FusedAccumOptimizer"
         )
-    if getattr(module, "_delay_all_reduce_all_params", False):
+    if module._delay_all_reduce_all_params:
         return "with delay_all_reduce_named_params=, which takes p.grad away: leave that out"
     return None
 

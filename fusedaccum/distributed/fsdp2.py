@@ -16,9 +16,10 @@ from torch import Tensor
 from torch.nn import Module
 
 from ..backends.private import current_task
+from ..window.fsdp2 import forget_broken, fsdp2_groups, fsdp2_params
 from ..window.hooks import is_owned
-from ..window.watch import fsdp2_groups, fsdp2_params, fsdp2_state
 
+_KEPT = "unsharded_accumulated_grad"  # of FSDP2's parameters, before torch 2.15
 _CAPTURE = "_capture_grad_dtype_policy"  # of FSDP2's parameters, since torch 2.15
 
 
@@ -155,21 +156,6 @@ class Reductions:
             self._n_replaced += _hooks[group].n_replaced
         return self._n_replaced != before
 
-    def _broken_roots(self) -> list[Any]:
-        """The states of root modules that wait for the end of a backward, where none is running.
-
-        torch < 2.13 cannot reset them.
-        """
-        states = [fsdp2_state(module) for ref in self._modules if (module := ref())]
-        contexts = {id(state._state_ctx): state._state_ctx for state in states}.values()
-        waiting = [c for c in contexts if getattr(c, "post_backward_final_callback_queued", False)]
-        return [
-            state
-            for context in waiting
-            for state in context.all_states
-            if state._is_root and hasattr(state, "_reset_iter_state")
-        ]
-
     def stop(self) -> None:
         for group in self._alive():
             _hooks[group].remove(self._listener)
@@ -180,7 +166,7 @@ class Reductions:
         """Whether gradients are kept back that were not reduced at all."""
         params = (param for group in self._alive() for param in group.fsdp_params)
         return any(
-            param.unsharded_accumulated_grad is not None or _unsharded_grad(param) is not None
+            vars(param).get(_KEPT) is not None or _unsharded_grad(param) is not None
             for param in params
         )
 
@@ -190,19 +176,14 @@ class Reductions:
         return self.keeps_whole or any(g._partial_reduce_output is not None for g in self._alive())
 
     def drop(self) -> None:
-        """Forget the gradients that are kept back, and have FSDP2 forget a backward that raised.
-
-        It would reduce the first layer's gradients no more: their turn is in a callback, which it
-        believes to be queued.
-        """
+        """Forget the gradients that are kept back, and a backward that raised."""
         if current_task() == -1:
-            for state in self._broken_roots():
-                state._reset_iter_state()
+            forget_broken(module for ref in self._modules if (module := ref()))
         for group in self._alive():
             group._partial_reduce_output = None
             for param in group.fsdp_params:
-                if "unsharded_accumulated_grad" in vars(param):  # torch < 2.15
-                    param.unsharded_accumulated_grad = None
+                if _KEPT in vars(param):
+                    setattr(param, _KEPT, None)
                 if _unsharded_grad(param) is not None:
                     param._unsharded_param.grad = None
 

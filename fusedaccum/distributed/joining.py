@@ -153,35 +153,33 @@ class Membership:
         else:
             member.zero_grad(set_to_none=True)
 
-    def follow(self, rank: int, group: ProcessGroup, is_behind: bool) -> None:
-        """Be where the optimizer of another process is; collective.
+    def follow(self, is_last: bool, group: ProcessGroup, has_params: bool) -> None:
+        """Be where the optimizer of the last process to leave is; collective.
 
         Args:
-            rank: of that process in the group.
+            is_last: whether this one left the block last, as others may have too.
             group: of processes.
-            is_behind: whether this one left the block before others.
+            has_params: whether somebody has copied that process's parameters already.
         """
         member = self.member
         device = member.collector.attached.device
         member.scaling.is_behind = False
-        anybody = torch.tensor(float(is_behind), dtype=torch.float32, device=device)
-        dist.all_reduce(anybody, group=group)
-        if not anybody:
+        own = dist.get_rank(group)
+        said = torch.tensor([own if is_last else -1, not is_last], dtype=torch.int64, device=device)
+        dist.all_reduce(said, dist.ReduceOp.MAX, group)
+        rank, is_anybody_behind = said.tolist()
+        if not is_anybody_behind:
             return
-        is_source = dist.get_rank(group) == rank
-        theirs = handed_on(member.whole_state() if is_source else None, rank, group, device)
-        if is_behind:
+        if not has_params:
+            broadcast(member.collector.slots, group, rank)
+        theirs = handed_on(member.whole_state() if own == rank else None, rank, group, device)
+        if not is_last:
             member.take_over(theirs)
 
     def follow_without_ddp(self, is_last: bool) -> None:
-        """The same where nobody else copies parameters and says whose."""
+        """The same where nobody else copies parameters."""
         assert self._group is not None
-        collector = self.member.collector
-        rank = dist.get_rank(self._group) if is_last else -1
-        last = torch.tensor(rank, dtype=torch.int64, device=collector.attached.device)
-        dist.all_reduce(last, dist.ReduceOp.MAX, self._group)
-        broadcast(collector.slots, self._group, int(last))
-        self.follow(int(last), self._group, not is_last)
+        self.follow(is_last, self._group, has_params=False)
         self._joinable = None
 
 
@@ -205,8 +203,7 @@ class DdpHook(JoinHook):
         """All have left."""
         module = self._module
         module._sync_final_model(is_last_joiner)
-        source, group = module._authoritative_rank, module.process_group
-        self._membership.follow(source, group, not is_last_joiner)
+        self._membership.follow(is_last_joiner, module.process_group, has_params=True)
         # torch leaves it on, and the next forward would wait for processes that have no data.
         module._join_config = module._join_config._replace(enable=False)
 

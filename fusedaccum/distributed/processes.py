@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import Module
 from torch.optim import Optimizer
 
+from ..backends.private import needed
 from ..options import Options
 from ..window.deal import Deal
 from ..window.reducing import Parts, Reducing
@@ -44,6 +45,7 @@ class Processes:
         group = self.options.process_group
         if not self.options.shard_states:
             return Deal()
+        needed("distributed._broadcast_coalesced")  # of what gives others what one has updated
         return Deal(dist.get_rank(group), dist.get_world_size(group))
 
     def serve(self, parts: Parts, modules: Sequence[Module]) -> Reducing:

@@ -25,6 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ..backends.private import queue_callback
 from ..backends.tensors import FSDP2, is_dtensor
 from .engines import PLAIN, refuse_exchange
+from .fsdp2 import fsdp2_groups, fsdp2_params
 from .reducing import Alone, Parts, Reducing
 
 Serve = Callable[[Parts, Sequence[Module]], Reducing]
@@ -162,19 +163,19 @@ class Watch:
         return all(param.grad is None for param in self._owner.slots)
 
     def _look(self) -> None:
-        found = _engines(self._owner.slots)
-        if found:
-            gc.collect()  # one that is only garbage has no say, and its hooks go with it
+        try:
             found = _engines(self._owner.slots)
-        for engine in found:
-            if isinstance(engine, str):
-                self.fail(engine)
-        modules = [engine for engine in found if not isinstance(engine, str)]
-        if modules and not self.reduction.is_instead_of(modules):
-            try:
+            if found:
+                gc.collect()  # one that is only garbage has no say, and its hooks go with it
+                found = _engines(self._owner.slots)
+            for engine in found:
+                if isinstance(engine, str):
+                    self.fail(engine)
+            modules = [engine for engine in found if not isinstance(engine, str)]
+            if modules and not self.reduction.is_instead_of(modules):
                 self.reduction = self._serve(self.parts, modules)
-            except ValueError as error:
-                self.fail(str(error))
+        except ValueError as error:
+            self.fail(str(error))
         self._looked = True
 
     def end(self, ended: Callable[[], None]) -> None:
@@ -253,28 +254,9 @@ def _parameters(module: Module) -> Iterator[Tensor]:
 
 def _served(engine: Module) -> Iterator[Tensor]:
     """The parameters whose gradients an engine reduces."""
-    if not hasattr(engine, "_get_fsdp_state"):
+    if isinstance(engine, DistributedDataParallel):
         return Module.parameters(engine)
     return chain.from_iterable(map(fsdp2_params, fsdp2_groups(engine)))
-
-
-def fsdp2_state(module: Module) -> Any:
-    """What FSDP2 knows of one of its modules."""
-    return module._get_fsdp_state()  # type: ignore[operator]
-
-
-def fsdp2_groups(module: Module) -> list[Any]:
-    """What a module of FSDP2 reduces at once."""
-    state = fsdp2_state(module)
-    groups = getattr(state, "_fsdp_param_groups", None)
-    if groups is None:  # torch < 2.12
-        groups = [group for group in [state._fsdp_param_group] if group is not None]
-    return list(groups)
-
-
-def fsdp2_params(group: Any) -> list[Tensor]:
-    """The sharded parameters of a group, also while its module shows whole ones."""
-    return [param.sharded_param for param in group.fsdp_params]
 
 
 def _engine(module: Module) -> Module | str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import subprocess
 import sys
 from pathlib import Path
@@ -94,3 +95,25 @@ def test_a_grad_scaler_without_what_is_asked_of_it_is_refused() -> None:
         fusedaccum.FusedAccumOptimizer(
             torch.optim.SGD([param]), 2, grad_scaler=Renamed("cpu", enabled=True)
         )
+
+
+def test_every_private_name_of_an_engine_is_asked_for_first() -> None:
+    """Each is a string somewhere, in what `check` gets."""
+    package = Path(fusedaccum.__file__).parent
+    texts = {path: path.read_text() for path in package.rglob("*.py")}
+    nodes = {path: list(ast.walk(ast.parse(text))) for path, text in texts.items()}
+    own, used, asked = set(), set(), set()
+    for path, found in nodes.items():
+        is_of_engines = path.parent.name == "distributed" or path.name in ("watch.py", "fsdp2.py")
+        for node in found:
+            if isinstance(node, ast.FunctionDef):
+                own.add(node.name)
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                asked.add(node.value.rpartition(".")[2])
+            elif isinstance(node, ast.Attribute) and node.attr.startswith("_"):
+                if isinstance(node.ctx, ast.Store) and ast.unparse(node.value) == "self":
+                    own.add(node.attr)
+                elif is_of_engines:
+                    used.add(node.attr)
+    unasked = {name for name in used - own - asked if not name.startswith("__")}
+    assert unasked <= {"_version", "_replace"}  # of every tensor, and of Python

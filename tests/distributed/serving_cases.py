@@ -233,6 +233,21 @@ def refused(what: str) -> Report:
     return report
 
 
+def lacks(name: str) -> Report:
+    """A torch whose DDP has another name for what is private to it."""
+    model = nn.Linear(4, 4)
+    net: Any = DistributedDataParallel(model)
+    start = flat(list(model.parameters()))
+    owner = net if name in vars(net) else DistributedDataParallel
+    with mock.patch.object(owner, name):
+        delattr(owner, name)
+        opt = FusedAccumOptimizer(torch.optim.AdamW(model.parameters(), lr=1e-2), 1)
+        report: Report = {"backward": message(lambda: net(torch.ones(2, 4)).sum().backward())}
+        report["step"] = message(opt.step)
+    report["unchanged"] = torch.equal(start, flat(list(model.parameters())))
+    return report
+
+
 def late_hook() -> Report:
     """A communication hook after the optimizer was made, which DDP would not call."""
     model, net, opt = made("ddp", steps=1)

@@ -15,8 +15,18 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from fusedaccum import FusedAccumOptimizer
-from fusedaccum.window.watch import fsdp2_groups
-from tests.distributed.ddp_cases import Report, flat, is_same_everywhere, loss_of, off, whole
+from fusedaccum.window.fsdp2 import fsdp2_groups
+from tests.distributed.ddp_cases import (
+    Micro,
+    Report,
+    batch,
+    flat,
+    is_same_everywhere,
+    loss_of,
+    mean_gradient_of,
+    off,
+    whole,
+)
 from tests.distributed.sharded_cases import Odd, sharded
 from tests.distributed.sharded_serving_cases import N, adamw, build, precise, train, values, x_of
 from tests.processes import message
@@ -189,6 +199,29 @@ def by_hand() -> Report:
     factors = [3.0, 2.0, 0.0] + [1.0] * (len(params) - 3)
     exact = [g * f for g, f in zip(grads, factors, strict=True)]
     return {"off": off(moved, exact)}
+
+
+def counts_for_nothing() -> Report:
+    """One process has no tokens in a micro-batch, and runs it, as the others wait for it."""
+    weights = {(rank, i): 1e-6 if (rank, i) == (1, 0) else 100.0 for rank in (0, 1) for i in (0, 1)}
+    torch.manual_seed(0)
+    twin, model = Odd().double(), build()
+    before = values(model)
+    opt = FusedAccumOptimizer(torch.optim.SGD(model.parameters(), lr=1.0), N)
+    for i in range(N):
+        weight = weights[dist.get_rank(), i]
+        with opt.micro_batch(weight=weight):
+            loss = loss_of(model, x_of(dist.get_rank(), 0, i, model))
+            (0 * loss if weight < 1 else loss).backward()
+        opt.step()
+        opt.zero_grad()
+    del weights[1, 0]
+    micros: list[Micro] = [
+        (1.0, lambda net, at=at: net(batch(at[0], 0, at[1]).double()).square().mean())  # type: ignore[misc]
+        for at in weights
+    ]
+    moved = [b - a for b, a in zip(before, values(model), strict=True)]
+    return {"off": off(moved, mean_gradient_of(twin, micros))}
 
 
 def synchronises(how: str) -> Report:

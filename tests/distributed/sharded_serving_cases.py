@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -328,6 +329,18 @@ def exchanged(how: str) -> Report:
 
 
 # --- refused ---
+
+
+def lacks() -> Report:
+    """A torch whose FSDP2 has other names for what is private to it."""
+    report: Report = {}
+    model: Any = build()
+    context = model._get_fsdp_state()._state_ctx
+    for owner, name in ((FSDPModule, "_get_fsdp_state"), (context, "all_states")):
+        with mock.patch.object(owner, name):
+            delattr(owner, name)
+            report[name] = message(lambda: FusedAccumOptimizer(adamw(model), N))
+    return report
 
 
 def refused() -> Report:

@@ -24,4 +24,4 @@ def test_resumed_by_another_number_of_processes(name: str, tmp_path: Path) -> No
     assert f"2 processes, 4 updates, {LAST[name]}" in out
     out = processes.torchrun(1, *arguments, cwd=tmp_path)
     assert "update    8  loss " in out and "update    4" not in out
-    assert "1 processes, 4 updates" in out
+    assert "1 process, 4 updates" in out

@@ -30,11 +30,12 @@ DIFFERENT = {
     "different:optimizer": "optimizer is 'AdamW' on rank 0, 'SGD' on rank 1",
     "different:scaler": "grad_scaler (linked) is False on rank 0, True on rank 1",
 }
+NAMES = "_comm_hooks", "_ddp_init_helper", "_sync_final_model"  # of backward, detach() and Join
 HAS_MANUAL = hasattr(DistributedDataParallel, "finalize_backward")
 OTHERS = [
     "detached", "taken_over", "broadcast", "gone", "unfrozen", "heap_frozen", "two_wrappers:n",
     "two_wrappers:loop", "made_late:plain", "made_late:view", "late_hook",
-    *(["finalized_by_hand"] if HAS_MANUAL else []),
+    *(f"lacks:{name}" for name in NAMES), *(["finalized_by_hand"] if HAS_MANUAL else []),
 ]  # fmt: skip
 
 Results = Callable[[str], dict[str, Any]]
@@ -103,6 +104,14 @@ def test_ddp_that_cannot_be_served(two: Results, case: str) -> None:
     assert result["unchanged"]
     if case == "refused:static":  # after zero_grad()
         assert result["same"] and result["changed"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_name_that_ddp_has_no_more(two: Results, name: str) -> None:
+    result = two(f"lacks:{name}")
+    needed = f"RuntimeError: fusedaccum needs DistributedDataParallel.{name}, which is private to"
+    assert result["backward"].startswith(needed) and result["step"].startswith(needed)
+    assert result["unchanged"]
 
 
 def test_a_communication_hook_that_comes_late(two: Results) -> None:

@@ -28,6 +28,7 @@ CASES: dict[str, dict[int, list[str]]] = {
             *(f"ways:{how}" for how in WAYS), *(f"against_one_process:{case}" for case in ONE),
             *BYTES, "beside_stock:muon", "placed", "two_optimizers", "stochastic", "compiled",
             "comes_back", "exchanged:at once", "exchanged:late", "refused",
+            "lacks",
             "fused_linears:before", "fused_linears:after",
         ],
         4: BYTES,
@@ -37,7 +38,8 @@ CASES: dict[str, dict[int, list[str]]] = {
             "one_overflows:data", "one_overflows:shard", "hooks_of_users", "loop_goes_on",
             "by_hand", "synchronises:gradient", *(f"held_back:{how}" for how in HELD),
             "roots:plain", "roots:weighted", "late_hooks:hook", "late_hooks:scatter",
-            "outside", "goes_back", "other_grad_dtype", *(["reduces_unused"] if HAS_UNUSED else []),
+            "counts_for_nothing", "outside", "goes_back", "other_grad_dtype",
+            *(["reduces_unused"] if HAS_UNUSED else []),
             *(["raises"] if CAN_RESET else []),
         ],
         4: ["synchronises:reduce", "synchronises:reduce-weighted"],
@@ -119,6 +121,13 @@ def test_shards_that_take_the_place_of_parameters(results: Results) -> None:
     assert "load a checkpoint after it" in late
 
 
+def test_a_name_that_fsdp2_has_no_more(results: Results) -> None:
+    result = results(SERVING, 2, "lacks")
+    for name, of in (("_get_fsdp_state", "FSDPModule"), ("all_states", "FSDPStateContext")):
+        needed = f"ValueError: fusedaccum needs {of}.{name}, which is private to torch"
+        assert result[name].startswith(needed)
+
+
 def test_refused(results: Results) -> None:
     result = results(SERVING, 2, "refused")
     assert "leave process_group out" in result["group"]
@@ -175,6 +184,10 @@ def test_a_loop_that_does_not_zero_goes_on(results: Results) -> None:
 
 def test_gradients_written_by_hand(results: Results) -> None:
     assert results(GRADIENTS, 2, "by_hand")["off"] < 1e-6
+
+
+def test_a_micro_batch_without_tokens_is_run_as_its_message_says(results: Results) -> None:
+    assert results(GRADIENTS, 2, "counts_for_nothing")["off"] < 1e-6
 
 
 @pytest.mark.parametrize(("world", "how"), [(2, "gradient"), (4, "reduce"), (4, "reduce-weighted")])
