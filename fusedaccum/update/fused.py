@@ -20,7 +20,7 @@ from ..rules import registry
 from ..rules.number import number
 from ..rules.rule import Rule, sign
 from ..window.collector import Collector
-from ..window.hooks import have_params, params_of
+from ..window.groups import have_params, params_of
 from ..window.slots import Slot
 from .masters import Master, Masters
 from .states import RuleState, States

@@ -10,7 +10,6 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain
-from operator import attrgetter, is_
 from typing import Any, Protocol
 from weakref import WeakValueDictionary
 
@@ -22,6 +21,7 @@ from . import compiling
 from .buffers import Block
 from .deal import Deal
 from .engines import refuse_exchange
+from .groups import Known, params_of
 from .shards import local_of
 from .slots import Fill, Slot, Slots, check_apart, check_once, check_param, node_of
 
@@ -30,8 +30,6 @@ from .slots import Fill, Slot, Slots, check_apart, check_once, check_param, node
 # By id, since torch.utils.swap_tensors() refuses tensors with a weak reference.
 _owners: WeakValueDictionary[int, Attached] = WeakValueDictionary()
 
-
-_requires_grad = attrgetter("requires_grad")
 
 # Why a wrapper serves no parameters any more, and what to do instead.
 TAKEN_OVER = (
@@ -100,40 +98,6 @@ class Owner(Protocol):
         accumulator hold what counts of before, and no more wait than may."""
 
 
-def params_of(groups: Sequence[dict[str, Any]]) -> list[list[Tensor]]:
-    """The parameters of each param group."""
-    return [list(group["params"]) for group in groups]
-
-
-def have_params(groups: Sequence[dict[str, Any]], known: Sequence[Sequence[Tensor]]) -> bool:
-    """Whether param groups have these parameters; compared without Python code for each."""
-    lists = [group["params"] for group in groups]
-    return list(map(len, lists)) == list(map(len, known)) and all(
-        map(is_, chain.from_iterable(lists), chain.from_iterable(known))
-    )
-
-
-class _Known:
-    """Param groups all of whose parameters are attached, or frozen and without a gradient.
-
-    It is asked of at every micro-batch, so it compares without Python code for each parameter.
-    """
-
-    def __init__(self, groups: Sequence[dict[str, Any]], slots: Mapping[Tensor, Slot]) -> None:
-        self._lists = params_of(groups)
-        self._params = list(chain.from_iterable(self._lists))
-        self._trained = list(map(_requires_grad, self._params))
-        self._others = [param for param in self._params if param not in slots]
-
-    def holds(self, groups: Sequence[dict[str, Any]]) -> bool:
-        """Whether they are the same, and nothing was frozen, unfrozen, or given a gradient."""
-        return (
-            have_params(groups, self._lists)
-            and list(map(_requires_grad, self._params)) == self._trained
-            and not any(param.grad is not None for param in self._others)
-        )
-
-
 class Attached:
     """Parameters with slots and hooks.
 
@@ -168,7 +132,7 @@ class Attached:
         self._waiting, self.device = waiting, device
         self.slots = Slots()
         self.queues: dict[tuple[Slot, ...], Any] = {}
-        self._known: _Known | None = None
+        self._known: Known | None = None
         # Of parameters that somebody took out of the groups: no update and no norm has them.
         self._left: list[Slot] = []
         self.stray: Slot | None = None
@@ -260,7 +224,7 @@ class Attached:
         self.attach(new)
         kept = set(params)
         self._left = [slot for param, slot in self.slots.items() if param not in kept]
-        self._known = _Known(groups, self.slots)
+        self._known = Known(groups, self.slots)
 
     def _named(self) -> list[tuple[str, Tensor]]:
         """The parameters that are served and still in the groups."""
