@@ -254,9 +254,14 @@ def _parameters(module: Module) -> Iterator[Tensor]:
 
 def _served(engine: Module) -> Iterator[Tensor]:
     """The parameters whose gradients an engine reduces."""
-    if isinstance(engine, DistributedDataParallel):
-        return Module.parameters(engine)
-    return chain.from_iterable(map(fsdp2_params, fsdp2_groups(engine)))
+    if _is_fsdp2(type(engine)):
+        return chain.from_iterable(map(fsdp2_params, fsdp2_groups(engine)))
+    return Module.parameters(engine)
+
+
+def _is_fsdp2(kind: type[Module]) -> bool:
+    fsdp2 = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", None)
+    return fsdp2 is not None and issubclass(kind, fsdp2)
 
 
 def _engine(module: Module) -> Module | str | None:
@@ -265,8 +270,7 @@ def _engine(module: Module) -> Module | str | None:
     kind = type(module)
     if issubclass(kind, DistributedDataParallel) and "reducer" in vars(module):
         return module
-    fsdp2 = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", None)
-    if fsdp2 is not None and issubclass(kind, fsdp2):
+    if _is_fsdp2(kind):
         return module
     fsdp = getattr(sys.modules.get("torch.distributed.fsdp"), "FullyShardedDataParallel", None)
     if fsdp is not None and issubclass(kind, fsdp):
