@@ -52,14 +52,18 @@ def test_the_models_zero_grad_before_step_discards_the_window(between: bool) -> 
 
 
 def test_the_models_zero_grad_after_step_keeps_the_window() -> None:
-    p = one()
-    model = torch.nn.ParameterList([p])
-    opt = sgd(p, n=2)
+    p, q = one(), one()
+    model = torch.nn.ParameterList([p, q])
+    opt = sgd(p, q, n=2)
     for value in (2.0, 4.0):
-        give(p, value)
+        give(torch.cat([p, q]) if value == 2.0 else p, value)
         opt.step()
-        model.zero_grad()
-    assert p.tolist() == [-2.0] * 3
+        if value == 2.0:
+            model.zero_grad()
+    assert p.tolist() == [-2.0] * 3 and q.tolist() == [0.0] * 3
+    # What was used is shown, also of one that the second micro-batch brought nothing for.
+    assert p.grad is not None and p.grad.tolist() == [3.0] * 3
+    assert q.grad is not None and q.grad.tolist() == [1.0] * 3
 
 
 @pytest.mark.parametrize("goes_on", ["backward", "step", "flush"])
